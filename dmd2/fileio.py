@@ -1,0 +1,72 @@
+"""Files that are either whole or not there: write beside the target, flush to disk, rename over it."""
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; when the block ends well, what it wrote there becomes `path`.
+
+    The block must create the file and close it. If it raises, `path` keeps its old content and the
+    temporary file is removed; if the process is killed, `path` keeps its old content and a hidden `*.tmp`
+    file may stay behind. As the temporary name ends in `.tmp`, a half-written file never matches
+    `*.safetensors` or the like; a library that guesses the format from the suffix must be told it.
+
+    Raises:
+        OSError: the folder does not exist, `path` is a folder, the block made no file, the disk is full, ...
+    """
+    # 40 characters are at most 160 bytes: the name stays within the usual limit of 255.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then move it to `path`. See `atomic_path`."""
+    with atomic_path(path) as temporary:
+        write(temporary)
+
+
+def atomic_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of `path` with `content`, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def atomic_text(path: Path, content: str) -> None:
+    """Replace the content of `path` with `content` in UTF-8, whole or not at all."""
+    atomic_bytes(path, content.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's content, as 64 lower-case hex digits. Reads in blocks: any size will do."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename in this folder survive a power cut, where the file system can."""
+    try:
+        _flush(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+            raise
