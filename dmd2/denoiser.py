@@ -1,0 +1,68 @@
+"""The two interfaces between networks and methods, and classifier-free guidance.
+
+Every network predicts x0 at a noise level σ. eps, v, ᾱ and integer timesteps never leave an adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# What a denoiser is conditioned on. Each family has its own frozen dataclass; samplers and losses pass it through.
+Cond = Any
+
+
+class Denoiser(Protocol):
+    """A network seen as x0(x, σ, cond), with x = x0 + σ·n."""
+
+    sigmas: Tensor
+    """(T,) ascending training noise levels."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """x (B, C, H, W) fp32, sigma (B,) → x0 (B, C, H, W), fp32."""
+        ...
+
+    def features(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """As a call, and beside x0 the bottleneck activations (B, C', h, w) of the same forward pass."""
+        ...
+
+    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What a generator is fed at its first step, from unit noise (B, C, H, W)."""
+        ...
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """(B,) weight of the squared x0 error in the denoising loss."""
+        ...
+
+
+class Codec(Protocol):
+    """Pixels to the space that the denoiser works in, and back."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → x0 space, fp32."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x0 space → uint8 (B, 3, H, W)."""
+        ...
+
+
+def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6) on x0: u + scale·(c − u), in one batch of 2B.
+
+    Args:
+        x: (B, C, H, W) noisy input.
+        sigma: (B,).
+        cond, uncond: conditions of the denoiser's family; `uncond` for the same batch size.
+        scale: 1 is no guidance (and then one batch of B is enough).
+
+    Returns:
+        x0 (B, C, H, W), fp32.
+    """
+    if scale == 1.0:
+        return denoiser(x, sigma, cond)
+    both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), cond.cat(uncond))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + scale * (conditional - unconditional)

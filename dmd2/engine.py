@@ -1,0 +1,177 @@
+"""Prompts in, pictures out: loads a folder of weights once and draws with its students or its teacher."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmd2.errors import UserError
+from dmd2.noise import seeded_noise
+from dmd2.sampling import conditioned, dpm_solver_2m, few_step, teacher_sigmas
+from dmd2.stable_diffusion import StableDiffusion, TextCondition
+from dmd2.weights import DEFAULT, Student, TextToImage, load_text_to_image, read_manifest
+
+CACHED_PROMPTS = 256
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds that each stage of a call took."""
+
+    text: float
+    denoise: float
+    decode: float
+
+
+@dataclass
+class Engine:
+    """Draws pictures from one folder of weights.
+
+    Modes: "1", "4" (any number of steps that the manifest lists) are the students; "teacher" is the teacher with
+    its own sampler and guidance; "teacher-4" is the undistilled teacher, guided, put through the sampler of the
+    4-step student: what distillation must beat. UNets are loaded at their first use.
+
+    Args:
+        folder: weights in diffusers' layout with a `dmd2.json`.
+        device: "cpu", "cuda" or "auto" (cuda where there is one).
+        dtype: of networks; by default fp16 on a GPU and fp32 on a CPU.
+        modes: to load at once, so that a broken file is an error now and the first picture is fast.
+    """
+
+    folder: Path = DEFAULT
+    device: torch.device | str = "auto"
+    dtype: torch.dtype | None = None
+    modes: tuple[str, ...] = ()
+    _texts: OrderedDict[tuple[str, int, int], TextCondition] = field(default_factory=OrderedDict, init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        self.device = resolve_device(self.device)
+        self.dtype = self.dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        self.manifest = read_manifest(self.folder)
+        subfolders = list(dict.fromkeys(self._plan(mode)[0] for mode in self.modes))
+        self.model: TextToImage = load_text_to_image(self.folder, subfolders, self.device, self.dtype)
+
+    def sha256(self, mode: str) -> str:
+        """The checksum of the UNet that `mode` runs."""
+        prefix = f"{self._plan(mode)[0]}/"
+        return next(
+            (v for k, v in self.manifest.files.items() if k.startswith(prefix) and k.endswith(".safetensors")),
+            "",
+        )
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises UserError unless width and height (pixels) suit the networks."""
+        unit = self.model.codec.factor * self.size_unit
+        if any(side < unit or side % unit for side in size):
+            raise UserError(
+                f"--size {size[0]}x{size[1]}: width and height must be positive multiples of {unit} pixels"
+            )
+
+    @property
+    def size_unit(self) -> int:
+        """Latent sides must be multiples of this: the UNet halves them once between each two of its levels."""
+        config = next(iter(self.model.denoisers.values())).unet.config if self.model.denoisers else None
+        return 1 if config is None else 2 ** (len(config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def draw(
+        self, prompts: list[str], seeds: list[int], mode: str = "4", size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """One batch: B prompts and seeds → uint8 (B, 3, H, W) on the CPU. `size` is (width, height) in pixels."""
+        return self.draw_timed(prompts, seeds, mode, size)[0]
+
+    @torch.inference_mode()
+    def draw_timed(
+        self, prompts: list[str], seeds: list[int], mode: str = "4", size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Timings]:
+        """As `draw`, with the time that each stage took."""
+        if len(prompts) != len(seeds) or not prompts:
+            raise ValueError(f"expected as many seeds as prompts, at least one, not {len(prompts)}, {len(seeds)}")
+        subfolder, timesteps = self._plan(mode)
+        denoiser = self._denoiser(subfolder)
+        size = size or self.manifest.native_size
+        self.check_size(size)
+        began = time.perf_counter()
+        cond = self._condition(prompts, size)
+        encoded = time.perf_counter()
+        height, width = size[1] // self.model.codec.factor, size[0] // self.model.codec.factor
+        shape = (max(1, len(timesteps)), 4, height, width)
+        noise = seeded_noise(seeds, shape, denoiser.device)
+        if mode == "teacher":
+            x0 = self._teach(denoiser, cond, noise[:, 0])
+        else:
+            scale = 1.0
+            if mode.startswith("teacher"):
+                assert self.manifest.teacher is not None
+                scale = self.manifest.teacher.guidance_scale
+            sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
+            uncond = cond.unconditional()
+            x0 = few_step(conditioned(denoiser, cond, uncond, scale), denoiser.start, noise.unbind(1), sigmas)
+        denoised = self._clock()
+        images = self.model.codec.decode(x0).cpu()
+        done = time.perf_counter()
+        return images, Timings(encoded - began, denoised - encoded, done - denoised)
+
+    def _teach(self, denoiser: StableDiffusion, cond: TextCondition, noise: Tensor) -> Tensor:
+        assert self.manifest.teacher is not None
+        sigmas = teacher_sigmas(denoiser, self.manifest.teacher.steps)
+        start = denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
+        scale = self.manifest.teacher.guidance_scale
+        return dpm_solver_2m(conditioned(denoiser, cond, cond.unconditional(), scale), start, sigmas)
+
+    def _clock(self) -> float:
+        if isinstance(self.device, torch.device) and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _plan(self, mode: str) -> tuple[str, list[int]]:
+        """mode → (subfolder, timesteps); no timesteps for the teacher's own sampler."""
+        steps = mode.removeprefix("teacher-")
+        students = self.manifest.students
+        valid = [str(n) for n in sorted(students)]
+        if self.manifest.teacher is not None:
+            valid += ["teacher", *(f"teacher-{n}" for n in sorted(students, reverse=True))]
+        if mode not in valid:
+            raise UserError(f"--steps {mode}: these weights have {', '.join(valid) or 'no student'}")
+        if mode.startswith("teacher"):
+            assert self.manifest.teacher is not None
+            return self.manifest.teacher.subfolder, [] if mode == "teacher" else students[int(steps)].timesteps
+        student: Student = students[int(steps)]
+        return student.subfolder, student.timesteps
+
+    def _denoiser(self, subfolder: str) -> StableDiffusion:
+        if subfolder not in self.model.denoisers:
+            assert isinstance(self.device, torch.device) and self.dtype is not None
+            loaded = load_text_to_image(self.folder, [subfolder], self.device, self.dtype)
+            self.model.denoisers.update(loaded.denoisers)
+        return self.model.denoisers[subfolder]
+
+    def _condition(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
+        """Text conditions, remembered for the prompts used last."""
+        conditions = []
+        for prompt in prompts:
+            key = (prompt, *size)
+            if key not in self._texts:
+                self._texts[key] = self.model.encode_text([prompt], size)
+                if len(self._texts) > CACHED_PROMPTS:
+                    self._texts.popitem(last=False)
+            self._texts.move_to_end(key)
+            conditions.append(self._texts[key])
+        return conditions[0].cat(*conditions[1:])
+
+
+def resolve_device(name: torch.device | str) -> torch.device:
+    """ "auto" is cuda where there is one, else the CPU. Raises UserError for a device that is not there."""
+    if isinstance(name, torch.device):
+        return name
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has none that torch can use; try --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

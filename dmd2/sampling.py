@@ -1,0 +1,82 @@
+"""Samplers: plain functions over a `Denoiser`. They never learn which network it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dmd2.denoiser import Cond, Denoiser, guided
+from dmd2.noise import add_noise, karras_sigmas
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, H, W), sigma (B,)) → x0 (B, C, H, W): a denoiser with its condition and guidance filled in."""
+
+
+def conditioned(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoise:
+    """`denoiser` with its condition filled in, and guided where the scale is not 1."""
+    if guidance_scale == 1.0 or uncond is None:
+        return lambda x, sigma: denoiser(x, sigma, cond)
+    return lambda x, sigma: guided(denoiser, x, sigma, cond, uncond, guidance_scale)
+
+
+def few_step(
+    denoise: Denoise,
+    start: Callable[[Tensor, Tensor], Tensor],
+    noise: Iterable[Tensor],
+    sigmas: Sequence[float],
+) -> Tensor:
+    """DMD2's sampler (sec. 4.4), with one step or several: denoise to x0, re-noise with fresh noise, repeat.
+
+    Args:
+        denoise: the student.
+        start: the student's `Denoiser.start`.
+        noise: unit noise (B, C, H, W) for each step, the first to start from; read lazily, so a caller can stop
+            between steps by raising.
+        sigmas: descending levels, one a step (DMD2: those of t = 999, 749, 499, 249).
+
+    Returns:
+        x0 (B, C, H, W), fp32.
+    """
+    x0: Tensor | None = None
+    for sigma_value, n in zip(sigmas, noise, strict=True):
+        sigma = torch.full((len(n),), sigma_value, dtype=torch.float32, device=n.device)
+        x0 = denoise(start(n, sigma) if x0 is None else add_noise(x0, sigma, n), sigma)
+    if x0 is None:
+        raise ValueError("sigmas: expected at least one level")
+    return x0
+
+
+def dpm_solver_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): the teacher's deterministic sampler.
+
+    Args:
+        denoise: the (guided) teacher.
+        x: (B, C, H, W) start at sigmas[0].
+        sigmas: descending levels; the step from the last one goes to 0.
+
+    Returns:
+        x0 (B, C, H, W), fp32.
+    """
+    previous: Tensor | None = None
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    for i, sigma_value in enumerate(sigmas):
+        x0 = denoise(x, torch.full((len(x),), sigma_value, dtype=torch.float32, device=x.device))
+        if i + 1 == len(sigmas):
+            return x0
+        h = float((levels[i] / levels[i + 1]).log())  # in λ = −ln σ
+        if previous is None:
+            slope = x0
+        else:
+            r = float((levels[i - 1] / levels[i]).log()) / h
+            slope = x0 + (x0 - previous) / (2 * r)
+        x = float(levels[i + 1] / levels[i]) * x + (1 - float(levels[i + 1] / levels[i])) * slope
+        previous = x0
+    raise ValueError("sigmas: expected at least one level")
+
+
+def teacher_sigmas(denoiser: Denoiser, steps: int) -> list[float]:
+    """`steps` descending levels between the ends of the denoiser's table, spaced as Karras et al. 2022, eq. 5."""
+    low, high = float(denoiser.sigmas[0]), float(denoiser.sigmas[-1])
+    return list(karras_sigmas(steps, low, high).flip(0).tolist())

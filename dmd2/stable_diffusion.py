@@ -1,0 +1,255 @@
+"""Stable Diffusion as a `Denoiser`: diffusers' UNet (SD 1.5, SDXL), the text encoders, the latent codec.
+
+This is the only file that knows integer timesteps, ᾱ, eps- and v-prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.noise import per_image, sd_sigmas
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What an SD-family UNet is conditioned on, for a batch of B."""
+
+    context: Tensor
+    """(B, L, D) token embeddings for cross-attention"""
+    pooled: Tensor | None = None
+    """(B, P) pooled text embedding (SDXL only)"""
+    time_ids: Tensor | None = None
+    """(B, 6) original height and width, crop top and left, target height and width, in pixels (SDXL only)"""
+
+    def _map(self, function: Any) -> TextCondition:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
+        return TextCondition(**mapped)
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __getitem__(self, index: Any) -> TextCondition:
+        return self._map(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> TextCondition:
+        return self._map(lambda value: value.to(device))
+
+    def detach(self) -> TextCondition:
+        return self._map(lambda value: value.detach())
+
+    def cat(self, *others: TextCondition) -> TextCondition:
+        """The conditions one after another in one batch; shorter contexts are padded with zero rows."""
+        conditions = (self, *others)
+        length = max(c.context.shape[1] for c in conditions)
+
+        def padded(context: Tensor) -> Tensor:
+            return nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))
+
+        return TextCondition(
+            torch.cat([padded(c.context) for c in conditions]),
+            None if self.pooled is None else torch.cat([c.pooled for c in conditions]),  # type: ignore[misc]
+            None if self.time_ids is None else torch.cat([c.time_ids for c in conditions]),  # type: ignore[misc]
+        )
+
+    def unconditional(self) -> TextCondition:
+        """SDXL's "no text": zeros for sequence and pooled embedding, the sizes stay."""
+        return TextCondition(
+            torch.zeros_like(self.context),
+            None if self.pooled is None else torch.zeros_like(self.pooled),
+            self.time_ids,
+        )
+
+    def masked(self, keep: Tensor) -> TextCondition:
+        """Unconditional wherever bool (B,) `keep` is false."""
+        return TextCondition(
+            self.context * per_image(keep, self.context),
+            None if self.pooled is None else self.pooled * per_image(keep, self.pooled),
+            self.time_ids,
+        )
+
+
+class StableDiffusion:
+    """A `UNet2DConditionModel` as x0(x, σ, cond). See `dmd2.denoiser.Denoiser`.
+
+    Args:
+        unet: eps- or v-predicting, in any dtype.
+        prediction_type: what the UNet's output means: the scheduler's `prediction_type`.
+        sigmas: (1000,) ascending; SD's own table by default.
+        autocast: run the network in this dtype under autocast (for fp32 master weights); None runs it in
+            the dtype of its weights.
+        compile: compile the network at its first call (one graph for each new shape).
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        prediction_type: PredictionType = "epsilon",
+        sigmas: Tensor | None = None,
+        *,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', not {prediction_type!r}")
+        self.unet, self.prediction_type, self.autocast = unet, prediction_type, autocast
+        parameter = next(unet.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        table = sd_sigmas() if sigmas is None else sigmas.double()
+        self.sigmas = table.float().to(self.device)
+        self._log_sigmas = table.log()  # float64, on the CPU
+        self._network = _WithBottleneck(unet)
+        if compile:
+            self._network = torch.compile(self._network)  # type: ignore[assignment]
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The (fractional) index in the σ table of each (B,) σ: exactly an integer at the table's own entries."""
+        table = self._log_sigmas
+        log_sigma = sigma.detach().cpu().double().log().clamp(table[0], table[-1])
+        low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, len(table) - 2)
+        fraction = (log_sigma - table[low]) / (table[low + 1] - table[low])
+        index = low + fraction
+        nearest = index.round()
+        # σ arrives in float32: what is within its rounding of a table entry is that entry.
+        return torch.where((index - nearest).abs() < 1e-3, nearest, index).float().to(sigma.device)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+        return self.features(x, sigma, cond)[0]
+
+    def features(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> tuple[Tensor, Tensor]:
+        variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
+        scaled = (x / variance.sqrt()).to(self.dtype)
+        condition = cond if self.autocast else cond._map(lambda value: value.to(self.dtype))
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            output, bottleneck = self._network(
+                scaled, self.timestep(sigma), condition.context, condition.pooled, condition.time_ids
+            )
+        return self._x0(x, per_image(sigma, x), variance, output.float()), bottleneck.float()
+
+    def _x0(self, x: Tensor, sigma: Tensor, variance: Tensor, output: Tensor) -> Tensor:
+        # With ᾱ = 1/(1+σ²) and x_t = √ᾱ·x, DDPM's x0 = (x_t − √(1−ᾱ)·eps)/√ᾱ becomes x − σ·eps, and
+        # x0 = √ᾱ·x_t − √(1−ᾱ)·v (Salimans & Ho 2022, app. D) becomes x/(1+σ²) − σ/√(1+σ²)·v.
+        if self.prediction_type == "epsilon":
+            return x - sigma * output
+        return x / variance - sigma / variance.sqrt() * output
+
+    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """√(1+σ²)·n: the UNet then sees unit noise, whatever the timestep (DMD2's SDXL students)."""
+        return noise * (1 + per_image(sigma, noise) ** 2).sqrt()
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """(B,) weight of the squared x0 error that makes it the plain MSE of the UNet's output."""
+        if self.prediction_type == "epsilon":
+            return sigma**-2
+        return (1 + sigma**2) / sigma**2
+
+
+class _WithBottleneck(nn.Module):
+    """The UNet's output and its mid-block's, in one forward pass (a hook, not a copied forward)."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        self._caught: Tensor | None = None
+        unet.mid_block.register_forward_hook(self._catch)
+
+    def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._caught = output
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor | None, time_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+        output = self.unet(x, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
+        caught, self._caught = self._caught, None
+        assert caught is not None, "the UNet's mid_block was not run"
+        return output, caught
+
+
+class TextEncoder:
+    """Prompts to a `TextCondition`: one CLIP encoder (SD 1.5) or two (SDXL).
+
+    SDXL concatenates the penultimate hidden states of both and takes the second one's projected embedding as
+    `pooled`. Prompts longer than the window (77 tokens in SDXL) are encoded window by window and concatenated
+    along the sequence; `pooled` is then the first window's.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+        if len(tokenizers) != len(encoders) or len(encoders) not in (1, 2):
+            raise ValueError(f"expected one or two tokenizers and as many encoders, not {len(tokenizers)}")
+        self.tokenizers, self.encoders = list(tokenizers), list(encoders)
+
+    def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
+        """Encodes B prompts for pictures of `size` (width, height) in pixels. An empty prompt is "no text"."""
+        device = next(self.encoders[0].parameters()).device
+        ids = [self._windows(tokenizer, prompts) for tokenizer in self.tokenizers]
+        windows = max(t.shape[1] for t in ids)
+        hidden, pooled = [], None
+        for tokens, tokenizer, encoder in zip(ids, self.tokenizers, self.encoders, strict=True):
+            if tokens.shape[1] < windows:
+                empty = self._windows(tokenizer, [""])[:, :1].expand(len(prompts), windows - tokens.shape[1], -1)
+                tokens = torch.cat([tokens, empty], dim=1)
+            out = encoder(tokens.flatten(0, 1).to(device), output_hidden_states=True)
+            # SDXL's two encoders give their penultimate layer; SD 1.5's only one gives its normalised last.
+            states = out.last_hidden_state if len(self.encoders) == 1 else out.hidden_states[-2]
+            hidden.append(states.unflatten(0, tokens.shape[:2]).flatten(1, 2))
+            if len(self.encoders) == 2:
+                pooled = getattr(out, "text_embeds", None)
+                if pooled is not None:
+                    pooled = pooled.unflatten(0, tokens.shape[:2])[:, 0]
+        keep = torch.tensor([bool(p.strip()) for p in prompts], device=device)
+        context = torch.cat(hidden, dim=-1)
+        if len(self.encoders) == 1:
+            return TextCondition(context)
+        width, height = size
+        ids_row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=device)
+        return TextCondition(context, pooled, ids_row.expand(len(prompts), -1)).masked(keep)
+
+    @staticmethod
+    def _windows(tokenizer: Any, prompts: list[str]) -> Tensor:
+        """Token ids, int64 (B, windows, window length), each window with its own begin and end mark."""
+        length = tokenizer.model_max_length
+        body = length - 2
+        rows = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
+        windows = max(1, *(-(-len(row) // body) for row in rows))
+        out = torch.full((len(rows), windows, length), tokenizer.pad_token_id, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            for w in range(windows):
+                part = [tokenizer.bos_token_id, *row[w * body : (w + 1) * body], tokenizer.eos_token_id]
+                out[i, w, : len(part)] = torch.tensor(part)
+        return out
+
+
+class LatentCodec:
+    """A diffusers VAE (`AutoencoderKL`, `AutoencoderTiny`) as a `Codec`: uint8 pictures to latents and back."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        parameter = next(vae.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        config = vae.config
+        channels = config.get("decoder_block_out_channels", config.get("block_out_channels"))
+        self.factor: int = 2 ** (len(channels) - 1)
+        """pixels per latent, along each side"""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → fp32 (B, 4, H/f, W/f), scaled to about unit variance."""
+        x = (images.to(self.device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        encoded = self.vae.encode(x.to(self.dtype))
+        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (z * self.vae.config.scaling_factor).float()
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """fp32 (B, 4, h, w) → uint8 (B, 3, h·f, w·f)."""
+        z = (x / self.vae.config.scaling_factor).to(self.device, self.dtype)
+        images = self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()

@@ -1,0 +1,253 @@
+"""Weights on disk: diffusers' layout plus a manifest, `dmd2.json`. Locate, verify, load, save. safetensors only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import nn
+
+from dmd2.errors import UserError
+from dmd2.fileio import atomic_text, sha256_file
+from dmd2.stable_diffusion import LatentCodec, PredictionType, StableDiffusion, TextEncoder
+
+MANIFEST = "dmd2.json"
+DEFAULT = Path(__file__).resolve().parent.parent / "weights" / "emoji"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class Student(BaseModel):
+    """A distilled UNet: where it lies and the timesteps that it was distilled for."""
+
+    model_config = ConfigDict(extra="forbid")
+    subfolder: str
+    timesteps: list[int]
+
+
+class Teacher(BaseModel):
+    """The undistilled UNet and how it is sampled: DPM-Solver++(2M) on Karras levels, guided."""
+
+    model_config = ConfigDict(extra="forbid")
+    subfolder: str = "unet_teacher"
+    steps: int
+    guidance_scale: float
+
+
+class Manifest(BaseModel):
+    """`dmd2.json`: what a folder of weights is and what its files must be."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    family: str = "sdxl"
+    native_size: tuple[int, int]
+    """width and height in pixels"""
+    licence: str
+    students: dict[int, Student] = {}
+    """by number of steps"""
+    teacher: Teacher | None = None
+    files: dict[str, str] = {}
+    """path relative to the folder → sha256"""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of weights.
+
+    Raises:
+        UserError: there is no such folder, or its `dmd2.json` is missing or wrong.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"--weights {folder}: no such folder")
+    if not path.is_file():
+        raise UserError(f"{path}: missing; expected a folder of weights with a {MANIFEST}")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise UserError(f"{path}: {where}: {first['msg']}") from None
+
+
+def verify(folder: Path, manifest: Manifest, subfolders: set[str] | None = None) -> None:
+    """Checks the sha256 of every listed file (or those in the `subfolders` that are about to be loaded).
+
+    Raises:
+        UserError: naming the first file that is missing or differs, with both checksums.
+    """
+    for name, expected in manifest.files.items():
+        if subfolders is not None and name.split("/")[0] not in subfolders:
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; {MANIFEST} lists it with sha256 {expected}")
+        found = sha256_file(path)
+        if found != expected:
+            raise UserError(
+                f"{path}: sha256 is {found}, but {MANIFEST} says {expected}: the file is damaged or was changed"
+            )
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A loaded family of text-to-image networks that share text encoders and codec."""
+
+    manifest: Manifest
+    encode_text: TextEncoder
+    codec: LatentCodec
+    denoisers: dict[str, StableDiffusion]
+    """by subfolder"""
+
+
+def load_text_to_image(
+    folder: Path, subfolders: list[str], device: torch.device, dtype: torch.dtype, *, check: bool = True
+) -> TextToImage:
+    """Text encoders, VAE and the UNets in `subfolders`, in `dtype` on `device`, frozen.
+
+    Raises:
+        UserError: a file is missing, damaged or not what the manifest says.
+    """
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    manifest = read_manifest(folder)
+    for subfolder in subfolders:
+        if not (folder / subfolder).is_dir():
+            raise UserError(f"{folder / subfolder}: missing; these weights are incomplete")
+    if check:
+        shared = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+        verify(folder, manifest, shared | set(subfolders))
+
+    def ready(module: Any) -> Any:
+        module.requires_grad_(False).eval()
+        return module.to(device, memory_format=torch.channels_last)
+
+    prediction_type = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    encoders = [
+        ready(kind.from_pretrained(folder / name, dtype=dtype, local_files_only=True))
+        for name, kind in classes.items()
+    ]
+    tokenizers = [
+        CLIPTokenizer.from_pretrained(folder / n, local_files_only=True) for n in ("tokenizer", "tokenizer_2")
+    ]
+    unets = {
+        name: ready(UNet2DConditionModel.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True))
+        for name in subfolders
+    }
+    return TextToImage(
+        manifest,
+        TextEncoder(tokenizers, encoders),
+        LatentCodec(load_vae(folder / "vae", device, dtype)),
+        {name: StableDiffusion(unet, prediction_type) for name, unet in unets.items()},
+    )
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A diffusers VAE, frozen. Raises UserError if there is none."""
+    import diffusers
+
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{config}: missing; expected a diffusers VAE there")
+    kind = getattr(diffusers, json.loads(config.read_text())["_class_name"])
+    vae = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def save_text_to_image(
+    folder: Path,
+    init: Path,
+    *,
+    unet_subfolder: str,
+    unet: nn.Module,
+    prediction_type: PredictionType,
+    recipe: Mapping[str, Any],
+    text: tuple[Any, nn.Module, nn.Module] | None = None,
+    student: tuple[int, Student] | None = None,
+    teacher: Teacher | None = None,
+    native_size: tuple[int, int] = (64, 64),
+) -> None:
+    """Writes `folder`: everything of `init`, with one UNet (and perhaps the text encoders) new, in fp16.
+
+    The folder appears whole or not at all. `recipe` goes into the safetensors metadata.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary) / folder.name
+        shutil.copytree(init, new, ignore=shutil.ignore_patterns(MANIFEST, unet_subfolder))
+        _save_module(unet, new / unet_subfolder, UNET_FILE, recipe)
+        if text is not None:
+            tokenizer, *encoders = text
+            for suffix, encoder in zip(("", "_2"), encoders, strict=True):
+                tokenizer.save_pretrained(new / f"tokenizer{suffix}")
+                _save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
+        _save_pipeline_configs(new, prediction_type)
+        old = read_manifest(init) if (init / MANIFEST).exists() else None
+        manifest = Manifest(
+            name=old.name if old else "dmd2-emoji",
+            native_size=native_size,
+            licence=old.licence if old else "Apache-2.0; the emoji it learned are Noto Color Emoji, SIL OFL 1.1",
+            students=(old.students if old else {}) | (dict([student]) if student else {}),
+            teacher=teacher or (old.teacher if old else None),
+        )
+        write_manifest(new, manifest)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        new.rename(folder)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `dmd2.json` with the sha256 of every file that is in `folder` now, but for the model card."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, "README.md"))
+    sums = {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}
+    atomic_text(folder / MANIFEST, manifest.model_copy(update={"files": sums}).model_dump_json(indent=2) + "\n")
+
+
+def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, Any]) -> None:
+    """diffusers' and transformers' layout: config.json beside fp16 safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(module, "save_config"):
+        module.save_config(folder)
+    else:
+        module.config.save_pretrained(folder)
+    tensors = {
+        name: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
+        for name, value in module.state_dict().items()
+    }
+    save_file(tensors, folder / filename, metadata={"format": "pt", "recipe": json.dumps(recipe)})
+
+
+def _save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None:
+    """What diffusers' `StableDiffusionXLPipeline.from_pretrained` reads: the index and the scheduler."""
+    import diffusers
+
+    scheduler = diffusers.LCMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", "LCMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae_class],
+    }
+    atomic_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
