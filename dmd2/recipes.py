@@ -1,0 +1,191 @@
+"""Every named training recipe. Whatever changes the numbers is here; where a run lives is on the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from dmd2.errors import UserError
+from dmd2.stable_diffusion import PredictionType
+from dmd2.training.loop import LoopSettings
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """The embedded model's autoencoder. See `dmd2/training/autoencoder.py`."""
+
+    loop: LoopSettings
+    lr: float
+    channels: int
+    encoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    latent_noise: float
+    """standard deviation of the noise on the latents while training"""
+    precision: Precision = "bf16"
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """The judge that scores the embedded model. See `dmd2/training/classifier.py`."""
+
+    loop: LoopSettings
+    lr: float
+    weight_decay: float
+    widths: tuple[int, int, int, int]
+    """channels at 1/2, 1/4, 1/8 and 1/16 of the picture's side"""
+    features: int
+    contrast: float
+    brightness: float
+    noise: float
+    """contrast: largest relative change; the other two: in units of pictures in [−1, 1], at most"""
+    blur_pixels: float
+    """largest standard deviation of the blur"""
+    precision: Precision = "bf16"
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """A text-to-image teacher from scratch. See `dmd2/training/teacher.py`."""
+
+    loop: LoopSettings
+    lr: float
+    weight_decay: float
+    guidance_scale: float
+    """of the samples it shows, and what the manifest recommends"""
+    sample_steps: int
+    prediction_type: PredictionType
+    precision: Precision = "bf16"
+    compile: bool = True
+    """whether torch.compile makes the network faster; needs a C++ compiler on a CPU"""
+
+
+@dataclass(frozen=True)
+class Dmd2Recipe:
+    """A few-step student by DMD2. See `dmd2/training/dmd2.py`."""
+
+    loop: LoopSettings
+    lr: float
+    lr_critic: float
+    timesteps: tuple[int, ...]
+    """descending; as many as the student has steps"""
+    guidance_scale: float
+    """the teacher's"""
+    generator_every: int
+    """k of the two time scales"""
+    gan_generator: float
+    gan_critic: float
+    """weights of the GAN losses; 0 and 0 is no GAN"""
+    student_init: str | None = None
+    """subfolder of the weights that the student starts from; None: the teacher's"""
+    precision: Precision = "bf16"
+    compile: bool = True
+
+
+Recipe = AutoencoderRecipe | ClassifierRecipe | TeacherRecipe | Dmd2Recipe
+
+RECIPES: dict[str, Recipe] = {
+    "emoji-vae": AutoencoderRecipe(
+        loop=LoopSettings(
+            iterations=4000,
+            batch_size=32,
+            warmup=100,
+            ema_decay=0.995,
+            sample_every=500,
+            checkpoint_every=500,
+        ),
+        lr=2e-3,
+        channels=48,
+        encoder_blocks=(0, 1, 4),
+        decoder_blocks=(5, 2, 0),
+        latent_noise=0.05,
+    ),
+    "emoji-classifier": ClassifierRecipe(
+        loop=LoopSettings(
+            iterations=4000, batch_size=64, warmup=300, clip_norm=5.0, ema_decay=0.99, sample_every=500
+        ),
+        lr=3e-3,
+        weight_decay=0.05,
+        widths=(32, 64, 128, 256),
+        features=128,
+        contrast=0.1,
+        brightness=0.08,
+        noise=0.12,
+        blur_pixels=1.2,
+    ),
+    # v-prediction, unlike SDXL's eps: at t = 999 an eps error is multiplied by σ = 14.6 on its way to x0, which
+    # a small network in bf16 feels; the UNet, the schedule and all code paths are the same.
+    "emoji-teacher": TeacherRecipe(
+        loop=LoopSettings(
+            iterations=6000,
+            batch_size=64,
+            warmup=200,
+            ema_decay=0.999,
+            sample_every=1000,
+            checkpoint_every=250,
+        ),
+        lr=1e-3,
+        weight_decay=0.01,
+        guidance_scale=3.0,
+        sample_steps=25,
+        prediction_type="v_prediction",
+    ),
+    "emoji-dmd2-4step": Dmd2Recipe(
+        loop=LoopSettings(
+            iterations=2500, batch_size=32, warmup=50, ema_decay=0.995, sample_every=250, checkpoint_every=250
+        ),
+        lr=5e-5,
+        lr_critic=1e-4,
+        timesteps=(999, 749, 499, 249),
+        guidance_scale=3.0,
+        generator_every=5,
+        gan_generator=5e-3,
+        gan_critic=1e-2,
+    ),
+}
+
+
+def resolve(name: str, overrides: list[str]) -> Recipe:
+    """The recipe `name` with `key=value` overrides applied; loop settings may be named with or without "loop.".
+
+    Raises:
+        UserError: no such recipe or key, or a value of the wrong type.
+    """
+    if name not in RECIPES:
+        raise UserError(f"recipe {name!r}: unknown; expected one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: expected key=value")
+        field = key.removeprefix("loop.")
+        part = recipe.loop if field in _types(recipe.loop) else recipe
+        types = _types(part)
+        if field not in types or field == "loop":
+            valid = sorted((_types(recipe) | _types(recipe.loop)).keys() - {"loop"})
+            raise UserError(f"--set {key}: {name} has no such key; expected one of {', '.join(valid)}")
+        try:
+            value = TypeAdapter(types[field]).validate_python(_literal(text))
+        except ValidationError as error:
+            raise UserError(f"--set {override}: {error.errors()[0]['msg']}") from None
+        if part is recipe.loop:
+            recipe = replace(recipe, loop=replace(recipe.loop, **{field: value}))
+        else:
+            recipe = replace(recipe, **{field: value})
+    return recipe
+
+
+def _types(part: Any) -> dict[str, Any]:
+    return get_type_hints(type(part))
+
+
+def _literal(text: str) -> Any:
+    """JSON where it parses (numbers, true, null, [999, 749]), else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,103 @@
+"""The embedded emoji model's untrained parts: SDXL's architecture, its tokenizer and text encoders, all small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WINDOW = 32  # tokens; the longest caption of the data has about half of that
+TEXT_WIDTH = 128
+TIME_ID_WIDTH = 32
+
+
+def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte pairs are merged until each of `words` is one token; others fall into pieces."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=49408,  # CLIP's own: never reached
+        min_frequency=1,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+    )
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.train_from_iterator(sorted(set(words)), trainer)
+    learned = json_of(bpe)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=WINDOW)
+
+
+def json_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The learned model of a `tokenizers` BPE tokenizer: {"vocab": …, "merges": …}."""
+    import json
+
+    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
+    return model
+
+
+def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Two small CLIP text encoders, the second with a projection, as in SDXL."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=WINDOW,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",  # see trainable_attention
+    )
+    return CLIPTextModel(config), CLIPTextModelWithProjection(config)
+
+
+def build_unet(channels: tuple[int, ...] = (96, 128, 128)) -> UNet2DConditionModel:
+    """SDXL's UNet with small numbers: no attention at the top level, text_time embedding, linear projections."""
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * TEXT_WIDTH,
+        transformer_layers_per_block=1,
+        attention_head_dim=tuple(c // 32 for c in channels),  # diffusers' name for the number of heads
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * TIME_ID_WIDTH,
+    )
+    trainable_attention(unet)
+    return unet
+
+
+def trainable_attention(unet: Any) -> None:
+    """Plain matrix products for attention: with 16 to 64 tokens the fused kernel's backward is slow on a CPU."""
+    unet.set_attn_processor(AttnProcessor())
+
+
+def build_models(words: Iterable[str], seed: int) -> tuple[CLIPTokenizer, nn.ModuleDict]:
+    """Tokenizer and {"unet", "text_encoder", "text_encoder_2"}, initialised from `seed`."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(words)
+    first, second = build_text_encoders(tokenizer)
+    # SDXL's UNet is trained on embeddings of about unit size; CLIP's initial token embeddings are 50 times smaller.
+    return tokenizer, nn.ModuleDict({"unet": build_unet(), "text_encoder": first, "text_encoder_2": second})

@@ -1,0 +1,56 @@
+"""The losses: pure functions, one equation each. DMD: Yin et al. 2311.18828; DMD2: Yin et al. 2405.14867."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmd2.denoiser import Cond, Denoiser
+from dmd2.noise import add_noise, per_image
+
+
+def denoising(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    """Weighted denoising loss (DMD eq. 6), for teachers and for the fake score.
+
+    Args:
+        denoiser: the network in training.
+        x0: (B, C, H, W) clean samples.
+        sigma: (B,) noise levels.
+        noise: (B, C, H, W) unit noise.
+
+    Returns:
+        The mean loss, and the bottleneck activations (B, C', h, w) of the same pass.
+    """
+    prediction, bottleneck = denoiser.features(add_noise(x0, sigma, noise), sigma, cond)
+    weight = per_image(denoiser.loss_weight(sigma), x0)
+    return (weight * (prediction - x0) ** 2).mean(), bottleneck
+
+
+def distribution_matching_gradient(x: Tensor, mu_real: Tensor, mu_fake: Tensor) -> Tensor:
+    """The gradient of the KL divergence with respect to x (DMD eqs. 7 and 8), normalised per image.
+
+    (μ_fake − μ_real) / mean|x − μ_real|: before normalisation it is σ²·∇ log(p_fake,σ / p_real,σ) at the
+    noisy sample. NaNs (0/0 where the teacher reproduces x exactly) become zero.
+
+    Args:
+        x: (B, C, H, W) generated samples.
+        mu_real, mu_fake: x0 predictions of teacher and fake score from the same noisy version of x.
+    """
+    scale = (x - mu_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+    return torch.nan_to_num((mu_fake - mu_real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def distribution_matching(x: Tensor, gradient: Tensor) -> Tensor:
+    """½·‖x − sg(x − gradient)‖², mean over the batch: its gradient at x is `gradient` / numel(x) (DMD, alg. 1)."""
+    return 0.5 * F.mse_loss(x, (x - gradient).detach())
+
+
+def gan_generator(logits_fake: Tensor) -> Tensor:
+    """Non-saturating generator loss (DMD2 eq. 4): softplus(−D(fake)), mean over (B, …) logits."""
+    return F.softplus(-logits_fake).mean()
+
+
+def gan_critic(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """The classifier's loss (DMD2 eq. 4): softplus(D(fake)) + softplus(−D(real)), means over the logits."""
+    return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()

@@ -1,0 +1,45 @@
+"""What a text-to-image run shows while it trains: a grid of fixed captions and seeds, and a quick score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dmd2.evaluation import EmojiJudge, quick_score
+from dmd2.training.data import EmojiScenes
+
+Draw = Callable[[list[str], list[int]], Tensor]
+"""(B captions, B seeds) → uint8 (B, 3, H, W)"""
+
+
+class Preview:
+    """Pictures of 32 captions that name emoji and background, always the same ones.
+
+    Without a judge there is a grid but no score.
+    """
+
+    def __init__(self, scenes: EmojiScenes, judge: EmojiJudge | None, columns: int = 8, rows: int = 4) -> None:
+        self.scenes, self.judge, self.columns = scenes, judge, columns
+        pairs = scenes.pairs("all")
+        chosen = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(3))[: columns * rows]]
+        self.captions = scenes.captioned(chosen[:, 0], chosen[:, 1], seed=0, plain=True).captions
+
+    def grid(self, draw: Draw) -> Tensor:
+        """uint8 (3, rows·H, columns·W)"""
+        images = draw(self.captions, list(range(len(self.captions))))
+        return tile(images, self.columns)
+
+    def score(self, draw: Draw) -> dict[str, float]:
+        return {} if self.judge is None else quick_score(draw, self.scenes, self.judge)
+
+
+def tile(images: Tensor, columns: int) -> Tensor:
+    """uint8 (N, 3, H, W) → one picture (3, ceil(N / columns)·H, columns·W); missing places stay white."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    canvas = images.new_full((rows * columns, channels, height, width), 255)
+    canvas[:n] = images
+    grid = canvas.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    return grid.reshape(channels, rows * height, columns * width)

@@ -1,0 +1,87 @@
+"""Training a text-to-image teacher from scratch: one phase, denoising."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.evaluation import EmojiJudge
+from dmd2.noise import draw_sigma, seeded_noise
+from dmd2.recipes import TeacherRecipe
+from dmd2.sampling import conditioned, dpm_solver_2m, teacher_sigmas
+from dmd2.stable_diffusion import LatentCodec, StableDiffusion, TextEncoder
+from dmd2.training.data import EmojiScenes, vocabulary
+from dmd2.training.embedded import build_models
+from dmd2.training.loop import Batch, Logs, Method, Phase
+from dmd2.training.losses import denoising
+from dmd2.training.preview import Preview
+from dmd2.weights import Teacher, load_vae, save_text_to_image
+
+
+def train_teacher(
+    recipe: TeacherRecipe, scenes: EmojiScenes, init: Path, judge: EmojiJudge | None, device: torch.device
+) -> Method:
+    """The embedded model's teacher: UNet and both text encoders together, on latents of `init`/vae.
+
+    Empty captions become SDXL's all-zero condition, which is what guidance later takes as unconditional.
+    """
+    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+    codec = LatentCodec(load_vae(init / "vae", device, torch.bfloat16 if autocast else torch.float32))
+    tokenizer, models = build_models(vocabulary(scenes), recipe.loop.seed)
+    models.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(
+        models.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+    )
+    size = (scenes.size, scenes.size)
+
+    def parts(modules: Any, compile: bool) -> tuple[StableDiffusion, TextEncoder]:
+        unet = StableDiffusion(modules["unet"], recipe.prediction_type, autocast=autocast, compile=compile)
+        return unet, TextEncoder([tokenizer, tokenizer], [modules["text_encoder"], modules["text_encoder_2"]])
+
+    denoiser, encode_text = parts(models, recipe.compile)
+    preview = Preview(scenes, judge)
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        x0 = codec.encode(batch.data.images)
+        sigma = draw_sigma(denoiser.sigmas, len(x0), batch.generator)
+        noise = torch.randn(x0.shape, generator=batch.generator).to(device)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            cond = encode_text(batch.data.captions, size)
+        return denoising(denoiser, x0, sigma, noise, cond)[0], {}
+
+    @torch.no_grad()
+    def draw(modules: nn.Module | None, captions: list[str], seeds: list[int]) -> Tensor:
+        net, encode = parts(modules or models, False)
+        cond = encode(captions, size)
+        denoise = conditioned(net, cond, cond.unconditional(), recipe.guidance_scale)
+        sigmas = teacher_sigmas(net, recipe.sample_steps)
+        noise = seeded_noise(seeds, (4, size[0] // codec.factor, size[1] // codec.factor), device)
+        x = net.start(noise, torch.full((len(noise),), sigmas[0], device=device))
+        return codec.decode(dpm_solver_2m(denoise, x, sigmas))
+
+    def export(averaged: nn.Module | None, out: Path) -> None:
+        modules: Any = averaged or models
+        save_text_to_image(
+            out / "model",
+            init,
+            unet_subfolder="unet_teacher",
+            unet=modules["unet"],
+            text=(tokenizer, modules["text_encoder"], modules["text_encoder_2"]),
+            prediction_type=recipe.prediction_type,
+            recipe=asdict(recipe),
+            teacher=Teacher(steps=recipe.sample_steps, guidance_scale=recipe.guidance_scale),
+            native_size=size,
+        )
+
+    return Method(
+        phases=[Phase("denoising", 1, models, optimizer, loss)],
+        data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step),
+        averaged=models,
+        sample=lambda averaged: preview.grid(lambda captions, seeds: draw(averaged, captions, seeds)),
+        score=lambda averaged: preview.score(lambda captions, seeds: draw(averaged, captions, seeds)),
+        export=export,
+    )
