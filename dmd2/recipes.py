@@ -59,6 +59,12 @@ class TeacherRecipe:
     """of the samples it shows, and what the manifest recommends"""
     sample_steps: int
     prediction_type: PredictionType
+    warm_start: bool = False
+    """whether to start from the teacher in --init instead of from scratch"""
+    still_until: int = 0
+    """the step until which scenes have no freedom: what things look like is learned before where they may lie"""
+    free_from: int = 0
+    """the step from which they have all of it"""
     precision: Precision = "bf16"
     compile: bool = True
     """whether torch.compile makes the network faster; needs a C++ compiler on a CPU"""
@@ -121,9 +127,9 @@ RECIPES: dict[str, Recipe] = {
     # a small network in bf16 feels; the UNet, the schedule and all code paths are the same.
     "emoji-teacher": TeacherRecipe(
         loop=LoopSettings(
-            iterations=6000,
+            iterations=4000,
             batch_size=64,
-            warmup=200,
+            warmup=100,
             ema_decay=0.999,
             sample_every=1000,
             checkpoint_every=250,
@@ -133,6 +139,8 @@ RECIPES: dict[str, Recipe] = {
         guidance_scale=3.0,
         sample_steps=25,
         prediction_type="v_prediction",
+        still_until=1500,
+        free_from=2500,
     ),
     "emoji-dmd2-4step": Dmd2Recipe(
         loop=LoopSettings(

@@ -77,7 +77,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
 
     return Method(
         phases=[Phase("autoencoder", 1, model, optimizer, loss)],
-        data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step),
+        data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, split="every"),
         averaged=model,
         sample=sample,
         score=score,

@@ -14,12 +14,13 @@ from dmd2.noise import draw_sigma, seeded_noise
 from dmd2.recipes import TeacherRecipe
 from dmd2.sampling import conditioned, dpm_solver_2m, teacher_sigmas
 from dmd2.stable_diffusion import LatentCodec, StableDiffusion, TextEncoder
-from dmd2.training.data import EmojiScenes, vocabulary
+from dmd2.training.data import EmojiScenes, Scenes, vocabulary
 from dmd2.training.embedded import build_models
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.losses import denoising
+from dmd2.training.muon import Muon
 from dmd2.training.preview import Preview
-from dmd2.weights import Teacher, load_vae, save_text_to_image
+from dmd2.weights import Teacher, load_text_to_image, load_vae, save_text_to_image
 
 
 def train_teacher(
@@ -32,10 +33,13 @@ def train_teacher(
     autocast = torch.bfloat16 if recipe.precision == "bf16" else None
     codec = LatentCodec(load_vae(init / "vae", device, torch.bfloat16 if autocast else torch.float32))
     tokenizer, models = build_models(vocabulary(scenes), recipe.loop.seed)
+    if recipe.warm_start:
+        loaded = load_text_to_image(init, ["unet_teacher"], device, torch.float32)
+        models["unet"].load_state_dict(loaded.denoisers["unet_teacher"].unet.state_dict())
+        for name, encoder in zip(("text_encoder", "text_encoder_2"), loaded.encode_text.encoders, strict=True):
+            models[name].load_state_dict(encoder.state_dict())
     models.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        models.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
-    )
+    optimizer = Muon(models, recipe.lr, recipe.weight_decay)
     size = (scenes.size, scenes.size)
 
     def parts(modules: Any, compile: bool) -> tuple[StableDiffusion, TextEncoder]:
@@ -52,6 +56,12 @@ def train_teacher(
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             cond = encode_text(batch.data.captions, size)
         return denoising(denoiser, x0, sigma, noise, cond)[0], {}
+
+    def data(step: int) -> Scenes:
+        freedom = (step - recipe.still_until) / max(1, recipe.free_from - recipe.still_until)
+        return scenes.batch(
+            recipe.loop.batch_size, seed=recipe.loop.seed, step=step, freedom=min(1.0, max(0.0, freedom))
+        )
 
     @torch.no_grad()
     def draw(modules: nn.Module | None, captions: list[str], seeds: list[int]) -> Tensor:
@@ -79,7 +89,7 @@ def train_teacher(
 
     return Method(
         phases=[Phase("denoising", 1, models, optimizer, loss)],
-        data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step),
+        data=data,
         averaged=models,
         sample=lambda averaged: preview.grid(lambda captions, seeds: draw(averaged, captions, seeds)),
         score=lambda averaged: preview.score(lambda captions, seeds: draw(averaged, captions, seeds)),

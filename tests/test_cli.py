@@ -1,0 +1,284 @@
+"""The command line: pictures with their facts; and for bad input one line, status 2 and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dmd2.cli
+from dmd2.fileio import sha256_file
+from dmd2.weights import UNET_FILE, read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, so that whatever is written by default shows."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """`dmd2 …` in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["dmd2", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        dmd2.cli.main()
+    return int(end.value.code or 0)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a refused call leaves on stderr."""
+    assert run(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dmd2: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert list(Path.cwd().iterdir()) == []
+    return err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([""], "PROMPT: empty"),
+        (["an owl", "  "], "PROMPT: empty"),
+        (["an owl", "--steps", "2"], "--steps 2: these weights have 1, 4, teacher"),
+        (["an owl", "--size", "65x64"], "--size 65x64: width and height must be positive multiples of 16"),
+        (["an owl", "--size", "0x0"], "--size 0x0: "),
+        (["an owl", "--size", "foo"], "--size foo: expected WIDTHxHEIGHT"),
+        (["an owl", "--size", "64x-64"], "--size 64x-64: expected WIDTHxHEIGHT"),
+        (["an owl", "--num-outputs", "0"], "--num-outputs 0: expected 1 to 1000"),
+        (["an owl", "--seed", "-1"], "--seed -1: expected 0"),
+        (["an owl", "--seed", str(2**63)], "--seed 9223372036854775808: expected 0"),
+        (["an owl", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
+    ],
+)
+def test_generate_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    arguments: list[str],
+    named: str,
+) -> None:
+    assert named in refused(monkeypatch, capsys, "generate", *arguments, "--weights", weights)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_generate_refuses_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--device", "cuda")
+    assert "--device cuda: this machine has none" in line
+
+
+def test_generate_names_what_is_wrong_with_the_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "nowhere"
+    assert f"--weights {missing}: no such folder" in refused(
+        monkeypatch, capsys, "generate", "an owl", "--weights", missing
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "dmd2.json: missing" in refused(monkeypatch, capsys, "generate", "an owl", "--weights", empty)
+
+    copy = Path(shutil.copytree(weights, tmp_path / "copy"))
+    file = copy / "unet" / UNET_FILE
+    os.truncate(file, file.stat().st_size - 1000)
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", copy)
+    assert f"{file}: sha256 is {sha256_file(file)}" in line
+    assert read_manifest(weights).files[f"unet/{UNET_FILE}"] in line
+    file.unlink()
+    assert f"{file}: missing" in refused(monkeypatch, capsys, "generate", "an owl", "--weights", copy)
+
+
+def test_generate_refuses_an_out_that_is_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--out", file)
+    assert f"--out {file}: is a file" in line
+    refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--out", file / "below")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["emoji-dmd3"], "recipe 'emoji-dmd3': unknown; expected one of emoji-vae"),
+        (["emoji-dmd2-4step", "--set", "colour=red"], "--set colour: emoji-dmd2-4step has no such key; expected"),
+        (["emoji-dmd2-4step", "--set", "loop=1"], "--set loop: "),
+        (["emoji-dmd2-4step", "--set", "lr"], "--set lr: expected key=value"),
+        (["emoji-dmd2-4step", "--set", "lr=fast"], "--set lr=fast: "),
+        (["emoji-dmd2-4step", "--set", "iterations=1.5"], "--set iterations=1.5: "),
+        (["emoji-dmd2-4step", "--set", "loop.seed=null"], "--set loop.seed=null: "),
+        (["emoji-dmd2-4step", "--set", "timesteps=[999,x]"], "--set timesteps=[999,x]: "),
+        (["emoji-dmd2-4step", "--set", "precision=fp8"], "--set precision=fp8: "),
+        (["emoji-dmd2-4step", "--device", "tpu"], "--device tpu: "),
+        (["emoji-dmd2-4step", "--data", "nowhere.zip"], "nowhere.zip: "),
+        (["emoji-dmd2-4step", "--init", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_train_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    emoji_zip: Path,
+    arguments: list[str],
+    named: str,
+) -> None:
+    given = [] if "--data" in arguments else ["--data", emoji_zip]
+    given += [] if "--init" in arguments else ["--init", weights]
+    assert named in refused(monkeypatch, capsys, "train", *arguments, *given)
+
+
+def test_train_refuses_a_zip_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    emoji_zip: Path,
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "broken.zip"
+    broken.write_bytes(emoji_zip.read_bytes()[:-200])
+    line = refused(monkeypatch, capsys, "train", "emoji-dmd2-4step", "--data", broken, "--init", weights)
+    assert str(broken) in line and "build-emoji" in line
+
+
+def test_train_refuses_a_judge_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    emoji_zip: Path,
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "judge.safetensors"
+    broken.write_bytes(b"nothing")
+    arguments = ("--data", emoji_zip, "--init", weights, "--judge", broken)
+    assert str(broken) in refused(monkeypatch, capsys, "train", "emoji-dmd2-4step", *arguments)
+
+
+# Pictures
+
+
+def test_pictures_say_how_they_were_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "pictures"
+    prompt = "an öwl – “quoted”"
+    arguments = ("--weights", weights, "--seed", "7", "--num-outputs", "2", "--steps", "1", "--out", out, "--json")
+    assert run(monkeypatch, "generate", prompt, *arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    sha256 = read_manifest(weights).files[f"unet_1step/{UNET_FILE}"]
+    assert len(lines) == 2
+    assert {Path(line["path"]) for line in lines} == set(out.iterdir())  # and no temporary files
+    for i, line in enumerate(lines):
+        facts = {"prompt": prompt, "seed": 7 + i, "steps": "1", "weights_sha256": sha256}
+        assert line.keys() == {"path", "seconds", *facts}
+        assert facts.items() <= line.items()
+        assert line["seconds"].keys() == {"text", "denoise", "decode", "load"}
+        assert all(seconds >= 0 for seconds in line["seconds"].values())
+        with Image.open(line["path"]) as picture:
+            assert picture.format == "PNG" and picture.mode == "RGB" and picture.size == (64, 64)
+            assert picture.info == {name: str(value) for name, value in facts.items()}
+
+
+def test_one_line_for_each_picture_and_the_asked_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    assert (
+        run(monkeypatch, "generate", "an owl", "a book", "--weights", weights, "--size", "96x32", "--seed", "3") == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        path, facts = line.split("  ", 1)
+        assert facts.startswith("seed 3  ") and " ms" in facts
+        with Image.open(path) as picture:
+            assert picture.size == (96, 32) and picture.info["steps"] == "4"
+    assert {path.parent.name for path in Path.cwd().rglob("*.png")} == {"outputs"}
+
+
+def test_image_i_uses_seed_plus_i_and_is_the_same_in_any_call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    def pixels(folder: str, *arguments: str) -> dict[tuple[str, int], np.ndarray]:
+        assert (
+            run(monkeypatch, "generate", *arguments, "--weights", weights, "--out", tmp_path / folder, "--json") == 0
+        )
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return {(line["prompt"], line["seed"]): np.asarray(Image.open(line["path"])) for line in lines}
+
+    many = pixels("many", "an owl", "a red apple", "--num-outputs", "3", "--seed", "100")
+    assert set(many) == {(prompt, seed) for prompt in ("an owl", "a red apple") for seed in (100, 101, 102)}
+    for (prompt, seed), picture in many.items():
+        alone = pixels("alone", prompt, "--seed", str(seed))
+        assert np.array_equal(alone[prompt, seed], picture)
+    assert not np.array_equal(many["an owl", 100], many["an owl", 101])
+
+
+def test_prompts_that_look_alike_do_not_overwrite_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    start = "a red apple on a blue background beside a book and a green heart and "
+    prompts = [start + "an owl", start + "a book", "an owl", "an owl!"]
+    assert run(monkeypatch, "generate", *prompts, "--weights", weights, "--seed", "0", "--steps", "1", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({line["path"] for line in lines}) == 4
+    for line in lines:
+        with Image.open(line["path"]) as picture:
+            assert picture.info["prompt"] == line["prompt"]
+
+
+def test_a_random_seed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    seeds = []
+    for _ in range(2):
+        assert run(monkeypatch, "generate", "an owl", "--weights", weights, "--steps", "1", "--json") == 0
+        seeds.append(json.loads(capsys.readouterr().out)["seed"])
+    assert seeds[0] != seeds[1] and all(0 <= seed < 2**32 for seed in seeds)
+    assert len(list((Path.cwd() / "outputs").iterdir())) == 2
+
+
+# As a process of its own
+
+
+def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(
+        [sys.executable, "-m", "dmd2.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+
+
+def test_a_process_prints_one_json_object_and_nothing_else(weights: Path) -> None:
+    done = process("generate", "an owl", "--weights", weights, "--steps", "1", "--seed", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout)["path"]).is_file() and done.stdout.count("\n") == 1
+
+
+def test_a_process_refuses_damaged_weights_in_one_line(weights: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(weights, tmp_path / "copy"))
+    (copy / "vae" / UNET_FILE).write_bytes(b"half")
+    done = process("generate", "an owl", "--weights", copy)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dmd2: ") and done.stderr.count("\n") == 1 and "sha256" in done.stderr
+    assert list(Path.cwd().iterdir()) == []

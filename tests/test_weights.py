@@ -1,0 +1,288 @@
+"""Weights on disk: whole, checked, readable by diffusers itself, and never half replaced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers.schedulers.scheduling_lcm as scheduling_lcm
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import dmd2.weights
+from dmd2.engine import Engine
+from dmd2.errors import UserError
+from dmd2.fileio import sha256_file
+from dmd2.noise import seeded_noise
+from dmd2.training.embedded import build_unet
+from dmd2.weights import (
+    MANIFEST,
+    UNET_FILE,
+    Student,
+    load_text_to_image,
+    load_vae,
+    read_manifest,
+    save_text_to_image,
+    verify,
+    write_manifest,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(weights: Path, tmp_path: Path) -> Path:
+    """Weights that a test may damage."""
+    return Path(shutil.copytree(weights, tmp_path / "copy"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
+
+
+# What a saved folder is
+
+
+def test_saved_folder_holds_teacher_students_and_checksums(weights: Path) -> None:
+    manifest = read_manifest(weights)
+    assert manifest.family == "sdxl" and manifest.native_size == (64, 64)
+    assert manifest.students == {
+        4: Student(subfolder="unet", timesteps=[999, 749, 499, 249]),
+        1: Student(subfolder="unet_1step", timesteps=[399]),
+    }
+    assert manifest.teacher is not None and manifest.teacher.subfolder == "unet_teacher"
+    assert (manifest.teacher.steps, manifest.teacher.guidance_scale) == (3, 3.0)
+    found = contents(weights)
+    del found[MANIFEST]
+    assert manifest.files == found
+    for unet in ("unet", "unet_1step", "unet_teacher"):
+        assert f"{unet}/{UNET_FILE}" in manifest.files
+    verify(weights, manifest)  # raises if not
+    assert not [p for p in weights.parent.iterdir() if p.name.startswith(".")]  # nothing is left behind
+
+
+def test_saved_networks_are_the_ones_given_in_half_precision_with_their_recipe(weights: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    unet = build_unet((32, 32, 128))
+    recipe = {"name": "mine", "lr": 1e-4, "loop": {"seed": 3}}
+    save_text_to_image(
+        tmp_path / "new",
+        weights,
+        unet_subfolder="unet_1step",
+        unet=unet,
+        prediction_type="epsilon",
+        recipe=recipe,
+        student=(1, Student(subfolder="unet_1step", timesteps=[299])),
+    )
+    file = tmp_path / "new" / "unet_1step" / UNET_FILE
+    saved = load_file(file)
+    assert saved.keys() == unet.state_dict().keys()
+    for name, value in unet.state_dict().items():
+        assert saved[name].dtype == torch.float16 and torch.equal(saved[name], value.half())
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["recipe"]) == recipe
+
+    # The rest is as it was.
+    before, after = read_manifest(weights), read_manifest(tmp_path / "new")
+    assert after.students == before.students | {1: Student(subfolder="unet_1step", timesteps=[299])}
+    assert after.teacher == before.teacher and after.licence == before.licence and after.name == before.name
+    differing = {name for name in before.files if before.files[name] != after.files[name]}
+    assert differing == {f"unet_1step/{UNET_FILE}", "scheduler/scheduler_config.json"}
+    loaded = load_text_to_image(tmp_path / "new", ["unet_1step"], CPU, torch.float32)
+    assert loaded.denoisers["unet_1step"].prediction_type == "epsilon"
+
+
+def test_loaded_networks_are_frozen_and_of_the_asked_type(weights: Path) -> None:
+    loaded = load_text_to_image(weights, ["unet", "unet_teacher"], CPU, torch.bfloat16)
+    assert set(loaded.denoisers) == {"unet", "unet_teacher"}
+    modules = [d.unet for d in loaded.denoisers.values()] + [loaded.codec.vae, *loaded.encode_text.encoders]
+    for module in modules:
+        assert not module.training
+        parameters = list(module.parameters())
+        assert parameters and all(p.dtype == torch.bfloat16 and not p.requires_grad for p in parameters)
+    assert all(d.prediction_type == "v_prediction" for d in loaded.denoisers.values())
+    first, second = (d.unet.conv_in.weight for d in loaded.denoisers.values())
+    assert not torch.equal(first, second)
+
+
+# diffusers reads it too
+
+
+@torch.no_grad()
+def test_diffusers_loads_the_folder_and_draws_the_same_picture(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(weights, torch_dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    timesteps = read_manifest(weights).students[4].timesteps
+    noise = list(seeded_noise([11], (4, 4, 16, 16)).unbind(1))
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *args, **kwargs: noise.pop(0))
+    theirs = pipeline(
+        "a red apple",
+        timesteps=timesteps,
+        guidance_scale=1.0,
+        latents=noise.pop(0),
+        width=64,
+        height=64,
+        output_type="pt",
+    ).images
+    assert not noise
+    ours = Engine(weights, "cpu").draw(["a red apple"], [11], "4")
+    assert ours.shape == theirs.shape and ours.float().std() > 1
+    assert float((ours.float() - theirs * 255).abs().max()) <= 1
+
+
+# What is wrong is named
+
+
+def test_missing_folder_and_manifest_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"dmd2\.json: missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"native_size": [64]}, "native_size"),
+        ({"native_size": [64, "wide"]}, "native_size.1"),
+        ({"licence": None}, "licence"),
+        ({"students": {"four": {"subfolder": "unet", "timesteps": [999]}}}, "students.four"),
+        ({"students": {"4": {"subfolder": "unet"}}}, "students.4.timesteps"),
+        ({"teacher": {"subfolder": "unet_teacher", "steps": 25}}, "teacher.guidance_scale"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_manifest_errors_name_the_field(copy: Path, change: dict[str, Any], named: str) -> None:
+    path = copy / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        read_manifest(copy)
+    assert f"{path}: {named}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_manifest_that_is_no_json_is_one_line(copy: Path) -> None:
+    (copy / MANIFEST).write_text('{"name": "tiny",')
+    with pytest.raises(UserError) as error:
+        read_manifest(copy)
+    assert str(copy / MANIFEST) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed"])
+@pytest.mark.parametrize("name", [f"unet/{UNET_FILE}", "text_encoder_2/model.safetensors", "vae/config.json"])
+def test_damaged_file_is_named_with_both_checksums(copy: Path, damage: str, name: str) -> None:
+    path = copy / name
+    expected = sha256_file(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError) as error:
+        verify(copy, read_manifest(copy))
+    message = str(error.value)
+    assert str(path) in message and expected in message and sha256_file(path) in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match="sha256"):  # before anything is read from it
+        load_text_to_image(copy, ["unet"], CPU, torch.float32)
+
+
+def test_missing_file_is_named(copy: Path) -> None:
+    (copy / "unet" / UNET_FILE).unlink()
+    with pytest.raises(UserError, match=f"unet/{UNET_FILE}: missing"):
+        verify(copy, read_manifest(copy))
+    shutil.rmtree(copy / "unet")
+    with pytest.raises(UserError, match="unet: missing"):
+        load_text_to_image(copy, ["unet"], CPU, torch.float32)
+
+
+def test_only_what_is_about_to_be_loaded_is_checked(copy: Path) -> None:
+    (copy / "unet_1step" / UNET_FILE).write_bytes(b"damaged")
+    manifest = read_manifest(copy)
+    verify(copy, manifest, {"unet", "vae"})
+    assert load_text_to_image(copy, ["unet"], CPU, torch.float32).denoisers.keys() == {"unet"}
+    with pytest.raises(UserError, match="unet_1step"):
+        load_text_to_image(copy, ["unet_1step"], CPU, torch.float32)
+
+
+def test_a_folder_without_a_vae_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json: missing"):
+        load_vae(tmp_path, CPU, torch.float32)
+
+
+# Saving
+
+
+def save_over(folder: Path, init: Path) -> None:
+    torch.manual_seed(6)
+    save_text_to_image(
+        folder,
+        init,
+        unet_subfolder="unet",
+        unet=build_unet((32, 32, 128)),
+        prediction_type="v_prediction",
+        recipe={},
+        student=(4, Student(subfolder="unet", timesteps=[999, 749, 499, 249])),
+    )
+
+
+def test_saving_replaces_a_folder_even_the_one_it_starts_from(copy: Path) -> None:
+    before = contents(copy)
+    (copy / "README.md").write_text("a model card")
+    save_over(copy, copy)
+    after = contents(copy)
+    differing = {name for name in before if before[name] != after[name]}
+    assert differing == {f"unet/{UNET_FILE}", MANIFEST}
+    verify(copy, read_manifest(copy))
+    assert (copy / "README.md").read_text() == "a model card"
+    assert "README.md" not in read_manifest(copy).files
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.parametrize("stage", ["_save_module", "_save_pipeline_configs", "write_manifest"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_interrupted_save_leaves_the_old_folder_whole(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
+) -> None:
+    before = contents(copy)
+    work = getattr(dmd2.weights, stage)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        work(*args, **kwargs)
+        raise error("no space left")
+
+    monkeypatch.setattr(dmd2.weights, stage, fails)
+    with pytest.raises(error):
+        save_over(copy, copy)
+    assert contents(copy) == before
+    verify(copy, read_manifest(copy))
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]  # no rest of the failed one either
+
+
+def test_save_that_fails_at_the_very_swap_leaves_the_old_folder_whole(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(copy)
+    rename = Path.rename
+    calls = []
+
+    def fails(self: Path, target: Path) -> Path:
+        if Path(target) == copy and not calls:
+            calls.append(target)
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt):
+        save_over(copy, copy)
+    assert calls
+    assert contents(copy) == before
+
+
+def test_writing_a_manifest_again_changes_nothing(copy: Path) -> None:
+    before = (copy / MANIFEST).read_bytes()
+    write_manifest(copy, read_manifest(copy))
+    assert (copy / MANIFEST).read_bytes() == before
