@@ -107,9 +107,11 @@ class TextToImage:
 
 
 def load_text_to_image(
-    folder: Path, subfolders: list[str], device: torch.device, dtype: torch.dtype, *, check: bool = True
+    folder: Path, subfolders: list[str], device: torch.device, dtype: torch.dtype, *, trace: bool = False
 ) -> TextToImage:
     """Text encoders, VAE and the UNets in `subfolders`, in `dtype` on `device`, frozen.
+
+    `trace` records the UNets for repeated calls (see `StableDiffusion`).
 
     Raises:
         UserError: a file is missing, damaged or not what the manifest says.
@@ -121,9 +123,8 @@ def load_text_to_image(
     for subfolder in subfolders:
         if not (folder / subfolder).is_dir():
             raise UserError(f"{folder / subfolder}: missing; these weights are incomplete")
-    if check:
-        shared = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
-        verify(folder, manifest, shared | set(subfolders))
+    shared = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+    verify(folder, manifest, shared | set(subfolders))
 
     def ready(module: Any) -> Any:
         module.requires_grad_(False).eval()
@@ -146,7 +147,7 @@ def load_text_to_image(
         manifest,
         TextEncoder(tokenizers, encoders),
         LatentCodec(load_vae(folder / "vae", device, dtype)),
-        {name: StableDiffusion(unet, prediction_type) for name, unet in unets.items()},
+        {name: StableDiffusion(unet, prediction_type, trace=trace) for name, unet in unets.items()},
     )
 
 
@@ -160,6 +161,17 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     kind = getattr(diffusers, json.loads(config.read_text())["_class_name"])
     vae = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def save_vae(vae: Any, folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Writes a diffusers VAE in fp16 into `folder`."""
+    _save_module(vae, folder, UNET_FILE, recipe)
+    # AutoencoderTiny records a key that it does not accept, and warns of it whenever it is loaded.
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if config["_class_name"] == "AutoencoderTiny":
+        config.pop("block_out_channels", None)
+        atomic_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def save_text_to_image(

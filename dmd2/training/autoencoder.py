@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dmd2.recipes import AutoencoderRecipe
 from dmd2.training.data import EmojiScenes
 from dmd2.training.loop import Batch, Logs, Method, Phase
+from dmd2.weights import save_vae
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
@@ -73,7 +75,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
     def export(averaged: nn.Module | None, out: Path) -> None:
         net = averaged or model
         assert isinstance(net, AutoencoderTiny)
-        net.save_pretrained(out / "model" / "vae")
+        save_vae(net, out / "model" / "vae", asdict(recipe))
 
     return Method(
         phases=[Phase("autoencoder", 1, model, optimizer, loss)],

@@ -160,9 +160,7 @@ class EmojiScenes:
         """
         return self._pairs[split]
 
-    def batch(
-        self, n: int, *, seed: int, step: int, split: Split = "seen", freedom: float = 1.0
-    ) -> Scenes:
+    def batch(self, n: int, *, seed: int, step: int, split: Split = "seen", freedom: float = 1.0) -> Scenes:
         """`n` scenes, uniform over the split's pairs; always the same for the same arguments.
 
         `freedom` in [0, 1] narrows position, size and rotation: at 0 each emoji sits still in the middle.
@@ -215,9 +213,7 @@ class EmojiScenes:
         template = rng.choice(WITH_BACKGROUND if names_background else WITHOUT_BACKGROUND)
         return Caption(_fill(template, thing, colour), names_emoji, names_background)
 
-    def _compose(
-        self, emoji: Tensor, background: Tensor, freedom: float, generator: torch.Generator
-    ) -> Tensor:
+    def _compose(self, emoji: Tensor, background: Tensor, freedom: float, generator: torch.Generator) -> Tensor:
         """uint8 (B, 3, size, size). Frame and glyph coordinates both run from -1 to 1, x right and y down."""
         n = len(emoji)
         draws = torch.rand(5, n, generator=generator)
