@@ -110,7 +110,7 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
         net = averaged or model
         before = net.training
         net.eval()
-        fresh = [scenes.batch(256, seed=recipe.loop.seed + 1, step=step, split="all") for step in range(4)]
+        fresh = [scenes.batch(256, seed=recipe.loop.seed + 1, step=step, split="every") for step in range(4)]
         answers = [logits(net, images(batch.images)) for batch in fresh]
         net.train(before)
         emoji, background = (torch.cat(parts).argmax(1).cpu() for parts in zip(*answers, strict=True))
@@ -126,7 +126,7 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
 
     return Method(
         phases=[Phase("classifier", 1, model, optimizer, loss)],
-        data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, split="all"),
+        data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, split="every"),
         averaged=model,
         score=score,
         export=export,

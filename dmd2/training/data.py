@@ -336,9 +336,9 @@ def _read_archive(archive: zipfile.ZipFile) -> tuple[list[dict[str, Any]], Tenso
         try:
             entry = json.loads(line)
             file_name = entry["file_name"]
-            _ = entry["name"], entry["kind"], entry["aliases"]
+            _ = entry["name"], entry["kind"], entry["aliases"], entry["group"]
         except (ValueError, KeyError, TypeError) as error:
-            fields = "file_name, name, kind and aliases"
+            fields = "file_name, name, kind, aliases and group"
             raise ValueError(f"metadata.jsonl line {number} is not a JSON object with {fields}") from error
         if file_name not in present:
             raise ValueError(f"{file_name}, named in metadata.jsonl line {number}, is missing")

@@ -44,10 +44,28 @@ def picture(colour: tuple[int, int, int, int], shape: str) -> bytes:
 def write_zip(path: Path, *, without: str = "") -> Path:
     """Four emoji of one grey each, which no background comes close to."""
     lines = [
-        {"file_name": "emoji/1.png", "name": "red apple", "kind": "fruit", "aliases": ["apple"]},
-        {"file_name": "emoji/2.png", "name": "Owl", "kind": "bird", "aliases": []},
-        {"file_name": "emoji/3.png", "name": "cherries", "kind": "fruit", "aliases": ["pi\u00f1ata"]},
-        {"file_name": "emoji/4.png", "name": "T-Rex", "kind": "reptile", "aliases": ["t rex"]},
+        {
+            "file_name": "emoji/1.png",
+            "name": "red apple",
+            "kind": "fruit",
+            "aliases": ["apple"],
+            "group": "Food & Drink",
+        },
+        {"file_name": "emoji/2.png", "name": "Owl", "kind": "bird", "aliases": [], "group": "Animals & Nature"},
+        {
+            "file_name": "emoji/3.png",
+            "name": "cherries",
+            "kind": "fruit",
+            "aliases": ["pi\u00f1ata"],
+            "group": "Food & Drink",
+        },
+        {
+            "file_name": "emoji/4.png",
+            "name": "T-Rex",
+            "kind": "reptile",
+            "aliases": ["t rex"],
+            "group": "Animals & Nature",
+        },
     ]
     files = {"metadata.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode()}
     for number, shape in enumerate(("square", "circle", "circle", "square"), start=1):
@@ -93,7 +111,7 @@ def test_shapes_and_dtypes(tiny: EmojiScenes) -> None:
 
 
 def test_held_out_pairs_are_one_in_twenty_and_never_seen(committed: EmojiScenes) -> None:
-    emoji, background = committed.pairs("all").unbind(1)
+    emoji, background = committed.pairs("every").unbind(1)
     held_out = committed.is_held_out(emoji, background)
     assert len(emoji) == len(committed) * len(BACKGROUNDS)
     assert held_out.float().mean().item() == pytest.approx(1 / HELD_OUT_ONE_IN, abs=0.01)
@@ -124,8 +142,7 @@ def test_scenes_are_uniform_over_the_pairs(tiny: EmojiScenes) -> None:
 def test_caption_statistics(committed: EmojiScenes) -> None:
     rng = random.Random(0)
     captions = [
-        committed.caption(rng.randrange(len(committed)), rng.randrange(len(BACKGROUNDS)), rng)
-        for _ in range(4000)
+        committed.caption(rng.randrange(len(committed)), rng.randrange(len(BACKGROUNDS)), rng) for _ in range(4000)
     ]
     share = {
         "background": sum(caption.names_background for caption in captions) / 4000,
@@ -240,13 +257,11 @@ def test_a_square_that_would_not_fit_once_turned_is_shrunk(tmp_path: Path) -> No
 def test_mirroring_and_turning_can_be_switched_off(tmp_path: Path) -> None:
     path = tmp_path / "arrow.zip"
     image = Image.new("RGBA", (SIDE, SIDE))
-    ImageDraw.Draw(image).polygon(
-        [(0, 0), (95, 0), (0, 95)], fill=(128, 128, 128, 255)
-    )  # lower right is empty
+    ImageDraw.Draw(image).polygon([(0, 0), (95, 0), (0, 95)], fill=(128, 128, 128, 255))  # lower right is empty
     data = io.BytesIO()
     image.save(data, "PNG")
     with zipfile.ZipFile(path, "w") as archive:
-        line = {"file_name": "emoji/1.png", "name": "wedge", "kind": "shape", "aliases": []}
+        line = {"file_name": "emoji/1.png", "name": "wedge", "kind": "shape", "aliases": [], "group": "Food & Drink"}
         archive.writestr("metadata.jsonl", json.dumps(line))
         archive.writestr("emoji/1.png", data.getvalue())
     blue = torch.full((40,), list(BACKGROUNDS).index("blue"))
@@ -314,9 +329,7 @@ def test_the_committed_zip_holds_single_things() -> None:
     assert 400 <= len(entries) <= 1000 and {entry["file_name"] for entry in entries} == pictures
     names = [spoken(entry["name"]) for entry in entries]
     assert len(set(names)) == len(names)
-    assert {"red apple", "dog face", "cat face", "pizza", "rocket", "car", "sun", "smiling face"} <= set(
-        names
-    )
+    assert {"red apple", "dog face", "cat face", "pizza", "rocket", "car", "sun", "smiling face"} <= set(names)
     for entry, name in zip(entries, names, strict=True):
         assert not {spoken(alias) for alias in entry["aliases"]} & (set(names) - {name}), entry
     for entry in entries:
@@ -359,3 +372,23 @@ def test_the_build_names_the_missing_package(tmp_path: Path, option: str, packag
     done = build(tmp_path / "out.zip", option, tmp_path / "absent", other, present)
     assert done.returncode == 2 and package in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out.zip").exists()
+
+
+def test_only_the_learned_groups_are_drawn_from(tmp_path: Path) -> None:
+    scenes = EmojiScenes(write_zip(tmp_path / "e.zip"), groups=["Animals & Nature"])
+    assert len(scenes) == 4
+    assert set(scenes.pairs("all")[:, 0].tolist()) == {1, 3}
+    assert set(scenes.batch(200, seed=0, step=0, split="seen").emoji.tolist()) == {1, 3}
+    assert set(scenes.pairs("every")[:, 0].tolist()) == {0, 1, 2, 3}
+
+
+def test_without_freedom_an_emoji_sits_still_in_the_middle(tiny: EmojiScenes) -> None:
+    square = torch.zeros(20, dtype=torch.int64)
+    white = torch.full_like(square, list(BACKGROUNDS).index("white"))
+    still = tiny.captioned(square, white, seed=0, freedom=0.0).images.float()
+    grey = (still - 128).abs().amax(1) < 20  # (20, size, size)
+    assert (grey == grey[0]).all()
+    rows, columns = grey[0].nonzero().float().mean(0).tolist()
+    assert rows == columns == (tiny.size - 1) / 2
+    free = tiny.captioned(square, white, seed=0).images.float()
+    assert not (((free - 128).abs().amax(1) < 20) == grey[0]).all()
