@@ -127,7 +127,7 @@ RECIPES: dict[str, Recipe] = {
     # a small network in bf16 feels; the UNet, the schedule and all code paths are the same.
     "emoji-teacher": TeacherRecipe(
         loop=LoopSettings(
-            iterations=4000,
+            iterations=3300,
             batch_size=64,
             warmup=100,
             ema_decay=0.999,

@@ -111,8 +111,9 @@ def test_generate_refuses_an_out_that_is_a_file(
     file = tmp_path / "file"
     file.write_text("mine")
     line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--out", file)
-    assert f"--out {file}: is a file" in line
-    refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--out", file / "below")
+    assert f"--out {file}: " in line and "is a file; expected a folder" in line
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--out", file / "below")
+    assert f"--out {file / 'below'}: {file} is a file" in line
     assert file.read_text() == "mine"
 
 
@@ -128,6 +129,11 @@ def test_generate_refuses_an_out_that_is_a_file(
         (["emoji-dmd2-4step", "--set", "loop.seed=null"], "--set loop.seed=null: "),
         (["emoji-dmd2-4step", "--set", "timesteps=[999,x]"], "--set timesteps=[999,x]: "),
         (["emoji-dmd2-4step", "--set", "precision=fp8"], "--set precision=fp8: "),
+        (["emoji-dmd2-4step", "--set", "batch_size=0"], "--set batch_size=0: expected at least 1"),
+        (["emoji-dmd2-4step", "--set", "loop.sample_every=-1"], "--set loop.sample_every=-1: expected at least 1"),
+        (["emoji-dmd2-4step", "--set", "timesteps=[]"], "--set timesteps=[]: expected timesteps within 0 to 999"),
+        (["emoji-dmd2-4step", "--set", "timesteps=[249,999]"], "--set timesteps=[249,999]: expected timesteps"),
+        (["emoji-dmd2-4step", "--set", "timesteps=[1000]"], "--set timesteps=[1000]: expected timesteps"),
         (["emoji-dmd2-4step", "--device", "tpu"], "--device tpu: "),
         (["emoji-dmd2-4step", "--data", "nowhere.zip"], "nowhere.zip: "),
         (["emoji-dmd2-4step", "--init", "nowhere"], "nowhere: no such folder"),

@@ -19,7 +19,7 @@ from dmd2.training.dmd2 import Dmd2Settings, Networks, Samples, copies, dmd2_pha
 from dmd2.training.loop import Batch, Logs, LoopSettings, Phase, training_step
 from dmd2.training.losses import denoising
 
-MODES, RADIUS, SPREAD = 6, math.sqrt(2), 0.1  # unit variance in each of the two dimensions
+MODES, RADIUS, SPREAD = 6, math.sqrt(2), 0.12  # unit variance in each of the two dimensions
 SHAPE = (64, 2, 4, 4)  # 64 images of 16 points
 
 
@@ -85,7 +85,7 @@ class Net(nn.Module):
     def __init__(self, width: int = 96) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Linear(12, width),
+            nn.Linear(16, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
@@ -104,7 +104,7 @@ class Net(nn.Module):
         variance = 1 + images(sigma) ** 2
         level = levels_of_points(sigma, x).log()
         place = points(x / variance.sqrt())
-        waves = [wave(scale * place) for scale in (2, 4) for wave in (torch.sin, torch.cos)]
+        waves = [wave(scale * place) for scale in (2, 4, 8) for wave in (torch.sin, torch.cos)]
         hidden = self.body(torch.cat([place, *waves, level / 4, level.sin()], dim=1))
         v = unpoints(self.out(hidden), x)
         return x / variance - images(sigma) / variance.sqrt() * v, unpoints(hidden, x)

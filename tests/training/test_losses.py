@@ -252,5 +252,14 @@ def test_classifier_judges_noisy_samples_at_levels_from_the_whole_table() -> Non
 
 
 @pytest.mark.parametrize("side", [4, 8, 16, 32])
-def test_head_gives_one_logit_an_image(side: int) -> None:
-    assert ClassifierHead(32, side)(torch.zeros(2, 32, side, side)).shape == (2, 1, 1, 1)
+def test_head_gives_one_logit_an_image_that_depends_on_it(side: int) -> None:
+    torch.manual_seed(0)
+    logits = ClassifierHead(128, side)(randn(4, 128, side, side, dtype=torch.float32))
+    assert logits.shape == (4, 1, 1, 1)
+    assert float(logits.detach().std()) > 1e-3
+
+
+@pytest.mark.parametrize("channels", [32, 80])
+def test_head_refuses_channels_that_it_would_be_blind_to(channels: int) -> None:
+    with pytest.raises(ValueError, match="channels"):
+        ClassifierHead(channels, 4)
