@@ -136,7 +136,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         lr=1e-3,
         weight_decay=0.01,
-        guidance_scale=3.0,
+        guidance_scale=2.0,
         sample_steps=25,
         prediction_type="v_prediction",
         still_until=1500,
@@ -150,7 +150,7 @@ RECIPES: dict[str, Recipe] = {
         lr=1e-4,
         lr_critic=2e-4,
         timesteps=(999, 749, 499, 249),
-        guidance_scale=3.0,
+        guidance_scale=2.0,
         generator_every=3,
         gan_generator=5e-3,
         gan_critic=1e-2,
@@ -160,12 +160,12 @@ RECIPES: dict[str, Recipe] = {
     # t = 999 as good a place to start from as SDXL's t = 399.
     "emoji-dmd2-1step": Dmd2Recipe(
         loop=LoopSettings(
-            iterations=1000, batch_size=24, warmup=30, ema_decay=0.98, sample_every=250, checkpoint_every=100
+            iterations=600, batch_size=24, warmup=30, ema_decay=0.98, sample_every=200, checkpoint_every=100
         ),
         lr=1e-4,
         lr_critic=2e-4,
         timesteps=(999,),
-        guidance_scale=3.0,
+        guidance_scale=2.0,
         generator_every=3,
         gan_generator=5e-3,
         gan_critic=1e-2,

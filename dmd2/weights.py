@@ -211,9 +211,20 @@ def save_text_to_image(
             teacher=teacher or (old.teacher if old else None),
         )
         write_manifest(new, manifest)
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
+        _swap(new, folder, Path(temporary) / "old")
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    """`folder` becomes `new`; if that fails, it is what it was."""
+    if not folder.exists():
         new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -235,6 +246,7 @@ def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, 
         for name, value in module.state_dict().items()
     }
     save_file(tensors, folder / filename, metadata={"format": "pt", "recipe": json.dumps(recipe)})
+    (folder / filename).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None:

@@ -9,6 +9,8 @@ from dmd2.denoiser import Cond, Denoiser
 from dmd2.noise import add_noise, draw_sigma
 from dmd2.training.losses import denoising, gan_critic
 
+GROUPS = 32
+
 
 class ClassifierHead(nn.Module):
     """Bottleneck activations (B, C, h, w) → logits (B, 1, …).
@@ -18,11 +20,14 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, channels: int, side: int) -> None:
         super().__init__()
+        if channels % GROUPS or channels == GROUPS:
+            # On 1×1 activations a group of one channel is normalised to a constant: the head would see nothing.
+            raise ValueError(f"channels: expected a multiple of {GROUPS}, at least {2 * GROUPS}, not {channels}")
         layers: list[nn.Module] = []
         while side > 4:
-            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(32, channels), nn.SiLU()]
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(GROUPS, channels), nn.SiLU()]
             side //= 2
-        layers += [nn.Conv2d(channels, channels, min(side, 4), 4), nn.GroupNorm(32, channels), nn.SiLU()]
+        layers += [nn.Conv2d(channels, channels, min(side, 4), 4), nn.GroupNorm(GROUPS, channels), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, bottleneck: Tensor) -> Tensor:

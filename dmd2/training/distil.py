@@ -66,7 +66,7 @@ def distil(
         gan_critic=recipe.gan_critic,
     )
     optimizers = tuple(
-        torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+        torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         for module, lr in ((student, recipe.lr), (critic, recipe.lr_critic))
     )
     size = (scenes.size, scenes.size)
