@@ -160,7 +160,7 @@ RECIPES: dict[str, Recipe] = {
     # t = 999 as good a place to start from as SDXL's t = 399.
     "emoji-dmd2-1step": Dmd2Recipe(
         loop=LoopSettings(
-            iterations=600, batch_size=24, warmup=30, ema_decay=0.98, sample_every=200, checkpoint_every=100
+            iterations=800, batch_size=24, warmup=30, ema_decay=0.98, sample_every=200, checkpoint_every=100
         ),
         lr=1e-4,
         lr_critic=2e-4,

@@ -151,8 +151,6 @@ def test_torch_index_is_handed_to_pip(tree: Tree) -> None:
         (["a cat", "--steps=4", "--seed", "7"], ["a cat --steps=4 --seed 7"]),
     ],
 )
-def test_demo_draws_with_four_steps_and_with_one(
-    tree: Tree, arguments: list[str], expected: list[str]
-) -> None:
+def test_demo_draws_with_four_steps_and_with_one(tree: Tree, arguments: list[str], expected: list[str]) -> None:
     assert tree.run("demo", *arguments).returncode == 0
     assert tree.calls()[2:] == [f"dmd2 generate {line}" for line in expected]

@@ -29,7 +29,8 @@ class Muon(torch.optim.Optimizer):
         chosen = {id(p) for p in matrices}
         others = [p for p in parameters if id(p) not in chosen]
         defaults: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "muon": True}
-        super().__init__([{"params": matrices}, {"params": others, "muon": False}], defaults)
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "muon": False}]
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
