@@ -48,8 +48,7 @@ def generate(
     if seed is not None and not 0 <= seed < 2**63 - 1000:
         raise UserError(f"--seed {seed}: expected 0 to 2^63 - 1001")
     pixels = _size(size) if size else None
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; expected a folder")
+    _check_folder(out)
 
     from dmd2.engine import Engine
     from dmd2.picture import save_png
@@ -58,7 +57,7 @@ def generate(
     if pixels:
         engine.check_size(pixels)
     loaded = time.perf_counter() - BEGAN
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     first = secrets.randbelow(2**32) if seed is None else seed
     for prompt in prompts:
         for i in range(num_outputs):
@@ -114,10 +113,25 @@ def train(
     critic = EmojiJudge.load(judge, where) if judge.is_file() else None
     method = build_method(settled, scenes, init, critic, where)
     folder = out or Path("runs") / recipe
+    _make(folder)
     finished = run(method, settled.loop, folder, resume=resume, recipe={"name": recipe, **asdict(settled)})
     if not finished:
         raise typer.Exit(130)
     print(f"done: {folder}")
+
+
+def _check_folder(out: Path) -> None:
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {out}: {folder} is a file; expected a folder")
+
+
+def _make(out: Path) -> None:
+    _check_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from error
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ def save_png(image: Tensor, folder: Path, facts: Mapping[str, object]) -> Path:
     for name, value in facts.items():
         info.add_itxt(name, str(value))
     words = re.sub(r"[^\w]+", "-", str(facts["prompt"]).lower()).strip("-")[:60] or "picture"
-    path = folder / f"{words}_{facts['steps']}_{facts['seed']}.png"
+    # The digits tell prompts apart whose words look alike in a file name.
+    mark = hashlib.sha256(str(facts["prompt"]).encode()).hexdigest()[:6]
+    path = folder / f"{words}_{mark}_{facts['steps']}_{facts['seed']}.png"
     with atomic_path(path) as temporary:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG", pnginfo=info)
     return path

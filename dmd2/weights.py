@@ -118,7 +118,9 @@ def load_text_to_image(
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar for a hundredth of a second says nothing
     manifest = read_manifest(folder)
     for subfolder in subfolders:
         if not (folder / subfolder).is_dir():

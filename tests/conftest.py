@@ -23,7 +23,7 @@ EMOJI = (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     """Networks this small are faster on one thread; and a test must not depend on the number of cores."""
     before = torch.get_num_threads()

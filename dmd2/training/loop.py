@@ -234,6 +234,8 @@ def _restore(path: Path, method: Method, average: Average | None, recipe: dict[s
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     # The number of iterations may change between two parts of a run; anything else would be another run.
+    if not isinstance(state, dict) or not {"step", "recipe", "phases", "average"} <= state.keys():
+        raise UserError(f"{path}: not a checkpoint of a training run")
     mine, theirs = (_without_length(r or {}) for r in (recipe, state["recipe"]))
     if mine != theirs:
         changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
@@ -246,8 +248,17 @@ def _restore(path: Path, method: Method, average: Average | None, recipe: dict[s
     return int(state["step"])
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for a line that a crash cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 def _without_length(recipe: dict[str, Any]) -> dict[str, Any]:
-    return recipe | {"loop": {k: v for k, v in recipe.get("loop", {}).items() if k != "iterations"}}
+    loop = {f"loop.{k}": v for k, v in recipe.get("loop", {}).items() if k != "iterations"}
+    return {k: v for k, v in recipe.items() if k != "loop"} | loop
 
 
 @dataclass
@@ -262,7 +273,7 @@ class _Logs:
     def __enter__(self) -> None:
         path = self.out / "log.jsonl"
         if path.exists():  # what came after the checkpoint is going to happen again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.first]
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.first]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept))
         self.file = path.open("a")

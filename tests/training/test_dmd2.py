@@ -178,7 +178,7 @@ def test_one_step_without_a_gan_covers_every_mode() -> None:
     before, after = distilled(ring, seed=0, timestep=399, iterations=5000)
     near_before, _ = coverage(ring, before)
     near, least = coverage(ring, after)
-    assert near_before < 0.7  # an undistilled denoiser leaves its samples between the modes
+    assert near_before < 0.5  # an undistilled denoiser leaves its samples between the modes; a ring would be 0.68
     assert near >= 0.9, near
     assert least >= 0.04, least
 
