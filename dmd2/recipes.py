@@ -202,18 +202,18 @@ def resolve(name: str, overrides: list[str]) -> Recipe:
             recipe = replace(recipe, loop=replace(recipe.loop, **{field: value}))
         else:
             recipe = replace(recipe, **{field: value})
-    _check(recipe)
+        _check(recipe, override)
     return recipe
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, override: str) -> None:
     for key in ("iterations", "batch_size", "log_every", "sample_every", "checkpoint_every"):
         if getattr(recipe.loop, key) < 1:
-            raise UserError(f"--set {key}={getattr(recipe.loop, key)}: expected at least 1")
+            raise UserError(f"--set {override}: expected at least 1")
     if isinstance(recipe, Dmd2Recipe):
         steps = list(recipe.timesteps)
         if not steps or steps != sorted(set(steps), reverse=True) or not all(0 <= t <= 999 for t in steps):
-            raise UserError(f"--set timesteps={json.dumps(steps)}: expected timesteps within 0 to 999, descending")
+            raise UserError(f"--set {override}: expected timesteps within 0 to 999, descending")
 
 
 def _types(part: Any) -> dict[str, Any]:
