@@ -243,6 +243,10 @@ def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, 
         module.save_config(folder)
     else:
         module.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # where it was loaded from: of no use elsewhere
+    atomic_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = {
         name: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
         for name, value in module.state_dict().items()

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from dmd2.training.data import SIDE, EmojiScenes, vocabulary
 from dmd2.training.embedded import build_text_encoders, build_tokenizer, build_unet
-from dmd2.weights import Student, Teacher, save_text_to_image
+from dmd2.weights import Student, Teacher, save_text_to_image, save_vae
 
 EMOJI = (
     ("red apple", "fruit", ["apple"], (215, 40, 40, 255)),
@@ -84,7 +84,7 @@ def tiny_unet(seed: int) -> Any:
 def weights(tmp_path_factory: pytest.TempPathFactory, text_models: tuple[Any, Any, Any], tiny_vae: Any) -> Path:
     """A whole folder of untrained weights: teacher, 4-step and 1-step student. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("weights")
-    tiny_vae.save_pretrained(folder / "only-vae" / "vae")
+    save_vae(tiny_vae, folder / "only-vae" / "vae", {"name": "none"})
     common: dict[str, Any] = {"prediction_type": "v_prediction", "recipe": {"name": "none"}}
     save_text_to_image(
         folder / "teacher",

@@ -21,6 +21,7 @@ from dmd2.fileio import sha256_file
 from dmd2.noise import seeded_noise
 from dmd2.training.embedded import build_unet
 from dmd2.weights import (
+    DEFAULT,
     MANIFEST,
     UNET_FILE,
     Student,
@@ -108,6 +109,29 @@ def test_loaded_networks_are_frozen_and_of_the_asked_type(weights: Path) -> None
     assert all(d.prediction_type == "v_prediction" for d in loaded.denoisers.values())
     first, second = (d.unet.conv_in.weight for d in loaded.denoisers.values())
     assert not torch.equal(first, second)
+
+
+def test_no_file_tells_where_on_this_machine_a_network_came_from(weights: Path, tmp_path: Path) -> None:
+    loaded = load_text_to_image(weights, ["unet"], CPU, torch.float32)
+    save_text_to_image(
+        tmp_path / "new",
+        weights,
+        unet_subfolder="unet_1step",
+        unet=loaded.denoisers["unet"].unet,
+        prediction_type="v_prediction",
+        recipe={},
+    )
+    for folder in (tmp_path / "new", DEFAULT):
+        configs = list(folder.rglob("*.json"))
+        assert len(configs) > 5
+        assert [p for p in configs if "_name_or_path" in p.read_text() or str(weights) in p.read_text()] == []
+
+
+def test_embedded_weights_are_whole_and_small() -> None:
+    manifest = read_manifest(DEFAULT)
+    assert set(manifest.students) == {1, 4} and manifest.teacher is not None
+    verify(DEFAULT, manifest)
+    assert sum(p.stat().st_size for p in DEFAULT.rglob("*") if p.is_file()) <= 60e6
 
 
 # diffusers reads it too
