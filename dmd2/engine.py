@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,13 @@ class Timings:
     denoise: float
     decode: float
 
+    def __add__(self, other: Timings) -> Timings:
+        return Timings(self.text + other.text, self.denoise + other.denoise, self.decode + other.decode)
+
+
+def go_on() -> None:
+    """What a call that nobody cancels asks between two steps."""
+
 
 @dataclass
 class Engine:
@@ -40,8 +48,7 @@ class Engine:
         folder: weights in diffusers' layout with a `dmd2.json`.
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         dtype: of networks; by default fp16 on a GPU and fp32 on a CPU.
-        trace: on a CPU, record networks for repeated calls: each new batch size or picture size then costs a second
-            once, and is about 1.4 times as fast ever after.
+        trace: on a CPU, `warm_up` records networks for repeated calls, which are then about 1.3 times as fast.
         modes: to load at once, so that a broken file is an error now and the first picture is fast.
     """
 
@@ -72,17 +79,32 @@ class Engine:
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises UserError unless width and height (pixels) suit the networks."""
-        unit = self.model.codec.factor * self.size_unit
-        if any(side < unit or side % unit for side in size):
-            raise UserError(
-                f"--size {size[0]}x{size[1]}: width and height must be positive multiples of {unit} pixels"
-            )
+        factor = self.model.codec.factor
+        for name, side in zip(("width", "height"), size, strict=True):
+            if side < self.size_unit or side % factor:
+                raise UserError(
+                    f"{name}: {side} (size {size[0]}x{size[1]}); expected a multiple of {factor} pixels, "
+                    f"at least {self.size_unit}"
+                )
 
     @property
     def size_unit(self) -> int:
-        """Latent sides must be multiples of this: the UNet halves them once between each two of its levels."""
+        """Pixels. Sides that are multiples of it are halved without remainder on their way down the UNet."""
         config = next(iter(self.model.denoisers.values())).unet.config if self.model.denoisers else None
-        return 1 if config is None else 2 ** (len(config.block_out_channels) - 1)
+        halvings = 0 if config is None else len(config.block_out_channels) - 1
+        return self.model.codec.factor * 2**halvings
+
+    def warm_up(self, modes: tuple[str, ...], sizes: list[tuple[int, int]]) -> None:
+        """Draws once in each mode and size, so that no later call is the first of its kind.
+
+        With `trace`, this is where networks are recorded; a record serves every batch size. Calls of other modes
+        and sizes run the networks as they are: a picture is the same to the bit either way.
+        """
+        for mode in modes:
+            denoiser = self._denoiser(self._plan(mode)[0])
+            for size in sizes:
+                with denoiser.recording():
+                    self.draw(["", "warm up"], [0, 1], mode, size)
 
     @torch.inference_mode()
     def draw(
@@ -93,21 +115,52 @@ class Engine:
 
     @torch.inference_mode()
     def draw_timed(
-        self, prompts: list[str], seeds: list[int], mode: str = "4", size: tuple[int, int] | None = None
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        mode: str = "4",
+        size: tuple[int, int] | None = None,
+        check: Callable[[], None] = go_on,
     ) -> tuple[Tensor, Timings]:
-        """As `draw`, with the time that each stage took."""
+        """As `draw`, with the time that each stage took.
+
+        `check` is called before each step of a student; what it raises ends the call.
+        """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"expected as many seeds as prompts, at least one, not {len(prompts)}, {len(seeds)}")
-        subfolder, timesteps = self._plan(mode)
-        denoiser = self._denoiser(subfolder)
+        subfolder, _ = self._plan(mode)
+        self._denoiser(subfolder)
         size = size or self.manifest.native_size
         self.check_size(size)
         began = time.perf_counter()
-        cond = self._condition(prompts, size)
-        encoded = time.perf_counter()
+        conditions = [self._condition(prompt, size) for prompt in prompts]
+        timings = Timings(time.perf_counter() - began, 0.0, 0.0)
+        # Prompts of one window and of several do not fit into one tensor, and padding would change the pictures.
+        lengths = sorted({c.context.shape[1] for c in conditions})
+        pictures: dict[int, Tensor] = {}
+        for length in lengths:
+            rows = [i for i, c in enumerate(conditions) if c.context.shape[1] == length]
+            cond = conditions[rows[0]].cat(*(conditions[i] for i in rows[1:]))
+            images, taken = self._draw(cond, [seeds[i] for i in rows], mode, size, check)
+            pictures |= dict(zip(rows, images, strict=True))
+            timings += taken
+        return torch.stack([pictures[i] for i in range(len(prompts))]), timings
+
+    def _draw(
+        self, cond: TextCondition, seeds: list[int], mode: str, size: tuple[int, int], check: Callable[[], None]
+    ) -> tuple[Tensor, Timings]:
+        subfolder, timesteps = self._plan(mode)
+        denoiser = self._denoiser(subfolder)
+        began = time.perf_counter()
         height, width = size[1] // self.model.codec.factor, size[0] // self.model.codec.factor
         shape = (max(1, len(timesteps)), 4, height, width)
         noise = seeded_noise(seeds, shape, denoiser.device)
+
+        def each_step() -> Iterator[Tensor]:
+            for step_noise in noise.unbind(1):
+                check()
+                yield step_noise
+
         if mode == "teacher":
             x0 = self._teach(denoiser, cond, noise[:, 0])
         else:
@@ -117,11 +170,17 @@ class Engine:
                 scale = self.manifest.teacher.guidance_scale
             sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
             uncond = cond.unconditional()
-            x0 = few_step(conditioned(denoiser, cond, uncond, scale), denoiser.start, noise.unbind(1), sigmas)
+            x0 = few_step(conditioned(denoiser, cond, uncond, scale), denoiser.start, each_step(), sigmas)
         denoised = self._clock()
         images = self.model.codec.decode(x0).cpu()
-        done = time.perf_counter()
-        return images, Timings(encoded - began, denoised - encoded, done - denoised)
+        return images, Timings(0.0, denoised - began, time.perf_counter() - denoised)
+
+    def recover(self) -> None:
+        """After an error: gives back what memory it held. Raises whatever the device raises if it is gone."""
+        assert isinstance(self.device, torch.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
     def _teach(self, denoiser: StableDiffusion, cond: TextCondition, noise: Tensor) -> Tensor:
         assert self.manifest.teacher is not None
@@ -158,18 +217,15 @@ class Engine:
             self.model.denoisers.update(loaded.denoisers)
         return self.model.denoisers[subfolder]
 
-    def _condition(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
-        """Text conditions, remembered for the prompts used last."""
-        conditions = []
-        for prompt in prompts:
-            key = (prompt, *size)
-            if key not in self._texts:
-                self._texts[key] = self.model.encode_text([prompt], size)
-                if len(self._texts) > CACHED_PROMPTS:
-                    self._texts.popitem(last=False)
-            self._texts.move_to_end(key)
-            conditions.append(self._texts[key])
-        return conditions[0].cat(*conditions[1:])
+    def _condition(self, prompt: str, size: tuple[int, int]) -> TextCondition:
+        """Text condition of one prompt, remembered for the prompts used last."""
+        key = (prompt, *size)
+        if key not in self._texts:
+            self._texts[key] = self.model.encode_text([prompt], size)
+            if len(self._texts) > CACHED_PROMPTS:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(key)
+        return self._texts[key]
 
 
 def resolve_device(name: torch.device | str) -> torch.device:

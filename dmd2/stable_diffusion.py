@@ -6,7 +6,8 @@ This is the only file that knows integer timesteps, ᾱ, eps- and v-prediction.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -47,15 +48,17 @@ class TextCondition:
         return self._map(lambda value: value.detach())
 
     def cat(self, *others: TextCondition) -> TextCondition:
-        """The conditions one after another in one batch; shorter contexts are padded with zero rows."""
+        """The conditions one after another in one batch. Their contexts must be equally long.
+
+        Raises:
+            ValueError: they are not. (Padding would not do: a UNet's attention sees it.)
+        """
         conditions = (self, *others)
-        length = max(c.context.shape[1] for c in conditions)
-
-        def padded(context: Tensor) -> Tensor:
-            return nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))
-
+        lengths = {c.context.shape[1] for c in conditions}
+        if len(lengths) > 1:
+            raise ValueError(f"contexts of unequal length in one batch: {sorted(lengths)}")
         return TextCondition(
-            torch.cat([padded(c.context) for c in conditions]),
+            torch.cat([c.context for c in conditions]),
             None if self.pooled is None else torch.cat([c.pooled for c in conditions]),  # type: ignore[misc]
             None if self.time_ids is None else torch.cat([c.time_ids for c in conditions]),  # type: ignore[misc]
         )
@@ -87,8 +90,8 @@ class StableDiffusion:
         autocast: run the network in this dtype under autocast (for fp32 master weights); None runs it in
             the dtype of its weights.
         compile: compile the network at its first call (one graph for each new shape).
-        trace: record the network at its first call with a new shape and replay the record ever after: the same
-            numbers without Python's overhead, for small networks on a CPU. No gradients. Needs no compiler.
+        trace: allow `recording()`: the same numbers without Python's overhead, for small networks on a CPU. No
+            gradients. Needs no compiler.
     """
 
     def __init__(
@@ -114,6 +117,22 @@ class StableDiffusion:
             self._network = torch.compile(self._network)
         elif trace:
             self._network = _Traced(self._network)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Calls in here record the network for their shapes, where `trace` was asked for; later ones replay it.
+
+        A record serves every batch size. It is made in about a second. Record with a batch of two or more: sizes
+        of one are taken for constants.
+        """
+        if not isinstance(self._network, _Traced):
+            yield
+            return
+        self._network.recording = True
+        try:
+            yield
+        finally:
+            self._network.recording = False
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) index in the σ table of each (B,) σ: exactly an integer at the table's own entries."""
@@ -180,17 +199,19 @@ class _WithBottleneck(nn.Module):
 
 
 class _Traced:
-    """A network as TorchScript records of it, one for each combination of input shapes."""
+    """A network and TorchScript records of it, one for each combination of input shapes but for the batch size."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval()
+        self.recording = False
         self._records: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Any:
-        key = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
-        if key not in self._records:
+        key = tuple(None if x is None else (x.shape[1:], x.dtype) for x in inputs)
+        if self.recording and key not in self._records:
             self._records[key] = self._record(inputs)
-        return self._records[key](*(x for x in inputs if x is not None))
+        record = self._records.get(key)
+        return self.network(*inputs) if record is None else record(*(x for x in inputs if x is not None))
 
     def _record(self, inputs: tuple[Tensor | None, ...]) -> Any:
         present = [x is not None for x in inputs]

@@ -277,12 +277,9 @@ def test_conditions_are_joined_picked_and_masked() -> None:
     assert tracked.cat(TextCondition(one.context)).pooled is None
 
 
-def test_a_shorter_context_is_padded_with_zeros() -> None:
-    short, long = TextCondition(draw(1, 8, TEXT)), TextCondition(draw(2, 12, TEXT, seed=1))
-    both = short.cat(long)
-    assert both.context.shape == (3, 12, TEXT)
-    assert torch.equal(both.context[0, :8], short.context[0]) and not both.context[0, 8:].any()
-    assert torch.equal(both.context[1:], long.context)
+def test_contexts_of_unequal_length_do_not_go_into_one_batch() -> None:
+    with pytest.raises(ValueError, match=r"unequal length in one batch: \[8, 12\]"):
+        TextCondition(draw(1, 8, TEXT)).cat(TextCondition(draw(2, 12, TEXT, seed=1)))
 
 
 # Pictures

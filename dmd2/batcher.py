@@ -1,0 +1,217 @@
+"""One bounded queue, one thread that owns the device, batches of jobs of equal shape.
+
+Knows nothing of pictures: a job is whatever `draw` takes, and jobs of equal `key` may ride in one batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Check = Callable[[], None]
+
+logger = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Stopped(Exception):
+    """The batcher draws no more: it was closed, or its device is gone."""
+
+
+class Abandoned(Exception):
+    """Nobody waits any more for what is being drawn."""
+
+
+@dataclass(frozen=True)
+class Drawn(Generic[Result]):
+    """What became of a job."""
+
+    result: Result
+    queue_seconds: float
+    """from `submit` to the start of its batch"""
+    batch_size: int
+    """how many jobs rode together"""
+
+
+class Ticket(Generic[Job, Result]):
+    """A job in the queue: `future` gives its `Drawn`; `abandon()` says that nobody waits for it any more."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.future: Future[Drawn[Result]] = Future()
+        self.submitted = time.perf_counter()
+        self.abandoned = False
+
+    def abandon(self) -> None:
+        """A job that waits is dropped; a running batch stops at its next step if all of its jobs are abandoned."""
+        self.abandoned = True
+        self.future.cancel()
+
+
+class Batcher(Generic[Job, Result]):
+    """Runs `draw` on batches of jobs, in one thread of its own.
+
+    An idle batcher starts at once. Under load, whatever came in meanwhile rides in the next batch; the oldest job
+    says which key it has. If a batch fails, its halves are tried, down to single jobs, so that an error (or a
+    memory that is too small for all of them) hits only the job that it belongs to.
+
+    Args:
+        draw: (jobs of one key, check) → their results, in order. It should call `check` now and then: that raises
+            `Abandoned` once nobody waits for any of the jobs.
+        key: of a job.
+        max_batch: jobs in one batch, at most.
+        max_waiting: jobs in the queue, at most.
+        recover: called after an error, before the next `draw`. If it raises, the device is given up: `alive` is
+            false from then on and every job fails with `Stopped`.
+        linger: seconds that a batch which is not full waits for company, if the thread was at work just before.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[list[Job], Check], list[Result]],
+        key: Callable[[Job], Hashable],
+        *,
+        max_batch: int = 8,
+        max_waiting: int = 64,
+        recover: Check = lambda: None,
+        linger: float = 0.002,
+    ) -> None:
+        self._draw, self._key, self._recover = draw, key, recover
+        self._max_batch, self._max_waiting, self._linger = max_batch, max_waiting, linger
+        self._waiting: deque[Ticket[Job, Result]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._ended: str | None = None
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are still drawn."""
+        return self._thread.is_alive() and not self._closing and self._ended is None
+
+    def submit(self, job: Job) -> Ticket[Job, Result]:
+        """Queues a job. From any thread.
+
+        Raises:
+            Busy: `max_waiting` jobs wait already.
+            Stopped: closed, or the device is gone.
+        """
+        ticket: Ticket[Job, Result] = Ticket(job)
+        with self._changed:
+            if not self.alive:
+                raise Stopped(self._ended or "closed")
+            if len(self._waiting) >= self._max_waiting:
+                raise Busy(f"{len(self._waiting)} pictures are waiting already; try again later")
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def close(self) -> None:
+        """Draws what is queued, then ends the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        why = "closed"
+        try:
+            while batch := self._next_batch():
+                self._run_batch(batch)
+        except BaseException as error:
+            why = f"the device is gone: {type(error).__name__}: {error}"
+            logger.critical("%s; no more pictures until a restart", why, exc_info=error)
+        finally:
+            with self._changed:
+                self._ended = why
+                left = list(self._waiting)
+                self._waiting.clear()
+            for ticket in left:
+                _fail(ticket, Stopped(why))
+
+    def _next_batch(self) -> list[Ticket[Job, Result]]:
+        """Waits for jobs. Empty when there will be no more."""
+        with self._changed:
+            idle = not self._waiting
+            while not self._waiting and not self._closing:
+                self._changed.wait()
+            batch = self._take()
+            if batch and not idle and self._linger > 0:
+                until = time.perf_counter() + self._linger
+                while len(batch) < self._max_batch and (left := until - time.perf_counter()) > 0:
+                    if not self._changed.wait(left):
+                        break
+                    batch += self._take(self._key(batch[0].job), self._max_batch - len(batch))
+            return batch
+
+    def _take(self, key: Hashable = None, most: int | None = None) -> list[Ticket[Job, Result]]:
+        """Out of the queue: the oldest jobs of `key`, or of the oldest job's own key."""
+        taken: list[Ticket[Job, Result]] = []
+        left: deque[Ticket[Job, Result]] = deque()
+        for ticket in self._waiting:
+            if ticket.future.cancelled():
+                continue
+            key = self._key(ticket.job) if key is None else key
+            fits = self._key(ticket.job) == key and len(taken) < (self._max_batch if most is None else most)
+            (taken if fits else left).append(ticket)
+        self._waiting = left
+        return taken
+
+    def _run_batch(self, batch: list[Ticket[Job, Result]]) -> None:
+        batch = [ticket for ticket in batch if ticket.future.set_running_or_notify_cancel()]
+        try:
+            if batch:
+                self._attempt(batch)
+        except BaseException as error:
+            for ticket in batch:
+                _fail(ticket, Stopped(f"the device is gone: {type(error).__name__}: {error}"))
+            raise
+
+    def _attempt(self, batch: list[Ticket[Job, Result]]) -> None:
+        began = time.perf_counter()
+
+        def check() -> None:
+            if all(ticket.abandoned for ticket in batch):
+                raise Abandoned
+
+        try:
+            check()
+            results = self._draw([ticket.job for ticket in batch], check)
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} jobs")
+        except Abandoned as error:
+            for ticket in batch:
+                _fail(ticket, error)
+        except Exception as error:
+            self._after(error, batch)
+        else:
+            for ticket, result in zip(batch, results, strict=True):
+                ticket.future.set_result(Drawn(result, began - ticket.submitted, len(batch)))
+
+    def _after(self, error: Exception, batch: list[Ticket[Job, Result]]) -> None:
+        # A traceback keeps the frames of `draw` alive, and with them the memory that there was too little of.
+        error.__traceback__ = None
+        self._recover()
+        if len(batch) == 1:
+            _fail(batch[0], error)
+            return
+        half = len(batch) // 2
+        self._attempt(batch[:half])
+        self._attempt(batch[half:])
+
+
+def _fail(ticket: Ticket[Job, Result], error: Exception) -> None:
+    if not ticket.future.done():
+        ticket.future.set_exception(error)
