@@ -1,8 +1,10 @@
-"""Pictures as files: PNGs that say how they were made."""
+"""Pictures as files that say how they were made."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,22 +12,53 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from dmd2.fileio import atomic_path
+from dmd2.fileio import atomic_bytes
+
+IMAGE_DESCRIPTION = 0x010E
+"""the EXIF tag"""
+
+
+def encode_picture(image: Tensor, format: str, quality: int, facts: Mapping[str, object]) -> bytes:
+    """uint8 (3, H, W) on the CPU → the content of an image file, encoded for speed rather than for the last byte.
+
+    `format` is webp, jpg or png; `quality` (0 … 100) is of no matter to a PNG. `facts` are kept as text: in a PNG as
+    chunks, which Pillow shows as `Image.open(path).info`; else as a JSON object in EXIF's ImageDescription, which it
+    shows as `Image.open(path).getexif()[0x010E]`.
+
+    Raises:
+        ValueError: another format, or a quality out of bounds.
+    """
+    if not 0 <= quality <= 100:
+        raise ValueError(f"quality {quality}: expected 0 to 100")
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    texts = {name: str(value) for name, value in facts.items()}
+    file = io.BytesIO()
+    if format == "png":
+        info = PngImagePlugin.PngInfo()
+        for name, text in texts.items():
+            info.add_itxt(name, text)
+        picture.save(file, format="PNG", compress_level=1, pnginfo=info)
+        return file.getvalue()
+    exif = Image.Exif()
+    exif[IMAGE_DESCRIPTION] = json.dumps(texts)  # EXIF's texts are ASCII, and so is this: \u escapes for the rest
+    if format == "webp":
+        # Method 1: about a tenth of the default's time (4), some 5 % more bytes.
+        picture.save(file, format="WEBP", quality=quality, method=1, exif=exif)
+    elif format == "jpg":
+        picture.save(file, format="JPEG", quality=quality, exif=exif)
+    else:
+        raise ValueError(f"format {format}: expected webp, jpg or png")
+    return file.getvalue()
 
 
 def save_png(image: Tensor, folder: Path, facts: Mapping[str, object]) -> Path:
-    """Writes uint8 (3, H, W) into `folder` under a name made of prompt, steps and seed.
+    """Writes uint8 (3, H, W) into `folder` under a name made of prompt, steps and seed; see `encode_picture`.
 
-    `facts` become text chunks, which Pillow shows as `Image.open(path).info`. A file of the same name is replaced:
-    it was made of the same prompt, seed and steps.
+    A file of the same name is replaced: it was made of the same prompt, seed and steps.
     """
-    info = PngImagePlugin.PngInfo()
-    for name, value in facts.items():
-        info.add_itxt(name, str(value))
     words = re.sub(r"[^\w]+", "-", str(facts["prompt"]).lower()).strip("-")[:60] or "picture"
     # The digits tell prompts apart whose words look alike in a file name.
     mark = hashlib.sha256(str(facts["prompt"]).encode()).hexdigest()[:6]
     path = folder / f"{words}_{mark}_{facts['steps']}_{facts['seed']}.png"
-    with atomic_path(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG", pnginfo=info)
+    atomic_bytes(path, encode_picture(image, "png", 100, facts))
     return path

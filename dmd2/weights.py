@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +20,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dmd2.errors import UserError
+from dmd2.fetch import is_url, unpacked
 from dmd2.fileio import atomic_text, sha256_file
 from dmd2.stable_diffusion import LatentCodec, PredictionType, StableDiffusion, TextEncoder
 
 MANIFEST = "dmd2.json"
-DEFAULT = Path(__file__).resolve().parent.parent / "weights" / "emoji"
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = ROOT / "weights" / "emoji"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -41,6 +47,17 @@ class Teacher(BaseModel):
     guidance_scale: float
 
 
+class Source(BaseModel):
+    """A repository of the Hugging Face hub that files came from."""
+
+    model_config = ConfigDict(extra="forbid")
+    revision: str
+    """commit"""
+    licence: str
+    files: dict[str, str] = {}
+    """path in the repository → sha256 of what the hub served"""
+
+
 class Manifest(BaseModel):
     """`dmd2.json`: what a folder of weights is and what its files must be."""
 
@@ -55,6 +72,33 @@ class Manifest(BaseModel):
     teacher: Teacher | None = None
     files: dict[str, str] = {}
     """path relative to the folder → sha256"""
+    sources: dict[str, Source] = {}
+    """by repository, if it was downloaded"""
+
+
+def locate(given: Path | str | None = None, environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Path:
+    """The folder of weights to use: `given`, else `$DMD2_WEIGHTS`, else what was downloaded, else the embedded ones.
+
+    The first two may be a folder, a tar or the http(s) URL of a tar. A tar is unpacked once, into `weights` in the
+    cache folder `$DMD2_CACHE` (`~/.cache/dmd2`), and its files are verified.
+
+    Raises:
+        UserError: there is no such thing, or it is broken.
+    """
+    source = str(given or environ.get("DMD2_WEIGHTS", ""))
+    if not source:
+        downloaded = root / "weights" / "sdxl"
+        return downloaded if (downloaded / MANIFEST).is_file() else root / "weights" / "emoji"
+    source = re.sub(r"^(https?):/+", r"\1://", source)  # a URL that went through Path has lost a slash
+    if not is_url(source):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        if not path.is_file():
+            raise UserError(f"weights {path}: no such file or folder; expected a folder, a tar or the URL of a tar")
+        source = str(path)
+    cache = Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser()
+    return unpacked(source, cache / "weights", MANIFEST, lambda folder: verify(folder, read_manifest(folder)))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -217,16 +261,30 @@ def save_text_to_image(
 
 
 def _swap(new: Path, folder: Path, old: Path) -> None:
-    """`folder` becomes `new`; if that fails, it is what it was."""
+    """`folder` becomes `new`; if that fails, it is what it was. Its old content ends up at `new` or `old`."""
     if not folder.exists():
         new.rename(folder)
         return
+    if _exchange(new, folder):
+        return
+    # Killed between these two, the process leaves the old weights at `old` and nothing at `folder`.
     folder.rename(old)
     try:
         new.rename(folder)
     except BaseException:
         old.rename(folder)
         raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Two names swap what they stand for, in one step of the kernel. False where that cannot be (all but Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc 2.28 and newer
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+    if renameat2 is None:
+        return False
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from dmd2.weights import (
     MANIFEST,
     UNET_FILE,
     Student,
+    _exchange,
+    _swap,
     load_text_to_image,
     load_vae,
     read_manifest,
@@ -290,6 +294,7 @@ def test_save_that_fails_at_the_very_swap_leaves_the_old_folder_whole(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(copy)
+    monkeypatch.setattr(dmd2.weights, "_exchange", lambda new, folder: False)  # as on another system than Linux
     rename = Path.rename
     calls = []
 
@@ -304,6 +309,41 @@ def test_save_that_fails_at_the_very_swap_leaves_the_old_folder_whole(
         save_over(copy, copy)
     assert calls
     assert contents(copy) == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
+def test_saving_over_a_folder_is_one_step_on_linux(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed_between(self: Path, target: Path) -> Path:
+        raise AssertionError(f"{self} was renamed: killed now, the process would leave no folder")
+
+    monkeypatch.setattr(Path, "rename", killed_between)
+    before = contents(copy)
+    save_over(copy, copy)
+    assert contents(copy)[f"unet/{UNET_FILE}"] != before[f"unet/{UNET_FILE}"]
+    verify(copy, read_manifest(copy))
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_swapped_folders_keep_their_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    if at_once and not sys.platform.startswith("linux"):
+        pytest.skip("renameat2 is Linux's")
+    new, folder, old = (tmp_path / name for name in ("new", "ünïcode folder", "old"))
+    for path in (new, folder):
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    if not at_once:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a C library without renameat2
+    _swap(new, folder, old)
+    assert (folder / "file").read_text() == "new"
+    assert ((new if at_once else old) / "file").read_text() == "ünïcode folder"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_the_kernel_cannot_exchange_is_not_exchanged(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    assert not _exchange(tmp_path / "one", tmp_path / "missing")
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
 
 
 def test_writing_a_manifest_again_changes_nothing(copy: Path) -> None:

@@ -1,0 +1,247 @@
+"""From a request to picture files: what Cog's `Predictor` and any other server share.
+
+Checks and completes requests, queues their pictures for the one thread that owns the device, has the pictures encoded
+in other threads, and leaves them in the outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dmd2.batcher import Batcher, Check, Drawn, Ticket
+from dmd2.engine import Engine, Timings
+from dmd2.errors import UserError
+from dmd2.picture import encode_picture
+from dmd2.safety import FOLDER as SAFETY
+from dmd2.safety import SafetyChecker, may_be_disabled
+from dmd2.service.outbox import Outbox
+from dmd2.weights import locate, read_manifest
+
+WAITING = 64  # pictures in the queue, at most
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """What a client asks for. None: the service chooses."""
+
+    prompt: str
+    width: int | None = None
+    height: int | None = None
+    aspect_ratio: str | None = None
+    """such as "16:9", with about as many pixels as the weights' own size"""
+    num_outputs: int = 1
+    num_inference_steps: int = 4
+    seed: int | None = None
+    """of the first picture; picture i has seed + i"""
+    output_format: str = "webp"
+    output_quality: int = 80
+    disable_safety_checker: bool = False
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A finished picture. `path` is None if the safety checker withheld it. Times are in seconds."""
+
+    path: Path | None
+    seed: int
+    batch_size: int
+    times: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Job:
+    prompt: str
+    seed: int
+    steps: int
+    size: tuple[int, int]
+    check_safety: bool
+
+
+@dataclass(frozen=True)
+class _Picture:
+    image: Tensor
+    flagged: bool
+    timings: Timings
+    safety: float
+
+
+class PictureService:
+    """Loads weights and draws for many clients at once. Reads these variables of `environ`:
+
+    - `DMD2_WEIGHTS`: see `dmd2.weights.locate`.
+    - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
+    - `DMD2_MAX_BATCH`: pictures in one batch, at most.
+
+    Args:
+        weights: folder or tar of weights; None to look in the usual places.
+        device: "auto", "cpu" or "cuda".
+        safety: folder of the safety checker; it is used if it is there.
+
+    Raises:
+        UserError: weights or checker are missing, damaged or not what they say.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        device: str = "auto",
+        safety: Path = SAFETY,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        folder = locate(weights, environ)
+        manifest = read_manifest(folder)
+        logger.info("weights: %s (%s), licence: %s", folder, manifest.name, manifest.licence)
+        modes = tuple(str(steps) for steps in sorted(manifest.students))
+        self.engine = Engine(folder, device, modes=modes, trace=True)
+        self._unsafe_allowed = may_be_disabled(environ)
+        self._safety: SafetyChecker | None = None
+        if safety.is_dir():
+            assert self.engine.dtype is not None
+            self._safety = SafetyChecker.load(safety, self.engine.device, self.engine.dtype)
+            allowed = "may" if self._unsafe_allowed else "may not"
+            logger.info("safety checker: %s; callers %s disable it", safety, allowed)
+        else:
+            logger.warning("safety checker: none (no folder %s); pictures are not checked", safety)
+        max_batch = _max_batch(environ, manifest.native_size)
+        self.engine.warm_up(modes, [manifest.native_size])
+
+        self._outbox = Outbox()
+        self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
+        self._batcher: Batcher[_Job, _Picture] = Batcher(
+            self._draw,
+            lambda job: (job.steps, job.size),
+            max_batch=max_batch,
+            max_waiting=WAITING,
+            recover=self.engine.recover,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """False once the device is gone: then only a new process helps."""
+        return self._batcher.alive
+
+    def close(self) -> None:
+        """Finishes what is queued and deletes the files."""
+        self._batcher.close()
+        self._encoders.shutdown()
+        self._outbox.close()
+
+    def settle(self, request: PictureRequest) -> tuple[tuple[int, int], int]:
+        """Size (width, height) and first seed of a request.
+
+        Raises:
+            UserError: something is wrong with it; names the input and what would be valid.
+        """
+        if not request.prompt.strip():
+            raise UserError("prompt: empty; expected some words")
+        students = self.engine.manifest.students
+        if request.num_inference_steps not in students:
+            valid = " or ".join(map(str, sorted(students)))
+            raise UserError(f"num_inference_steps: {request.num_inference_steps}; these weights draw in {valid}")
+        native = self.engine.manifest.native_size
+        if request.aspect_ratio is None:
+            size = (request.width or native[0], request.height or native[1])
+        elif request.width is not None or request.height is not None:
+            raise UserError("aspect_ratio: given beside width or height; expected one or the other")
+        else:
+            size = aspect_size(request.aspect_ratio, native, max(self.engine.size_unit, native[0] // 16))
+        self.engine.check_size(size)
+        return size, secrets.randbelow(2**32) if request.seed is None else request.seed
+
+    async def draw(self, request: PictureRequest) -> AsyncGenerator[PictureFile, None]:
+        """Draws the request's pictures and yields them in order, each as soon as it is encoded.
+
+        Raises:
+            UserError: the request is wrong.
+            dmd2.batcher.Busy: too many pictures wait already.
+            dmd2.batcher.Stopped: the device is gone.
+        """
+        size, seed = self.settle(request)
+        check_safety = not (request.disable_safety_checker and self._unsafe_allowed)
+        tickets: list[Ticket[_Job, _Picture]] = []
+        files: list[asyncio.Task[PictureFile]] = []
+        try:
+            for i in range(request.num_outputs):
+                job = _Job(request.prompt, seed + i, request.num_inference_steps, size, check_safety)
+                tickets.append(self._batcher.submit(job))
+            files += [asyncio.create_task(self._finish(ticket, request)) for ticket in tickets]
+            for file in files:
+                yield await file
+        finally:  # cancelled, failed or done: leave nothing behind that works for nobody
+            for ticket in tickets:
+                ticket.abandon()
+            for file in files:
+                file.cancel()
+            await asyncio.gather(*files, return_exceptions=True)
+
+    async def _finish(self, ticket: Ticket[_Job, _Picture], request: PictureRequest) -> PictureFile:
+        drawn: Drawn[_Picture] = await asyncio.wrap_future(ticket.future)
+        picture, path, began = drawn.result, None, time.perf_counter()
+        if not picture.flagged:
+            loop = asyncio.get_running_loop()
+            path = await loop.run_in_executor(self._encoders, self._write, ticket.job, picture.image, request)
+        times = {
+            "queue": drawn.queue_seconds,
+            "text": picture.timings.text,
+            "denoise": picture.timings.denoise,
+            "decode": picture.timings.decode,
+            "safety": picture.safety,
+            "encode": time.perf_counter() - began,
+        }
+        rounded = {stage: round(seconds, 4) for stage, seconds in times.items()}
+        return PictureFile(path, ticket.job.seed, drawn.batch_size, rounded)
+
+    def _write(self, job: _Job, image: Tensor, request: PictureRequest) -> Path:
+        facts = {
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "steps": job.steps,
+            "weights_sha256": self.engine.sha256(str(job.steps)),
+        }
+        data = encode_picture(image, request.output_format, request.output_quality, facts)
+        return self._outbox.write(data, request.output_format)
+
+    def _draw(self, jobs: list[_Job], check: Check) -> list[_Picture]:
+        """On the device thread: jobs of equal steps and size."""
+        prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+        images, timings = self.engine.draw_timed(prompts, seeds, str(jobs[0].steps), jobs[0].size, check)
+        began = time.perf_counter()
+        flags = [False] * len(jobs)
+        if self._safety is not None and any(job.check_safety for job in jobs):
+            flags = self._safety(images)
+        seconds = time.perf_counter() - began
+        return [
+            _Picture(image, flag and job.check_safety, timings, seconds)
+            for job, image, flag in zip(jobs, images, flags, strict=True)
+        ]
+
+
+def aspect_size(ratio: str, native: tuple[int, int], unit: int) -> tuple[int, int]:
+    """Width and height, multiples of `unit`, of about the ratio "W:H" and with about as many pixels as `native`."""
+    w, h = (int(part) for part in ratio.split(":"))
+    pixels = native[0] * native[1]
+    sides = math.sqrt(pixels * w / h), math.sqrt(pixels * h / w)
+    width, height = (max(1, round(side / unit)) * unit for side in sides)
+    return width, height
+
+
+def _max_batch(environ: Mapping[str, str], native: tuple[int, int]) -> int:
+    text = environ.get("DMD2_MAX_BATCH", "").strip()
+    if not text:
+        return 8 if native[0] * native[1] <= 512 * 512 else 4
+    if not text.isdigit() or not 1 <= int(text) <= WAITING:
+        raise UserError(f"DMD2_MAX_BATCH={text}: expected a number from 1 to {WAITING}")
+    return int(text)

@@ -1,0 +1,55 @@
+"""Files on their way out: never the same name, gone within a minute, gone with their process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dmd2.service.outbox import PREFIX, Outbox
+
+
+def test_files_keep_their_bytes_and_get_names_of_their_own(tmp_path: Path) -> None:
+    outbox = Outbox(root=tmp_path)
+    paths = [outbox.write(bytes([i]), "webp") for i in range(50)]
+    assert len(set(paths)) == 50
+    assert [path.read_bytes() for path in paths] == [bytes([i]) for i in range(50)]
+    assert all(path.suffix == ".webp" for path in paths)
+    outbox.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_files_go_and_new_ones_stay(tmp_path: Path) -> None:
+    outbox = Outbox(keep_seconds=30, tick_seconds=0.02, root=tmp_path)
+    old, new = outbox.write(b"old", "png"), outbox.write(b"new", "png")
+    os.utime(old, (time.time() - 31, time.time() - 31))
+    for _ in range(200):
+        if not old.exists():
+            break
+        time.sleep(0.02)
+    assert not old.exists()
+    assert new.read_bytes() == b"new"
+    outbox.close()
+
+
+def test_files_are_gone_within_a_minute_by_default(tmp_path: Path) -> None:
+    outbox = Outbox(root=tmp_path)
+    assert outbox._keep + outbox._tick < 60
+    outbox.close()
+
+
+def test_what_a_killed_process_left_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = tmp_path / f"{PREFIX}{process.pid}-x"
+    mine = tmp_path / f"{PREFIX}{os.getppid()}-x"  # of a process that runs
+    other = tmp_path / f"{PREFIX}notes"
+    for folder in (left, mine, other):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(b"a")
+    outbox = Outbox(root=tmp_path)
+    assert not left.exists()
+    assert mine.exists() and other.exists()
+    outbox.close()

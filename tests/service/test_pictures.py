@@ -1,0 +1,250 @@
+"""The service: the right picture for everyone, clear errors, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from dmd2.batcher import Busy, Stopped
+from dmd2.engine import Engine
+from dmd2.errors import UserError
+from dmd2.service.pictures import WAITING, PictureFile, PictureRequest, PictureService, aspect_size
+from dmd2.weights import MANIFEST
+
+OWL = PictureRequest("an owl", seed=5, output_format="png")
+
+
+@pytest.fixture(scope="module")
+def service(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PictureService]:
+    service = PictureService(weights, "cpu", safety=tmp_path_factory.mktemp("none") / "safety", environ={})
+    yield service
+    service.close()
+
+
+async def collect(service: PictureService, request: PictureRequest) -> list[PictureFile]:
+    return [picture async for picture in service.draw(request)]
+
+
+def draw(service: PictureService, request: PictureRequest) -> list[PictureFile]:
+    return asyncio.run(collect(service, request))
+
+
+def opened(picture: PictureFile) -> Image.Image:
+    assert picture.path is not None
+    return Image.open(io.BytesIO(picture.path.read_bytes()))
+
+
+def pixels(picture: PictureFile) -> Tensor:
+    return torch.from_numpy(numpy.array(opened(picture))).permute(2, 0, 1)
+
+
+def difference(a: Tensor, b: Tensor) -> int:
+    return int((a.int() - b.int()).abs().max())
+
+
+def test_pictures_are_the_engines_own(service: PictureService, weights: Path) -> None:
+    pictures = draw(service, dataclasses.replace(OWL, num_outputs=3, width=64, height=32))
+    assert [picture.seed for picture in pictures] == [5, 6, 7]
+    expected = Engine(weights, "cpu").draw(["an owl"] * 3, [5, 6, 7], "4", (64, 32))
+    for picture, image in zip(pictures, expected, strict=True):
+        assert difference(pixels(picture), image) <= 1
+        assert set(picture.times) == {"queue", "text", "denoise", "decode", "safety", "encode"}
+        assert picture.times["denoise"] > 0
+    info = opened(pictures[1]).info
+    assert (info["prompt"], info["seed"], info["steps"]) == ("an owl", "6", "4")
+    assert info["weights_sha256"] == service.engine.sha256("4")
+
+
+@pytest.mark.parametrize(("form", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
+def test_formats(service: PictureService, form: Any, kind: str) -> None:
+    (picture,) = draw(service, dataclasses.replace(OWL, output_format=form, num_inference_steps=1))
+    assert picture.path is not None and picture.path.suffix == f".{form}"
+    assert opened(picture).format == kind
+
+
+def test_many_clients_at_once_get_their_own_pictures(service: PictureService) -> None:
+    """Other prompts, seeds, sizes and step counts at the same time, as often as they come."""
+    requests = [
+        PictureRequest(prompt, width=width, seed=seed, num_inference_steps=steps, output_format="png")
+        for prompt in ("an owl", "a red apple " * 30, "a blue book")
+        for width in (64, 32)
+        for steps in (1, 4)
+        for seed in (0, 1, 1000)
+    ]
+
+    async def together() -> list[list[PictureFile]]:
+        return await asyncio.gather(*(collect(service, request) for request in requests))
+
+    found = asyncio.run(together())
+    for request, (picture,) in zip(requests, found, strict=True):
+        (alone,) = draw(service, request)
+        assert difference(pixels(alone), pixels(picture)) <= 2
+        assert alone.batch_size == 1
+        assert picture.seed == request.seed
+    assert max(picture.batch_size for (picture,) in found) > 1
+
+
+def test_a_seed_is_drawn_where_none_is_given(service: PictureService) -> None:
+    request = dataclasses.replace(OWL, seed=None, num_inference_steps=1)
+    seeds = {draw(service, request)[0].seed for _ in range(5)}
+    assert len(seeds) == 5 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": " \n"}, "prompt: empty; expected some words"),
+        ({"num_inference_steps": 2}, "num_inference_steps: 2; these weights draw in 1 or 4"),
+        ({"width": 66}, "width: 66 .size 66x64.; expected a multiple of 4 pixels"),
+        ({"height": 63}, "height: 63 .size 64x63.; expected a multiple of 4 pixels"),
+        ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio: given beside width or height"),
+    ],
+)
+def test_wrong_requests_name_the_input(service: PictureService, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(service, dataclasses.replace(OWL, **change))
+
+
+def test_aspect_ratios_of_both_families() -> None:
+    assert aspect_size("16:9", (1024, 1024), 64) == (1344, 768)  # SDXL was trained on these three
+    assert aspect_size("9:21", (1024, 1024), 64) == (640, 1536)
+    assert aspect_size("4:3", (1024, 1024), 64) == (1152, 896)
+    assert aspect_size("1:1", (64, 64), 16) == (64, 64)
+    assert aspect_size("16:9", (64, 64), 16) == (80, 48)
+
+
+@given(st.integers(1, 21), st.integers(1, 21), st.sampled_from([(64, 16), (512, 64), (1024, 64)]))
+def test_aspect_ratios_keep_about_the_area_and_turn_with_their_sides(w: int, h: int, model: tuple[int, int]) -> None:
+    side, unit = model
+    width, height = aspect_size(f"{w}:{h}", (side, side), unit)
+    assert width % unit == height % unit == 0 and min(width, height) >= unit
+    assert (height, width) == aspect_size(f"{h}:{w}", (side, side), unit)
+    assert abs(width - side * (w / h) ** 0.5) <= unit and abs(height - side * (h / w) ** 0.5) <= unit
+
+
+def test_an_aspect_ratio_chooses_the_size(service: PictureService) -> None:
+    (picture,) = draw(service, dataclasses.replace(OWL, aspect_ratio="16:9", num_inference_steps=1))
+    assert pixels(picture).shape == (3, 48, 80)
+
+
+def test_a_cancelled_request_leaves_the_queue_and_the_next_one_works(service: PictureService) -> None:
+    async def main() -> None:
+        first = asyncio.create_task(collect(service, dataclasses.replace(OWL, num_outputs=4)))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert len(await collect(service, OWL)) == 1
+
+    asyncio.run(main())
+
+
+def test_a_client_that_takes_one_of_four_pictures_leaves_nothing_running(service: PictureService) -> None:
+    async def main() -> int:
+        drawn = service.draw(dataclasses.replace(OWL, num_outputs=4))
+        async for _ in drawn:
+            break
+        await drawn.aclose()
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(main()) == 1
+    assert not service._batcher._waiting
+
+
+def test_an_error_of_the_engine_is_one_requests_and_the_next_one_works(
+    service: PictureService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = service.engine.draw_timed, []
+
+    def out_of_memory(prompts: list[str], *rest: Any) -> Any:
+        calls.append(len(prompts))
+        if len(prompts) > 1 or "heavy" in prompts[0]:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+        return real(prompts, *rest)
+
+    monkeypatch.setattr(service.engine, "draw_timed", out_of_memory)
+    pictures = draw(service, dataclasses.replace(OWL, num_outputs=4))
+    assert [picture.seed for picture in pictures] == [5, 6, 7, 8]
+    assert max(calls) > 1
+    with pytest.raises(torch.OutOfMemoryError, match="too much"):
+        draw(service, dataclasses.replace(OWL, prompt="heavy"))
+    assert len(draw(service, OWL)) == 1
+
+
+def test_a_flagged_picture_is_withheld_and_the_others_are_not(
+    service: PictureService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flagged = draw(service, dataclasses.replace(OWL, seed=6))[0]
+    unsafe = pixels(flagged)
+
+    def checker(images: Tensor) -> list[bool]:
+        return [difference(image, unsafe) <= 2 for image in images]
+
+    monkeypatch.setattr(service, "_safety", checker)
+    request = dataclasses.replace(OWL, num_outputs=3)
+    assert [picture.path is None for picture in draw(service, request)] == [False, True, False]
+    # A caller may switch it off only where the operator allows it.
+    asking = dataclasses.replace(request, disable_safety_checker=True)
+    assert [picture.path is None for picture in draw(service, asking)] == [False, True, False]
+    monkeypatch.setattr(service, "_unsafe_allowed", True)
+    assert [picture.path is None for picture in draw(service, asking)] == [False, False, False]
+    assert [picture.path is None for picture in draw(service, request)] == [False, True, False]
+
+
+def test_start_up_says_which_weights_and_under_which_licence(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environ = {"DMD2_WEIGHTS": str(weights), "DMD2_MAX_BATCH": "3"}
+    with caplog.at_level(logging.INFO):
+        service = PictureService(None, "cpu", safety=tmp_path / "safety", environ=environ)
+    licence = json.loads((weights / MANIFEST).read_text())["licence"]
+    assert caplog.messages[0] == f"weights: {weights} (dmd2-emoji), licence: {licence}"
+    assert "pictures are not checked" in caplog.messages[1]
+    draw(service, dataclasses.replace(OWL, num_outputs=4))
+    service.close()
+    assert not service.alive
+    with pytest.raises(Stopped, match="closed"):
+        draw(service, OWL)
+
+
+@pytest.mark.parametrize("value", ["0", "many", "65", "-1"])
+def test_a_wrong_batch_limit_is_named(weights: Path, tmp_path: Path, value: str) -> None:
+    with pytest.raises(UserError, match=f"DMD2_MAX_BATCH={value}: expected a number from 1 to 64"):
+        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_MAX_BATCH": value})
+
+
+def test_a_full_queue_is_said_and_what_was_queued_of_the_request_is_dropped(service: PictureService) -> None:
+    async def main() -> list[Any]:
+        requests = [dataclasses.replace(OWL, num_outputs=4, seed=i) for i in range(WAITING // 4 + 20)]
+        tasks = [asyncio.create_task(collect(service, request)) for request in requests]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    answers = asyncio.run(main())
+    busy = [answer for answer in answers if isinstance(answer, Busy)]
+    assert busy and "waiting already; try again later" in str(busy[0])
+    served = [answer for answer in answers if not isinstance(answer, Busy)]
+    assert all(len(pictures) == 4 for pictures in served) and len(served) >= WAITING // 4
+    assert len(draw(service, OWL)) == 1
+
+
+def test_a_tampered_folder_fails_at_once_by_the_name_of_the_file(weights: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(weights, tmp_path / "copy"))
+    broken = copy / "unet_1step" / "diffusion_pytorch_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"unet_1step/diffusion_pytorch_model.safetensors: sha256 is"):
+        PictureService(copy, "cpu", safety=tmp_path / "none", environ={})
