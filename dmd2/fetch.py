@@ -105,7 +105,7 @@ def _unpack(tar: Path, name: str, folder: Path) -> None:
     """Files and folders only, and only below `folder`, as far as the disk has room."""
     folder.mkdir()
     size, free = 0, shutil.disk_usage(folder).free
-    # Python 3.11.3 and older know no filter. What it refuses is refused below as well; it also tames modes and owners.
+    # Python 3.11.3 and older know no filter. What it refuses is refused below too; it also tames modes and owners.
     safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(tar) as archive:
         for member in archive:
