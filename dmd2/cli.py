@@ -1,8 +1,10 @@
-"""The command line: `dmd2 generate`, `dmd2 train`. One thin verb each."""
+"""The command line: `dmd2 generate`, `dmd2 train`, `dmd2 cog`. One thin verb each."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import secrets
 import sys
@@ -16,7 +18,8 @@ import typer
 from dmd2.errors import UserError
 
 BEGAN = time.perf_counter()
-DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "emoji"
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_WEIGHTS = ROOT / "weights" / "emoji"
 
 app = typer.Typer(
     help="Few-step diffusion: distil, sample, serve.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -118,6 +121,35 @@ def train(
     if not finished:
         raise typer.Exit(130)
     print(f"done: {folder}")
+
+
+@app.command()
+def cog(
+    port: Annotated[int, typer.Option(help="To listen on.")] = 5000,
+    host: Annotated[str, typer.Option(help="To listen on; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
+    weights: Annotated[Path | None, typer.Option(help="Folder of weights with a dmd2.json.")] = None,
+) -> None:
+    """Serve pictures through Cog's own server, without Docker. Needs a clone of the repository."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: expected 1 to 65535")
+    if weights is not None and not (weights / "dmd2.json").is_file():
+        raise UserError(f"--weights {weights}: expected a folder with a dmd2.json")
+    if not (ROOT / "predict.py").is_file():
+        raise UserError(f"{ROOT / 'predict.py'}: no such file; `dmd2 cog` works from a clone of the repository only")
+    if importlib.util.find_spec("cog") is None:
+        raise UserError("Cog's Python package is not installed; pip install 'dmd2[serve]'")
+
+    from dmd2.service.schema import write_schema
+    from dmd2.service.supervisor import check_port
+
+    check_port(host, port)
+    write_schema(ROOT)
+    environment = os.environ | {"PORT": str(port)}
+    if weights is not None:
+        environment["DMD2_WEIGHTS"] = str(weights.resolve())
+    sys.stdout.flush()
+    entrypoint = ROOT / "scripts" / "entrypoint"
+    os.execve(sys.executable, [sys.executable, str(entrypoint), "--host", host], environment)
 
 
 def _check_folder(out: Path) -> None:

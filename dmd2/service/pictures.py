@@ -53,12 +53,13 @@ class PictureRequest:
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A finished picture. `path` is None if the safety checker withheld it. Times are in seconds."""
+    """A finished picture. `path` is None if the safety checker withheld it."""
 
     path: Path | None
     seed: int
     batch_size: int
-    times: dict[str, float]
+    seconds: dict[str, float]
+    """by stage"""
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class PictureService:
         if not picture.flagged:
             loop = asyncio.get_running_loop()
             path = await loop.run_in_executor(self._encoders, self._write, ticket.job, picture.image, request)
-        times = {
+        seconds = {
             "queue": drawn.queue_seconds,
             "text": picture.timings.text,
             "denoise": picture.timings.denoise,
@@ -201,7 +202,7 @@ class PictureService:
             "safety": picture.safety,
             "encode": time.perf_counter() - began,
         }
-        rounded = {stage: round(seconds, 4) for stage, seconds in times.items()}
+        rounded = {stage: round(value, 4) for stage, value in seconds.items()}
         return PictureFile(path, ticket.job.seed, drawn.batch_size, rounded)
 
     def _write(self, job: _Job, image: Tensor, request: PictureRequest) -> Path:

@@ -63,8 +63,8 @@ def test_pictures_are_the_engines_own(service: PictureService, weights: Path) ->
     expected = Engine(weights, "cpu").draw(["an owl"] * 3, [5, 6, 7], "4", (64, 32))
     for picture, image in zip(pictures, expected, strict=True):
         assert difference(pixels(picture), image) <= 1
-        assert set(picture.times) == {"queue", "text", "denoise", "decode", "safety", "encode"}
-        assert picture.times["denoise"] > 0
+        assert set(picture.seconds) == {"queue", "text", "denoise", "decode", "safety", "encode"}
+        assert picture.seconds["denoise"] > 0
     info = opened(pictures[1]).info
     assert (info["prompt"], info["seed"], info["steps"]) == ("an owl", "6", "4")
     assert info["weights_sha256"] == service.engine.sha256("4")

@@ -1,0 +1,1 @@
+"""The service: what Cog's server needs around the engine."""

@@ -1,0 +1,111 @@
+"""Cog's front door: inputs in, files out. What happens in between is `dmd2.service.pictures`.
+
+Cog reads this file without running it: inputs have literal defaults and bounds, and plain types.
+"""
+
+import logging
+from typing import AsyncIterator, Iterator, Optional
+
+from cog import BaseRunner, Input, Path, concurrent, streaming
+
+from dmd2.service.bridge import begun, in_this_context
+from dmd2.service.pictures import PictureFile, PictureRequest, PictureService
+
+
+class Predictor(BaseRunner):
+    """Draws with the DMD2 students of one folder of weights, in one step or four."""
+
+    def setup(self, weights: Optional[Path] = None) -> None:
+        """Loads everything once. `weights`: see `dmd2.weights.locate`."""
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        self.service = PictureService(weights)
+
+    @streaming
+    @concurrent(max=16)
+    async def run(
+        self,
+        prompt: str = Input(
+            description="What to draw. A prompt longer than the text encoder's window is read in parts, not cut.",
+            min_length=1,
+            max_length=5000,
+        ),
+        negative_prompt: str = Input(
+            description="Inert, accepted for compatibility: a distilled model draws without guidance.", default=""
+        ),
+        width: Optional[int] = Input(
+            description="Pixels, a multiple of 8 (emoji: 4). Empty: the weights' own size (SDXL: 1024, emoji: 64).",
+            ge=16,
+            le=2048,
+            default=None,
+        ),
+        height: Optional[int] = Input(description="Pixels, as width.", ge=16, le=2048, default=None),
+        aspect_ratio: Optional[str] = Input(
+            description="Instead of width and height: this shape, in about as many pixels as the weights' own size.",
+            choices=["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"],
+            default=None,
+        ),
+        num_outputs: int = Input(description="How many pictures.", ge=1, le=4, default=1),
+        num_inference_steps: int = Input(
+            description="Each number of steps is a distilled model of its own: 1 is faster, 4 is better.",
+            choices=[1, 4],
+            default=4,
+        ),
+        guidance_scale: float = Input(
+            description="Inert, accepted for compatibility: guidance is distilled into the model.",
+            ge=0,
+            le=20,
+            default=0,
+        ),
+        seed: Optional[int] = Input(
+            description="Of the first picture; picture i has seed + i. Empty: random (see the metrics and the log).",
+            ge=0,
+            le=4294967295,
+            default=None,
+        ),
+        output_format: str = Input(description="Of the files.", choices=["webp", "jpg", "png"], default="webp"),
+        output_quality: int = Input(description="Of webp and jpg; png is lossless.", ge=1, le=100, default=80),
+        disable_safety_checker: bool = Input(
+            description="Do not check the pictures. Only where the operator allows it.", default=False
+        ),
+    ) -> AsyncIterator[Path]:
+        """Draws pictures and hands over each as soon as it is encoded."""
+        if negative_prompt or guidance_scale:
+            print("negative_prompt and guidance_scale have no effect: the model is distilled to draw without them")
+        request = PictureRequest(
+            prompt=prompt,
+            width=width,
+            height=height,
+            aspect_ratio=aspect_ratio,
+            num_outputs=num_outputs,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+            output_format=output_format,
+            output_quality=output_quality,
+            disable_safety_checker=disable_safety_checker,
+        )
+        # Not `yield`: see dmd2/service/bridge.py.
+        return in_this_context(self._files(await begun(self.service.draw(request))))
+
+    def _files(self, pictures: Iterator[PictureFile]) -> Iterator[Path]:
+        seconds: dict[str, float] = {}
+        shown = 0
+        for i, picture in enumerate(pictures):
+            if i == 0:
+                print(f"seed: {picture.seed}")
+                self.record_metric("seed", picture.seed)
+                self.record_metric("batch_size", picture.batch_size)
+            seconds = {stage: max(time, seconds.get(stage, 0.0)) for stage, time in picture.seconds.items()}
+            shown += picture.path is not None
+            self.record_metric("seconds", seconds)
+            self.record_metric("image_count", shown)
+            if picture.path is None:
+                print(f"the picture with seed {picture.seed} was withheld by the safety checker")
+            else:
+                yield Path(picture.path)
+        if not shown:
+            raise ValueError("every picture was withheld by the safety checker; try another prompt or seed")
+
+    def healthcheck(self) -> bool:
+        """False once the device is gone: the server must be restarted (see scripts/entrypoint)."""
+        return self.service.alive
