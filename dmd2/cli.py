@@ -1,4 +1,4 @@
-"""The command line: `dmd2 generate`, `dmd2 train`, `dmd2 cog`. One thin verb each."""
+"""The command line: `dmd2 generate`, `dmd2 train`, `dmd2 cog`, `dmd2 convert`. One thin verb each."""
 
 from __future__ import annotations
 
@@ -26,9 +26,18 @@ app = typer.Typer(
 )
 
 
+convert = typer.Typer(help="Turn published weights into a folder that dmd2 reads.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
+
 @app.callback()
 def _root() -> None:
     """Few-step diffusion: distil, sample, serve."""
+
+
+@convert.callback()
+def _convert() -> None:
+    """Turn published weights into a folder that dmd2 reads."""
 
 
 @app.command()
@@ -150,6 +159,18 @@ def cog(
     sys.stdout.flush()
     entrypoint = ROOT / "scripts" / "entrypoint"
     os.execve(sys.executable, [sys.executable, str(entrypoint), "--host", host], environment)
+
+
+@convert.command()
+def edm(
+    source: Annotated[Path, typer.Argument(metavar="FILE.pkl", help="One of EDM's published pickles.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder: safetensors, a config, a dmd2.json.")],
+) -> None:
+    """Convert one of EDM's pickles. It is read, never run: nothing that it holds is executed."""
+    from dmd2.edm_pickle import convert_edm
+
+    config = convert_edm(source, out)
+    print(f"{out}: {config.architecture}, {config.resolution}x{config.resolution}, {config.classes} classes")
 
 
 def _check_folder(out: Path) -> None:

@@ -288,3 +288,15 @@ def test_a_process_refuses_damaged_weights_in_one_line(weights: Path, tmp_path: 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("dmd2: ") and done.stderr.count("\n") == 1 and "sha256" in done.stderr
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_convert_refuses_what_is_no_pickle_of_edm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    hostile, out = tmp_path / "hostile.pkl", tmp_path / "out"
+    hostile.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    assert "os.system" in refused(monkeypatch, capsys, "convert", "edm", hostile, out)
+    assert str(tmp_path / "nowhere.pkl") in refused(
+        monkeypatch, capsys, "convert", "edm", tmp_path / "nowhere.pkl", out
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile.pkl"]

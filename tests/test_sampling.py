@@ -11,8 +11,8 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
-from dmd2.noise import sd_sigmas, seeded_noise
-from dmd2.sampling import conditioned, dpm_solver_2m, few_step, teacher_sigmas
+from dmd2.noise import karras_sigmas, sd_sigmas, seeded_noise
+from dmd2.sampling import conditioned, dpm_solver_2m, few_step, heun, teacher_sigmas
 from dmd2.stable_diffusion import PredictionType, StableDiffusion, TextEncoder
 from dmd2.training.embedded import build_unet
 
@@ -212,3 +212,84 @@ def test_solver_agrees_with_diffusers_own(unet: Any) -> None:
         x0 = gaussian(x_t * (1 + sigma**2).sqrt(), sigma.reshape(1))
         x_t = scheduler.step(x0, t, x_t, return_dict=False)[0]
     assert float((ours - x_t).abs().max()) < 1e-4
+
+
+# EDM's sampler
+
+
+def edm_levels(steps: int) -> list[float]:
+    return list(karras_sigmas(steps).flip(0).tolist())
+
+
+def test_heun_converges_at_second_order_on_a_gaussian() -> None:
+    x = 80 * torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = exact(x, 80.0, 0.0)
+    errors = [float((heun(gaussian, x, edm_levels(n)) - truth).abs().max()) for n in (9, 18, 36, 72)]
+    ratios = [coarse / fine for coarse, fine in pairwise(errors)]
+    assert all(ratio > 3 for ratio in ratios), ratios  # 2 would be first order
+    assert ratios[-1] == pytest.approx(4, abs=0.8)
+    assert errors[-1] < 0.01
+
+
+def test_heun_is_algorithm_1_and_asks_twice_a_step() -> None:
+    x = 3 * torch.randn(1, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one = torch.ones(1)
+    asked: list[float] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.shape == (1,) and sigma.dtype == torch.float32
+        asked.append(float(sigma[0]))
+        return gaussian(x, sigma)
+
+    d = (x - gaussian(x, 3 * one)) / 3
+    euler = x + (1 - 3) * d
+    second = (euler - gaussian(euler, one)) / 1
+    between = x + (1 - 3) * (d + second) / 2
+    assert torch.allclose(heun(denoise, x, [3.0, 1.0]), gaussian(between, one))  # the step to 0 gives x0 itself
+    assert asked == [3, 1, 1]
+    assert torch.allclose(heun(gaussian, x, [3.0]), gaussian(x, 3 * one))
+    # Noise that is not asked for is not read.
+    assert torch.equal(heun(denoise, x, [3.0, 1.0], iter([])), heun(gaussian, x, [3.0, 1.0]))
+    single = heun(denoise, x.float(), [3.0, 1.0])
+    assert single.dtype == torch.float32
+    with pytest.raises(ValueError, match="at least one"):
+        heun(gaussian, x, [])
+
+
+def test_stochastic_heun_is_algorithm_2() -> None:
+    levels = [4.0, 2.0, 1.0, 0.5]
+    x = 4 * torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = [n.double() for n in seeded_noise([3, 4], (4, 3, 2, 2)).unbind(1)]
+    settings: dict[str, float] = {"churn": 1.2, "churn_min": 0.7, "churn_max": 3.0, "churn_noise": 1.1}
+    given = x
+    for i, t in enumerate(levels):  # Karras et al. 2022, algorithm 2, line by line
+        t_next = [*levels, 0.0][i + 1]
+        gamma = min(1.2 / 4, 2**0.5 - 1) if 0.7 <= t <= 3 else 0.0
+        t_hat = t + gamma * t
+        x_hat = x + (t_hat**2 - t**2) ** 0.5 * 1.1 * noise[i]
+        d = (x_hat - gaussian(x_hat, torch.full((2,), t_hat))) / t_hat
+        x = x_hat + (t_next - t_hat) * d
+        if t_next:
+            d_next = (x - gaussian(x, torch.full((2,), t_next))) / t_next
+            x = x_hat + (t_next - t_hat) * (d / 2 + d_next / 2)
+    assert torch.allclose(heun(gaussian, given, levels, noise, **settings), x, atol=1e-6)
+    assert not torch.allclose(heun(gaussian, given, levels), x, atol=0.1)
+    # γ is never above √2 − 1, which doubles the variance.
+    much = heun(gaussian, given, levels, noise, churn=99.0)
+    assert torch.allclose(much, heun(gaussian, given, levels, noise, churn=4 * (2**0.5 - 1)))
+    with pytest.raises(ValueError, match="noise: expected unit noise"):
+        heun(gaussian, given, levels, churn=1.0)
+    with pytest.raises(ValueError, match="shorter"):
+        heun(gaussian, given, levels, noise[:2], churn=1.0)
+
+
+def test_stochastic_heun_keeps_the_distribution() -> None:
+    shape, steps = (64, 3, 8, 8), 40
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(shape, generator=generator) for _ in range(steps + 1)]
+    x0 = heun(gaussian, 80 * noise[0], edm_levels(steps), noise[1:], churn=20.0)
+    assert float(x0.mean()) == pytest.approx(MEAN, abs=0.03) and float(x0.std()) == pytest.approx(SPREAD, abs=0.03)
+    # What it started from is forgotten in part: deterministic sampling keeps it to the bit.
+    plain = heun(gaussian, 80 * noise[0], edm_levels(steps))
+    assert abs(float(torch.corrcoef(torch.stack([x0.flatten(), noise[0].flatten()]))[0, 1])) < 0.3
+    assert float(torch.corrcoef(torch.stack([plain.flatten(), noise[0].flatten()]))[0, 1]) > 0.999
