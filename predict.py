@@ -18,7 +18,7 @@ class Predictor(BaseRunner):
     def setup(self, weights: Optional[Path] = None) -> None:
         """Loads everything once. `weights`: see `dmd2.weights.locate`."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
         self.service = PictureService(weights)
 
     @streaming

@@ -83,21 +83,21 @@ def _without_secrets(url: str) -> str:
 
 
 def _download(url: str, name: str, path: Path) -> None:
-    """Writes what the server sends; httpx itself raises if it is less than Content-Length promised."""
-    import httpx
+    """Writes what the server sends; httpx2 itself raises if it is less than Content-Length promised."""
+    import httpx2
 
-    timeout = httpx.Timeout(SILENCE, connect=10.0)
+    timeout = httpx2.Timeout(SILENCE, connect=10.0)
     plain = {"Accept-Encoding": "identity"}
     try:
-        with httpx.stream("GET", url, headers=plain, timeout=timeout, follow_redirects=True) as response:
-            if response.status_code != httpx.codes.OK:
+        with httpx2.stream("GET", url, headers=plain, timeout=timeout, follow_redirects=True) as response:
+            if response.status_code != httpx2.codes.OK:
                 raise UserError(f"{name}: the server answered {response.status_code} {response.reason_phrase}")
             size = int(response.headers.get("Content-Length", 0))
             _check_room(name, size, shutil.disk_usage(path.parent).free)
             with path.open("wb") as file:
                 for block in response.iter_raw():
                     file.write(block)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise UserError(f"{name}: the download failed: {str(error) or type(error).__name__}") from error
 
 

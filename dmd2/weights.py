@@ -247,7 +247,7 @@ def save_text_to_image(
             for suffix, encoder in zip(("", "_2"), encoders, strict=True):
                 tokenizer.save_pretrained(new / f"tokenizer{suffix}")
                 _save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
-        _save_pipeline_configs(new, prediction_type)
+        save_pipeline_configs(new, prediction_type)
         old = read_manifest(init) if (init / MANIFEST).exists() else None
         manifest = Manifest(
             name=old.name if old else "dmd2-emoji",
@@ -257,10 +257,10 @@ def save_text_to_image(
             teacher=teacher or (old.teacher if old else None),
         )
         write_manifest(new, manifest)
-        _swap(new, folder, Path(temporary) / "old")
+        swap(new, folder, Path(temporary) / "old")
 
 
-def _swap(new: Path, folder: Path, old: Path) -> None:
+def swap(new: Path, folder: Path, old: Path) -> None:
     """`folder` becomes `new`; if that fails, it is what it was. Its old content ends up at `new` or `old`."""
     if not folder.exists():
         new.rename(folder)
@@ -313,7 +313,7 @@ def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, 
     (folder / filename).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def _save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None:
+def save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None:
     """What diffusers' `StableDiffusionXLPipeline.from_pretrained` reads: the index and the scheduler."""
     import diffusers
 

@@ -28,11 +28,11 @@ from dmd2.weights import (
     UNET_FILE,
     Student,
     _exchange,
-    _swap,
     load_text_to_image,
     load_vae,
     read_manifest,
     save_text_to_image,
+    swap,
     verify,
     write_manifest,
 )
@@ -270,7 +270,7 @@ def test_saving_replaces_a_folder_even_the_one_it_starts_from(copy: Path) -> Non
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
-@pytest.mark.parametrize("stage", ["_save_module", "_save_pipeline_configs", "write_manifest"])
+@pytest.mark.parametrize("stage", ["_save_module", "save_pipeline_configs", "write_manifest"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_interrupted_save_leaves_the_old_folder_whole(
     copy: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
@@ -334,7 +334,7 @@ def test_swapped_folders_keep_their_contents(tmp_path: Path, monkeypatch: pytest
         (path / "file").write_text(path.name)
     if not at_once:
         monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a C library without renameat2
-    _swap(new, folder, old)
+    swap(new, folder, old)
     assert (folder / "file").read_text() == "new"
     assert ((new if at_once else old) / "file").read_text() == "ünïcode folder"
     assert len(list(tmp_path.iterdir())) == 2
