@@ -72,16 +72,16 @@ class Predictor(BaseRunner):
         """Draws pictures and hands over each as soon as it is encoded."""
         if negative_prompt or guidance_scale:
             print("negative_prompt and guidance_scale have no effect: the model is distilled to draw without them")
-        request = PictureRequest(
+        request = PictureRequest(  # Cog lets 4.0 pass for an integer, and leaves it a float
             prompt=prompt,
-            width=width,
-            height=height,
+            width=None if width is None else int(width),
+            height=None if height is None else int(height),
             aspect_ratio=aspect_ratio,
-            num_outputs=num_outputs,
-            num_inference_steps=num_inference_steps,
-            seed=seed,
+            num_outputs=int(num_outputs),
+            num_inference_steps=int(num_inference_steps),
+            seed=None if seed is None else int(seed),
             output_format=output_format,
-            output_quality=output_quality,
+            output_quality=int(output_quality),
             disable_safety_checker=disable_safety_checker,
         )
         # Not `yield`: see dmd2/service/bridge.py.

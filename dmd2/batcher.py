@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -102,21 +102,25 @@ class Batcher(Generic[Job, Result]):
         return self._thread.is_alive() and not self._closing and self._ended is None
 
     def submit(self, job: Job) -> Ticket[Job, Result]:
-        """Queues a job. From any thread.
+        """Queues a job. From any thread. Raises as `submit_all`."""
+        return self.submit_all([job])[0]
+
+    def submit_all(self, jobs: Sequence[Job]) -> list[Ticket[Job, Result]]:
+        """Queues jobs in one go, so that they ride together where they can. From any thread.
 
         Raises:
-            Busy: `max_waiting` jobs wait already.
+            Busy: the queue has not room for all of them; none is queued.
             Stopped: closed, or the device is gone.
         """
-        ticket: Ticket[Job, Result] = Ticket(job)
+        tickets: list[Ticket[Job, Result]] = [Ticket(job) for job in jobs]
         with self._changed:
             if not self.alive:
                 raise Stopped(self._ended or "closed")
-            if len(self._waiting) >= self._max_waiting:
+            if len(self._waiting) + len(tickets) > self._max_waiting:
                 raise Busy(f"{len(self._waiting)} pictures are waiting already; try again later")
-            self._waiting.append(ticket)
+            self._waiting.extend(tickets)
             self._changed.notify()
-        return ticket
+        return tickets
 
     def close(self) -> None:
         """Draws what is queued, then ends the thread."""

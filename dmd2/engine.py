@@ -105,7 +105,9 @@ class Engine:
             for size in sizes:
                 with denoiser.recording():
                     self.draw(["", "warm up"], [0, 1], mode, size)
-                for _ in range(2):  # a record's first two runs are slow: torch watches the one and rewrites for the other
+                for _ in range(
+                    2
+                ):  # a record's first two runs are slow: torch watches the one and rewrites for the other
                     self.draw(["warm up"], [0], mode, size)
 
     @torch.inference_mode()

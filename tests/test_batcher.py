@@ -82,6 +82,17 @@ def test_no_batch_is_larger_than_allowed(bench: Bench, batcher: Batcher[str, str
     assert [ticket.future.result(5).batch_size for ticket in tickets] == [3, 3, 3, 2, 2]
 
 
+def test_jobs_that_are_queued_in_one_go_ride_together_or_not_at_all(bench: Bench, batcher: Batcher[str, str]) -> None:
+    tickets = batcher.submit_all(["a1", "a2", "a3", "a4"])
+    assert [ticket.future.result(5).result for ticket in tickets] == ["a1!", "a2!", "a3!", "a4!"]
+    assert bench.batches == [["a1", "a2", "a3"], ["a4"]]  # though the thread was idle when the first one came
+    bench.hold(batcher)
+    batcher.submit_all(["b"] * 3)
+    with pytest.raises(Busy, match="3 pictures are waiting"):
+        batcher.submit_all(["c"] * 3)
+    assert len(batcher.submit_all(["c"] * 2)) == 2
+
+
 def test_a_full_queue_says_so_and_takes_jobs_again_later(bench: Bench, batcher: Batcher[str, str]) -> None:
     bench.hold(batcher)
     tickets = [batcher.submit("a") for _ in range(5)]

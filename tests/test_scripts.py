@@ -1,8 +1,14 @@
-"""scripts/setup-venv and scripts/demo, run with a Python that only notes what it was asked to do."""
+"""setup-venv and demo, run with a Python that only notes what it is asked to do; bench-server, a false service."""
 
+import http.server
+import itertools
+import json
 import os
 import shutil
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -154,3 +160,46 @@ def test_torch_index_is_handed_to_pip(tree: Tree) -> None:
 def test_demo_draws_with_four_steps_and_with_one(tree: Tree, arguments: list[str], expected: list[str]) -> None:
     assert tree.run("demo", *arguments).returncode == 0
     assert tree.calls()[2:] == [f"dmd2 generate {line}" for line in expected]
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    """The address of what answers as Cog's server does, but refuses every third request."""
+    count = itertools.count(1)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            inputs = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+            well = self.path == "/predictions" and inputs["num_inference_steps"] == 4
+            body = b'{"status": "succeeded"}' if well else b'{"status": "failed", "error": "asked wrongly"}'
+            self.send_response(409 if next(count) % 3 == 0 else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_bench_server_counts_pictures_and_errors(service: str) -> None:
+    command = [sys.executable, ROOT / "scripts/bench-server", "--url", service, "--seconds", "0.5"]
+    done = subprocess.run([*command, "--clients", "3", "--steps", "4"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    for name in ("one client", "3 clients"):
+        found = report[name]
+        assert set(found["errors"]) == {"HTTP 409"}
+        assert found["errors"]["HTTP 409"] == pytest.approx(found["pictures"] / 2, abs=3)
+        assert 0 < found["p50_ms"] <= found["p95_ms"]
+    rates = [report[name]["pictures_per_second"] for name in ("3 clients", "one client")]
+    assert report["ratio"] == pytest.approx(rates[0] / rates[1], abs=0.01)
+    assert report["steps"] == 4 and report["torch"]
+    assert report["resident_mb_start_middle_end"] == [None] * 3  # of a service that it did not start

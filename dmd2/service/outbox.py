@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -11,26 +12,36 @@ import uuid
 from pathlib import Path
 
 PREFIX = "dmd2-outbox-"
+COG_FOLDERS = Path("/tmp/coglet/predictions")
+"""where Cog 0.23 makes three folders for each prediction, and leaves them"""
+COG_SECONDS = 600.0  # no prediction takes so long
 
 
 class Outbox:
     """A temporary folder whose files live for `keep_seconds`, at most `tick_seconds` longer.
 
-    Cog reads an output file after the predictor has handed over its path, and never deletes it.
+    Cog reads an output file after the predictor has handed over its path, and never deletes it. Nor does it delete
+    the empty folders that it makes for each prediction: those in `cog_folders` go after ten minutes.
     """
 
-    def __init__(self, keep_seconds: float = 40.0, tick_seconds: float = 5.0, root: Path | None = None) -> None:
-        root = root or Path(tempfile.gettempdir())
-        _sweep_dead_processes(root)
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
-        self._keep, self._tick = keep_seconds, tick_seconds
+    def __init__(
+        self,
+        keep_seconds: float = 40.0,
+        tick_seconds: float = 5.0,
+        root: Path | None = None,
+        cog_folders: Path = COG_FOLDERS,
+    ) -> None:
+        self._root = root or Path(tempfile.gettempdir())
+        self._keep, self._tick, self._cog_folders = keep_seconds, tick_seconds, cog_folders
+        _remove_folders_of_dead_processes(self._root)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=self._root))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._sweep, name="outbox", daemon=True)
         self._thread.start()
 
-    def write(self, data: bytes, suffix: str) -> Path:
-        """A new file with `data`, whose name nobody else ever gets. `suffix` is without the dot."""
-        path = self.folder / f"{uuid.uuid4().hex}.{suffix}"
+    def write(self, data: bytes, name: str, suffix: str) -> Path:
+        """A new file with `data`, whose name begins with `name` and nobody else ever gets. `suffix` has no dot."""
+        path = self.folder / f"{name}-{uuid.uuid4().hex}.{suffix}"
         path.write_bytes(data)
         return path
 
@@ -42,13 +53,24 @@ class Outbox:
 
     def _sweep(self) -> None:
         while not self._closed.wait(self._tick):
-            oldest = time.time() - self._keep
-            for path in self.folder.iterdir():
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
+            # Of every outbox: a process that was killed in a container may have had the id of this one.
+            for path in self._root.glob(f"{PREFIX}*/*"):
+                with contextlib.suppress(
+                    FileNotFoundError, PermissionError
+                ):  # another one was faster, or it is theirs
+                    if path.stat().st_mtime < time.time() - self._keep:
+                        path.unlink()
+            for folder in self._cog_folders.glob("*"):
+                if self._closed.is_set():
+                    return
+                with contextlib.suppress(OSError):  # not empty, so in use; or it is theirs
+                    if folder.stat().st_mtime < time.time() - COG_SECONDS:
+                        for inner in folder.iterdir():
+                            inner.rmdir()
+                        folder.rmdir()
 
 
-def _sweep_dead_processes(root: Path) -> None:
+def _remove_folders_of_dead_processes(root: Path) -> None:
     """A killed process leaves its folder behind: the next one clears it away."""
     for folder in root.glob(f"{PREFIX}*-*"):
         pid = folder.name.removeprefix(PREFIX).split("-")[0]

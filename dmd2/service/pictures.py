@@ -7,6 +7,7 @@ in other threads, and leaves them in the outbox.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import math
 import os
@@ -29,6 +30,7 @@ from dmd2.service.outbox import Outbox
 from dmd2.weights import locate, read_manifest
 
 WAITING = 64  # pictures in the queue, at most
+LARGE = 1024 * 1024  # pixels of a picture that any weights may be asked for; more only if their own size is large
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,7 @@ class PictureService:
         self.engine.warm_up(modes, [manifest.native_size])
 
         self._outbox = Outbox()
+        atexit.register(self._outbox.close)
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
         self._batcher: Batcher[_Job, _Picture] = Batcher(
             self._draw,
@@ -139,6 +142,7 @@ class PictureService:
         self._batcher.close()
         self._encoders.shutdown()
         self._outbox.close()
+        atexit.unregister(self._outbox.close)
 
     def settle(self, request: PictureRequest) -> tuple[tuple[int, int], int]:
         """Size (width, height) and first seed of a request.
@@ -160,6 +164,9 @@ class PictureService:
         else:
             size = aspect_size(request.aspect_ratio, native, max(self.engine.size_unit, native[0] // 16))
         self.engine.check_size(size)
+        most = max(4 * native[0] * native[1], LARGE)
+        if size[0] * size[1] > most:
+            raise UserError(f"width, height: {size[0]}x{size[1]}; expected at most {most} pixels in all")
         return size, secrets.randbelow(2**32) if request.seed is None else request.seed
 
     async def draw(self, request: PictureRequest) -> AsyncGenerator[PictureFile, None]:
@@ -175,9 +182,9 @@ class PictureService:
         tickets: list[Ticket[_Job, _Picture]] = []
         files: list[asyncio.Task[PictureFile]] = []
         try:
-            for i in range(request.num_outputs):
-                job = _Job(request.prompt, seed + i, request.num_inference_steps, size, check_safety)
-                tickets.append(self._batcher.submit(job))
+            steps = request.num_inference_steps
+            jobs = [_Job(request.prompt, seed + i, steps, size, check_safety) for i in range(request.num_outputs)]
+            tickets += self._batcher.submit_all(jobs)
             files += [asyncio.create_task(self._finish(ticket, request)) for ticket in tickets]
             for file in files:
                 yield await file
@@ -213,7 +220,8 @@ class PictureService:
             "weights_sha256": self.engine.sha256(str(job.steps)),
         }
         data = encode_picture(image, request.output_format, request.output_quality, facts)
-        return self._outbox.write(data, request.output_format)
+        # The seed tells the pictures of a request apart where Cog uploads them in any order.
+        return self._outbox.write(data, f"{job.seed}", request.output_format)
 
     def _draw(self, jobs: list[_Job], check: Check) -> list[_Picture]:
         """On the device thread: jobs of equal steps and size."""

@@ -13,17 +13,17 @@ from dmd2.service.outbox import PREFIX, Outbox
 
 def test_files_keep_their_bytes_and_get_names_of_their_own(tmp_path: Path) -> None:
     outbox = Outbox(root=tmp_path)
-    paths = [outbox.write(bytes([i]), "webp") for i in range(50)]
+    paths = [outbox.write(bytes([i]), "7", "webp") for i in range(50)]
     assert len(set(paths)) == 50
     assert [path.read_bytes() for path in paths] == [bytes([i]) for i in range(50)]
-    assert all(path.suffix == ".webp" for path in paths)
+    assert all(path.suffix == ".webp" and path.name.startswith("7-") for path in paths)
     outbox.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_old_files_go_and_new_ones_stay(tmp_path: Path) -> None:
     outbox = Outbox(keep_seconds=30, tick_seconds=0.02, root=tmp_path)
-    old, new = outbox.write(b"old", "png"), outbox.write(b"new", "png")
+    old, new = outbox.write(b"old", "1", "png"), outbox.write(b"new", "2", "png")
     os.utime(old, (time.time() - 31, time.time() - 31))
     for _ in range(200):
         if not old.exists():
@@ -53,3 +53,21 @@ def test_what_a_killed_process_left_is_cleared_away_by_the_next(tmp_path: Path) 
     assert not left.exists()
     assert mine.exists() and other.exists()
     outbox.close()
+
+
+def test_empty_folders_of_cog_go_after_ten_minutes(tmp_path: Path) -> None:
+    cog, long_ago = tmp_path / "cog", time.time() - 601
+    for name in ("old", "new", "used"):
+        (cog / name / "inputs").mkdir(parents=True)
+        (cog / name / "outputs").mkdir()
+    (cog / "used" / "outputs" / "file").write_bytes(b"kept")
+    for name in ("old", "used"):
+        os.utime(cog / name, (long_ago, long_ago))
+    outbox = Outbox(tick_seconds=0.02, root=tmp_path, cog_folders=cog)
+    for _ in range(200):
+        if not (cog / "old").exists():
+            break
+        time.sleep(0.02)
+    outbox.close()
+    assert sorted(path.name for path in cog.iterdir()) == ["new", "used"]
+    assert (cog / "used" / "outputs" / "file").read_bytes() == b"kept"

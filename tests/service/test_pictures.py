@@ -112,6 +112,7 @@ def test_a_seed_is_drawn_where_none_is_given(service: PictureService) -> None:
         ({"num_inference_steps": 2}, "num_inference_steps: 2; these weights draw in 1 or 4"),
         ({"width": 66}, "width: 66 .size 66x64.; expected a multiple of 4 pixels"),
         ({"height": 63}, "height: 63 .size 64x63.; expected a multiple of 4 pixels"),
+        ({"width": 2048, "height": 516}, "width, height: 2048x516; expected at most 1048576 pixels"),
         ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio: given beside width or height"),
     ],
 )
