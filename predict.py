@@ -22,7 +22,7 @@ class Predictor(BaseRunner):
         self.service = PictureService(weights)
 
     @streaming
-    @concurrent(max=16)
+    @concurrent(max=32)
     async def run(
         self,
         prompt: str = Input(

@@ -72,6 +72,9 @@ class Batcher(Generic[Job, Result]):
         key: of a job.
         max_batch: jobs in one batch, at most.
         max_waiting: jobs in the queue, at most.
+        prepare: called first of all. The constructor waits for it, and raises what it raises. What loads and warms up
+            belongs here: each thread that uses torch on a CPU gets a pool of workers, and two pools on the same
+            cores slow each other down.
         recover: called after an error, before the next `draw`. If it raises, the device is given up: `alive` is
             false from then on and every job fails with `Stopped`.
         linger: seconds that a batch which is not full waits for company, if the thread was at work just before.
@@ -84,8 +87,9 @@ class Batcher(Generic[Job, Result]):
         *,
         max_batch: int = 8,
         max_waiting: int = 64,
+        prepare: Check = lambda: None,
         recover: Check = lambda: None,
-        linger: float = 0.002,
+        linger: float = 0.003,
     ) -> None:
         self._draw, self._key, self._recover = draw, key, recover
         self._max_batch, self._max_waiting, self._linger = max_batch, max_waiting, linger
@@ -93,8 +97,10 @@ class Batcher(Generic[Job, Result]):
         self._changed = threading.Condition()
         self._closing = False
         self._ended: str | None = None
-        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        prepared: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(prepare, prepared), name="device", daemon=True)
         self._thread.start()
+        prepared.result()
 
     @property
     def alive(self) -> bool:
@@ -129,7 +135,13 @@ class Batcher(Generic[Job, Result]):
             self._changed.notify()
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, prepare: Check, prepared: Future[None]) -> None:
+        try:
+            prepare()
+        except BaseException as error:
+            prepared.set_exception(error)
+            return
+        prepared.set_result(None)
         why = "closed"
         try:
             while batch := self._next_batch():

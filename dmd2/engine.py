@@ -105,9 +105,8 @@ class Engine:
             for size in sizes:
                 with denoiser.recording():
                     self.draw(["", "warm up"], [0, 1], mode, size)
-                for _ in range(
-                    2
-                ):  # a record's first two runs are slow: torch watches the one and rewrites for the other
+                # A record's first two runs are slow: torch watches the one and rewrites the record for the other.
+                for _ in range(2):
                     self.draw(["warm up"], [0], mode, size)
 
     @torch.inference_mode()
@@ -137,7 +136,7 @@ class Engine:
         size = size or self.manifest.native_size
         self.check_size(size)
         began = time.perf_counter()
-        conditions = [self._condition(prompt, size) for prompt in prompts]
+        conditions = self._conditions(prompts, size)
         timings = Timings(time.perf_counter() - began, 0.0, 0.0)
         # Prompts of one window and of several do not fit into one tensor, and padding would change the pictures.
         lengths = sorted({c.context.shape[1] for c in conditions})
@@ -221,15 +220,22 @@ class Engine:
             self.model.denoisers.update(loaded.denoisers)
         return self.model.denoisers[subfolder]
 
-    def _condition(self, prompt: str, size: tuple[int, int]) -> TextCondition:
-        """Text condition of one prompt, remembered for the prompts used last."""
-        key = (prompt, *size)
-        if key not in self._texts:
-            self._texts[key] = self.model.encode_text([prompt], size)
-            if len(self._texts) > CACHED_PROMPTS:
-                self._texts.popitem(last=False)
-        self._texts.move_to_end(key)
-        return self._texts[key]
+    def _conditions(self, prompts: list[str], size: tuple[int, int]) -> list[TextCondition]:
+        """Text conditions, remembered for the prompts used last. New ones of equal length are encoded together."""
+        new: dict[int, list[str]] = {}
+        for prompt in dict.fromkeys(prompts):
+            if (prompt, *size) not in self._texts:
+                new.setdefault(self.model.encode_text.windows(prompt), []).append(prompt)
+        for group in new.values():
+            encoded = self.model.encode_text(group, size)
+            for i, prompt in enumerate(group):
+                self._texts[prompt, *size] = encoded[i : i + 1]
+        for prompt in prompts:
+            self._texts.move_to_end((prompt, *size))
+        conditions = [self._texts[prompt, *size] for prompt in prompts]
+        while len(self._texts) > CACHED_PROMPTS:
+            self._texts.popitem(last=False)
+        return conditions
 
 
 def resolve_device(name: torch.device | str) -> torch.device:

@@ -277,6 +277,10 @@ class TextEncoder:
         ids_row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=device)
         return TextCondition(context, pooled, ids_row.expand(len(prompts), -1)).masked(keep)
 
+    def windows(self, prompt: str) -> int:
+        """How many windows the prompt fills. Prompts of unequal numbers do not go into one batch."""
+        return max(self._windows(tokenizer, [prompt]).shape[1] for tokenizer in self.tokenizers)
+
     @staticmethod
     def _windows(tokenizer: Any, prompts: list[str]) -> Tensor:
         """Token ids, int64 (B, windows, window length), each window with its own begin and end mark."""

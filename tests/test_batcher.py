@@ -236,3 +236,23 @@ def test_every_job_gets_its_own_result(jobs: list[tuple[str, int]], max_batch: i
     assert [ticket.future.result(5).result for ticket in tickets] == jobs
     assert sum(sizes) == len(jobs) and all(size <= max_batch for size in sizes)
     batcher.close()
+
+
+def test_preparation_comes_first_in_the_same_thread_and_its_errors_are_the_callers() -> None:
+    threads: list[int] = []
+
+    def draw(jobs: list[int], check: Check) -> list[int]:
+        threads.append(threading.get_ident())
+        return jobs
+
+    batcher = Batcher[int, int](draw, lambda job: 0, prepare=lambda: threads.append(threading.get_ident()))
+    assert len(threads) == 1
+    batcher.submit(1).future.result(5)
+    assert threads == [threads[0]] * 2 and threads[0] != threading.get_ident()
+    batcher.close()
+
+    def broken() -> None:
+        raise OSError("no weights")
+
+    with pytest.raises(OSError, match="no weights"):
+        Batcher[int, int](draw, lambda job: 0, prepare=broken)

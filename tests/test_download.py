@@ -110,6 +110,7 @@ def hub(repositories: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr("dmd2.download.are_progress_bars_disabled", lambda: False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 65536)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # it takes most of the time, and no test cuts the power
     yield hub

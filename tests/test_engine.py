@@ -93,6 +93,8 @@ def test_texts_are_remembered_and_forgotten(weights: Path, monkeypatch: pytest.M
     encode = engine.model.encode_text
 
     class Counting:
+        windows = encode.windows
+
         def __call__(self, prompts: list[str], size: tuple[int, int]) -> object:
             encoded.append(prompts)
             return encode(prompts, size)
@@ -109,6 +111,8 @@ def test_texts_are_remembered_and_forgotten(weights: Path, monkeypatch: pytest.M
     assert encoded[3:] == [["a blue book"]]
     engine.draw(["an owl"], [0], "1")
     assert encoded[4:] == [["an owl"]]
+    engine.draw(["one", LONG, "two", "one", LONG + "owl"], [0] * 5, "1")  # new ones of equal length together
+    assert encoded[5:] == [["one", "two"], [LONG, LONG + "owl"]]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 32), (32, 32), (128, 64), (60, 36), (16, 20)])

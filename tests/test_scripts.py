@@ -164,7 +164,7 @@ def test_demo_draws_with_four_steps_and_with_one(tree: Tree, arguments: list[str
 
 @pytest.fixture
 def service() -> Iterator[str]:
-    """The address of what answers as Cog's server does, but refuses every third request."""
+    """The address of what answers as Cog's server does, but refuses every third request and fails every tenth."""
     count = itertools.count(1)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -174,7 +174,8 @@ def service() -> Iterator[str]:
             inputs = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
             well = self.path == "/predictions" and inputs["num_inference_steps"] == 4
             body = b'{"status": "succeeded"}' if well else b'{"status": "failed", "error": "asked wrongly"}'
-            self.send_response(409 if next(count) % 3 == 0 else 200)
+            number = next(count)
+            self.send_response(409 if number % 3 == 0 else 500 if number % 10 == 0 else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -196,8 +197,10 @@ def test_bench_server_counts_pictures_and_errors(service: str) -> None:
     report = json.loads(done.stdout)
     for name in ("one client", "3 clients"):
         found = report[name]
-        assert set(found["errors"]) == {"HTTP 409"}
-        assert found["errors"]["HTTP 409"] == pytest.approx(found["pictures"] / 2, abs=3)
+        asked = found["pictures"] * 5 / 3  # of 30 requests 10 are refused and asked again, 2 fail, 18 succeed
+        assert found["asked_again"] == pytest.approx(asked / 3, abs=4)
+        assert set(found["errors"]) == {"HTTP 500"}
+        assert found["errors"]["HTTP 500"] == pytest.approx(asked / 15, abs=4)
         assert 0 < found["p50_ms"] <= found["p95_ms"]
     rates = [report[name]["pictures_per_second"] for name in ("3 clients", "one client")]
     assert report["ratio"] == pytest.approx(rates[0] / rates[1], abs=0.01)

@@ -52,6 +52,7 @@ class Outbox:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _sweep(self) -> None:
+        cog_due = time.monotonic()
         while not self._closed.wait(self._tick):
             # Of every outbox: a process that was killed in a container may have had the id of this one.
             for path in self._root.glob(f"{PREFIX}*/*"):
@@ -60,6 +61,9 @@ class Outbox:
                 ):  # another one was faster, or it is theirs
                     if path.stat().st_mtime < time.time() - self._keep:
                         path.unlink()
+            if time.monotonic() < cog_due:
+                continue
+            cog_due = time.monotonic() + self._keep  # there may be thousands
             for folder in self._cog_folders.glob("*"):
                 if self._closed.is_set():
                     return

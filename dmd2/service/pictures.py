@@ -27,9 +27,9 @@ from dmd2.picture import encode_picture
 from dmd2.safety import FOLDER as SAFETY
 from dmd2.safety import SafetyChecker, may_be_disabled
 from dmd2.service.outbox import Outbox
-from dmd2.weights import locate, read_manifest
+from dmd2.weights import Manifest, locate, read_manifest
 
-WAITING = 64  # pictures in the queue, at most
+WAITING = 128  # pictures in the queue, at most: four of each of the 32 predictions that Cog lets in
 LARGE = 1024 * 1024  # pixels of a picture that any weights may be asked for; more only if their own size is large
 
 logger = logging.getLogger(__name__)
@@ -107,10 +107,26 @@ class PictureService:
         folder = locate(weights, environ)
         manifest = read_manifest(folder)
         logger.info("weights: %s (%s), licence: %s", folder, manifest.name, manifest.licence)
+        max_batch = _max_batch(environ, manifest.native_size)
+        self._unsafe_allowed = may_be_disabled(environ)
+        self.engine: Engine
+        self._safety: SafetyChecker | None = None
+        self._batcher: Batcher[_Job, _Picture] = Batcher(
+            self._draw,
+            lambda job: (job.steps, job.size),
+            max_batch=max_batch,
+            max_waiting=WAITING,
+            prepare=lambda: self._load(folder, manifest, device, safety),
+            recover=lambda: self.engine.recover(),
+        )
+        self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
+        self._outbox = Outbox()
+        atexit.register(self._outbox.close)
+
+    def _load(self, folder: Path, manifest: Manifest, device: str, safety: Path) -> None:
+        """On the device thread, before anything else."""
         modes = tuple(str(steps) for steps in sorted(manifest.students))
         self.engine = Engine(folder, device, modes=modes, trace=True)
-        self._unsafe_allowed = may_be_disabled(environ)
-        self._safety: SafetyChecker | None = None
         if safety.is_dir():
             assert self.engine.dtype is not None
             self._safety = SafetyChecker.load(safety, self.engine.device, self.engine.dtype)
@@ -118,19 +134,7 @@ class PictureService:
             logger.info("safety checker: %s; callers %s disable it", safety, allowed)
         else:
             logger.warning("safety checker: none (no folder %s); pictures are not checked", safety)
-        max_batch = _max_batch(environ, manifest.native_size)
         self.engine.warm_up(modes, [manifest.native_size])
-
-        self._outbox = Outbox()
-        atexit.register(self._outbox.close)
-        self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
-        self._batcher: Batcher[_Job, _Picture] = Batcher(
-            self._draw,
-            lambda job: (job.steps, job.size),
-            max_batch=max_batch,
-            max_waiting=WAITING,
-            recover=self.engine.recover,
-        )
 
     @property
     def alive(self) -> bool:

@@ -42,7 +42,7 @@ LONG: dict[str, Any] = OWL | {"width": 384, "height": 384, "num_inference_steps"
 HUGE: dict[str, Any] = LONG | {"width": 512, "height": 512, "num_outputs": 4}
 """ten times as long: only to be cancelled"""
 ASYNC = {"Prefer": "respond-async"}
-SLOTS = 16
+SLOTS = 32
 STAGES = {"queue", "text", "denoise", "decode", "safety", "encode"}
 
 Start = Callable[..., CogServer]
