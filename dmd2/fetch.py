@@ -53,7 +53,7 @@ def unpacked(source: str, cache: Path, marker: str, check: Callable[[Path], None
             if is_url(source):
                 tar = Path(temporary) / "tar"
                 logger.info("downloading %s", name)
-                _download(source, name, tar)
+                download_file(source, tar)
             top = Path(temporary) / "unpacked"
             _unpack(tar, name, top)
             if not (top / marker).is_file():
@@ -82,10 +82,18 @@ def _without_secrets(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url)[0])
 
 
-def _download(url: str, name: str, path: Path) -> None:
-    """Writes what the server sends; httpx2 itself raises if it is less than Content-Length promised."""
+def download_file(url: str, path: Path, advance: Callable[[int, int], object] = lambda done, size: None) -> None:
+    """Writes what the server sends; httpx2 itself raises if it is less than Content-Length promised.
+
+    Args:
+        advance: is told after each block how many bytes have come, and how many will; the latter is 0 if unknown.
+
+    Raises:
+        UserError: a bad answer, none, or one that was cut. What has come by then stays at `path`.
+    """
     import httpx2
 
+    name = _without_secrets(url)
     timeout = httpx2.Timeout(SILENCE, connect=10.0)
     plain = {"Accept-Encoding": "identity"}
     try:
@@ -97,6 +105,7 @@ def _download(url: str, name: str, path: Path) -> None:
             with path.open("wb") as file:
                 for block in response.iter_raw():
                     file.write(block)
+                    advance(response.num_bytes_downloaded, size)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise UserError(f"{name}: the download failed: {str(error) or type(error).__name__}") from error
 

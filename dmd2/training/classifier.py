@@ -23,8 +23,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = _convolution(channels, channels, 3, 1)
-        self.second = _convolution(channels, channels, 3, 1)
+        self.first = convolution(channels, channels, 3, 1)
+        self.second = convolution(channels, channels, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.second(F.relu(self.first(x))))
@@ -41,17 +41,17 @@ class Classifier(nn.Module):
         super().__init__()
         half, quarter, eighth, sixteenth = widths
         self.body = nn.Sequential(
-            _convolution(3, half, 5, 2),
+            convolution(3, half, 5, 2),
             nn.ReLU(),
-            _convolution(half, quarter, 3, 2),
+            convolution(half, quarter, 3, 2),
             nn.ReLU(),
             Residual(quarter),
-            _convolution(quarter, eighth, 3, 2),
+            convolution(quarter, eighth, 3, 2),
             nn.ReLU(),
             Residual(eighth),
-            _convolution(eighth, sixteenth, 3, 2),
+            convolution(eighth, sixteenth, 3, 2),
             nn.ReLU(),
-            _convolution(sixteenth, features, 1, 1),
+            convolution(sixteenth, features, 1, 1),
             nn.ReLU(),
         )
         self.emoji = nn.Linear(features, emoji)
@@ -173,7 +173,8 @@ def blur(x: Tensor, sigma_pixels: Tensor) -> Tensor:
     return torch.stack([weight * x[..., i : i + height, :] for i, weight in enumerate(weights)]).sum(0)
 
 
-def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Sequential:
+def convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Sequential:
+    """A convolution that keeps the side (or divides it by `stride`), then batch normalisation."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)
     )

@@ -1,0 +1,189 @@
+"""The judge of small class-conditional models: which class a picture shows, and features to compare pictures in.
+
+Where no Inception network is at hand, its pooled features stand in for Inception's. A Fréchet distance in them is
+called FD-small, never FID: the two have nothing but the formula in common.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dmd2.errors import UserError
+from dmd2.fileio import write_atomically
+from dmd2.recipes import ImageClassifierRecipe
+from dmd2.training.classifier import Residual, convolution
+from dmd2.training.images import ImageSet
+from dmd2.training.loop import Batch, Logs, Method, Phase
+
+FORMAT = "dmd2 image classifier 1"
+CROP = 4  # pixels that a crop may be shifted by
+
+
+class ImageClassifier(nn.Module):
+    """A small residual network (He et al. 2016) with a linear head over its global-average pooled features.
+
+    `widths` are the channels at the picture's own side, at a half and at a quarter and below. A residual block is at
+    the half and one at the quarter.
+    """
+
+    def __init__(self, classes: int, widths: tuple[int, int, int], features: int) -> None:
+        super().__init__()
+        whole, half, quarter = widths
+        self.body = nn.Sequential(
+            convolution(3, whole, 3, 1),
+            nn.ReLU(),
+            convolution(whole, half, 3, 2),
+            nn.ReLU(),
+            Residual(half),
+            convolution(half, quarter, 3, 2),
+            nn.ReLU(),
+            Residual(quarter),
+            convolution(quarter, quarter, 3, 2),
+            nn.ReLU(),
+            convolution(quarter, features, 1, 1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(features, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """float (B, 3, H, W) in [−1, 1] → pooled features, fp32 (B, `features`), ≥ 0."""
+        return self.body(x).float().mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float (B, 3, H, W) in [−1, 1] → logits (B, classes)."""
+        return self.head(self.features(x))
+
+
+def train_image_classifier(recipe: ImageClassifierRecipe, dataset: ImageSet, device: torch.device) -> Method:
+    """Cross-entropy on flipped and shifted pictures. `export` writes `classifier.safetensors` in fp16.
+
+    `recipe.held_out` of the pictures, drawn by the seed, are not trained on; `score` is the accuracy on them.
+
+    Raises:
+        UserError: there are no labels, or fewer pictures than the recipe holds out and batches take.
+    """
+    n, size, labels = len(dataset), recipe.loop.batch_size, _checked_labels(recipe, dataset)
+    torch.manual_seed(recipe.loop.seed)
+    model = ImageClassifier(len(recipe.classes), recipe.widths, recipe.features).to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(recipe.loop.seed))
+    held, kept = order[: recipe.held_out], order[recipe.held_out :]
+
+    def data(step: int) -> tuple[Tensor, Tensor]:
+        """Each epoch goes through the pictures in an order of its own; what does not fill a batch is left out."""
+        epoch, place = divmod(step, len(kept) // size)
+        shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(recipe.loop.seed + epoch))
+        rows = kept[shuffled[place * size : (place + 1) * size]]
+        return dataset.images(rows), labels[rows]
+
+    def logits(net: nn.Module, x: Tensor) -> Tensor:
+        x = (x.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            return net(x).float()
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        pictures, truth = batch.data
+        answers, truth = logits(model, flip_and_crop(pictures, batch.generator)), truth.to(device)
+        right = (answers.detach().argmax(1) == truth).float().mean()
+        return F.cross_entropy(answers, truth), {"top1": right}
+
+    @torch.no_grad()
+    def score(averaged: nn.Module | None) -> dict[str, float]:
+        net = averaged or model
+        before = net.training
+        net.eval()
+        answers = torch.cat([logits(net, dataset.images(rows)).argmax(1).cpu() for rows in held.split(256)])
+        net.train(before)
+        return {"held_out_accuracy": float((answers == labels[held]).double().mean())}
+
+    def export(averaged: nn.Module | None, out: Path) -> None:
+        net = averaged or model
+        assert isinstance(net, ImageClassifier)
+        save_image_classifier(net, recipe, dataset.resolution, out / "classifier.safetensors")
+
+    return Method(
+        phases=[Phase("classifier", 1, model, optimizer, loss)],
+        data=data,
+        averaged=model,
+        score=score if recipe.held_out else None,
+        export=export,
+    )
+
+
+def _checked_labels(recipe: ImageClassifierRecipe, dataset: ImageSet) -> Tensor:
+    n, least, labels = len(dataset), recipe.held_out + recipe.loop.batch_size, dataset.labels
+    if labels is None:
+        raise UserError(f"--data {dataset.path}: has no labels; a classifier needs the class of every picture")
+    if n < least:
+        raise UserError(f"--data {dataset.path}: {n} pictures; this recipe needs at least {least}")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < len(recipe.classes):
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise UserError(f"--data {dataset.path}: labels {found}; this recipe knows 0 to {len(recipe.classes) - 1}")
+    return labels
+
+
+def flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 (B, 3, H, W) → the same, half of them mirrored, each shifted by up to `CROP` pixels (reflected edges)."""
+    n, _, height, width = images.shape
+    mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
+    images = torch.where(mirrored, images.flip(3), images)
+    padded = F.pad(images.float(), (CROP, CROP, CROP, CROP), mode="reflect").byte()
+    top, left = torch.randint(0, 2 * CROP + 1, (2, n, 1), generator=generator)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    cropped = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
+    return cropped.permute(0, 3, 1, 2)
+
+
+def save_image_classifier(model: ImageClassifier, recipe: ImageClassifierRecipe, size: int, path: Path) -> None:
+    """Write the weights in fp16, with all that it takes to build the network again in the file's metadata."""
+    config = {"classes": recipe.classes, "widths": recipe.widths, "features": recipe.features, "size": size}
+    tensors = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    metadata = {"format": FORMAT, "config": json.dumps(config)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A classifier in fp32, frozen, with what its file says."""
+
+    model: ImageClassifier
+    classes: list[str]
+    """in the order of the logits"""
+    size: int
+    """side of the pictures that it was trained on, in pixels"""
+
+
+def load_image_classifier(path: Path, device: torch.device | str = "cpu") -> LoadedClassifier:
+    """Read a `classifier.safetensors`, as `train_image_classifier` exports it.
+
+    Raises:
+        UserError: the file is missing, damaged or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path}: not an image classifier (no {FORMAT!r} in its metadata)")
+            config = json.loads(metadata["config"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        classes = config["classes"]
+        model = ImageClassifier(len(classes), tuple(config["widths"]), config["features"])
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a readable image classifier ({error})") from error
+    return LoadedClassifier(model.to(device).eval().requires_grad_(False), classes, config["size"])
