@@ -54,3 +54,19 @@ def gan_generator(logits_fake: Tensor) -> Tensor:
 def gan_critic(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """The classifier's loss (DMD2 eq. 4): softplus(D(fake)) + softplus(−D(real)), means over the logits."""
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
+
+
+def r1(logits: Tensor, images: Tensor) -> Tensor:
+    """R1 (Mescheder et al. 2018, eq. 9) without its γ/2: E ‖∇ₓ D(x)‖², mean over the batch.
+
+    Args:
+        logits: (B, …) of real pictures, each depending on its own picture alone; an image's are summed up.
+        images: (B, C, H, W) those pictures, requiring gradients.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean()
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """DMD's regression loss (eq. 9) without a perceptual network: the mean squared difference."""
+    return F.mse_loss(x, y)
