@@ -22,7 +22,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dmd2.edm import EdmConfig, expect_new, first_error, network_of, save_edm
+from dmd2.edm import EdmConfig
+from dmd2.edm_weights import expect_new, first_error, network_of, save_edm
 from dmd2.errors import UserError
 
 MAX_OPCODES = 5_000_000  # ImageNet-64's file has 54,000; each can cost a hundred bytes of memory

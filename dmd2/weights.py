@@ -9,19 +9,23 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import nn
 
+from dmd2.checksums import verifying
 from dmd2.errors import UserError
 from dmd2.fetch import is_url, unpacked
 from dmd2.fileio import atomic_text, sha256_file
+from dmd2.loading import load_network
+from dmd2.memory import save_memory
+from dmd2.placement import Placement
 from dmd2.stable_diffusion import LatentCodec, PredictionType, StableDiffusion, TextEncoder
 
 MANIFEST = "dmd2.json"
@@ -31,15 +35,26 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class Student(BaseModel):
-    """A distilled UNet: where it lies and the timesteps that it was distilled for."""
+    """A distilled network: where it lies and the timesteps, or for EDM the levels, that it was distilled for."""
 
     model_config = ConfigDict(extra="forbid")
     subfolder: str
-    timesteps: list[int]
+    timesteps: list[int] = []
+    sigmas: list[float] = []
+    """descending, one a step"""
+    lora: str = ""
+    """path of a safetensors file in the folder: what makes the network in `subfolder` this student"""
+    lora_scale: float = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Student:
+        if bool(self.timesteps) == bool(self.sigmas):
+            raise ValueError("expected either timesteps or sigmas")
+        return self
 
 
 class Teacher(BaseModel):
-    """The undistilled UNet and how it is sampled: DPM-Solver++(2M) on Karras levels, guided."""
+    """The undistilled network and how it is sampled on Karras levels: DPM-Solver++(2M), guided, or for EDM Heun."""
 
     model_config = ConfigDict(extra="forbid")
     subfolder: str = "unet_teacher"
@@ -67,6 +82,8 @@ class Manifest(BaseModel):
     native_size: tuple[int, int]
     """width and height in pixels"""
     licence: str
+    class_names: list[str] = []
+    """what the classes 0, 1, … show, if it is conditioned on classes and they have names"""
     students: dict[int, Student] = {}
     """by number of steps"""
     teacher: Teacher | None = None
@@ -121,22 +138,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest, subfolders: set[str] | None = None) -> None:
-    """Checks the sha256 of every listed file (or those in the `subfolders` that are about to be loaded).
+    """Checks the sha256 of every listed file (or those in the `subfolders`).
 
     Raises:
         UserError: naming the first file that is missing or differs, with both checksums.
     """
-    for name, expected in manifest.files.items():
-        if subfolders is not None and name.split("/")[0] not in subfolders:
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing; {MANIFEST} lists it with sha256 {expected}")
-        found = sha256_file(path)
-        if found != expected:
-            raise UserError(
-                f"{path}: sha256 is {found}, but {MANIFEST} says {expected}: the file is damaged or was changed"
-            )
+    with verifying(folder, manifest.files, MANIFEST, subfolders) as check:
+        check(None)
 
 
 @dataclass(frozen=True)
@@ -151,62 +159,115 @@ class TextToImage:
 
 
 def load_text_to_image(
-    folder: Path, subfolders: list[str], device: torch.device, dtype: torch.dtype, *, trace: bool = False
+    folder: Path,
+    subfolders: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    trace: bool = False,
+    placement: Placement | None = None,
+    vae: str = "vae",
 ) -> TextToImage:
-    """Text encoders, VAE and the UNets in `subfolders`, in `dtype` on `device`, frozen.
+    """Text encoders (SDXL's two, or SD 1.5's one), VAE and the UNets in `subfolders`, in `dtype` on `device`, frozen.
 
-    `trace` records the UNets for repeated calls (see `StableDiffusion`).
+    `trace` records the UNets for repeated calls (see `StableDiffusion`); `placement` says what else is done to them.
+    `vae` is the VAE's subfolder.
 
     Raises:
         UserError: a file is missing, damaged or not what the manifest says.
     """
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    manifest, placement = read_manifest(folder), placement or Placement()
+    classes = {"text_encoder": "CLIPTextModel"}
+    if manifest.family != "sd15":
+        classes["text_encoder_2"] = "CLIPTextModelWithProjection"
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in classes]
+    _check_there(folder, subfolders)
+    # UNets are checked first, for that takes longest, and loaded last.
+    wanted = [*subfolders, "scheduler", *tokenizers, *classes, vae]
+    with verifying(folder, manifest.files, MANIFEST, wanted) as check:
+        import transformers  # takes a while, in which other threads hash
 
-    disable_progress_bar()  # a bar for a hundredth of a second says nothing
+        for name in tokenizers:
+            check(name)
+        words = [transformers.CLIPTokenizer.from_pretrained(folder / n, local_files_only=True) for n in tokenizers]
+        encoders = []
+        for name, kind in classes.items():
+            check(name)
+            file = folder / name / "model.safetensors"
+            encoders.append(load_network(getattr(transformers, kind), file, placement.host(device), dtype))
+            placement.settle(name, encoders[-1])
+        check(vae)
+        decoder = load_vae(folder / vae, placement.host(device), dtype)
+        placement.settle("vae", decoder)
+        if placement.turns is not None:
+            save_memory(decoder, placement.plan.tiles)
+        denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, check)
+    encode_text = TextEncoder(words, encoders, compiler=placement.compiler, device=device)
+    codec = LatentCodec(decoder, compiler=placement.compiler, device=device)
+    return TextToImage(manifest, encode_text, codec, denoisers)
+
+
+def load_denoisers(
+    folder: Path,
+    subfolders: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    trace: bool = False,
+    placement: Placement | None = None,
+) -> dict[str, StableDiffusion]:
+    """The UNets in `subfolders`, by these, and nothing else. Otherwise as `load_text_to_image`."""
     manifest = read_manifest(folder)
+    _check_there(folder, subfolders)
+    with verifying(folder, manifest.files, MANIFEST, [*subfolders, "scheduler"]) as check:
+        return _load_denoisers(folder, subfolders, device, dtype, trace, placement or Placement(), check)
+
+
+def _check_there(folder: Path, subfolders: list[str]) -> None:
     for subfolder in subfolders:
         if not (folder / subfolder).is_dir():
             raise UserError(f"{folder / subfolder}: missing; these weights are incomplete")
-    shared = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
-    verify(folder, manifest, shared | set(subfolders))
 
-    def ready(module: Any) -> Any:
-        module.requires_grad_(False).eval()
-        return module.to(device, memory_format=torch.channels_last)
 
-    prediction_type = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
-    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    encoders = [
-        ready(kind.from_pretrained(folder / name, dtype=dtype, local_files_only=True))
-        for name, kind in classes.items()
-    ]
-    tokenizers = [
-        CLIPTokenizer.from_pretrained(folder / n, local_files_only=True) for n in ("tokenizer", "tokenizer_2")
-    ]
-    unets = {
-        name: ready(UNet2DConditionModel.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True))
-        for name in subfolders
-    }
-    return TextToImage(
-        manifest,
-        TextEncoder(tokenizers, encoders),
-        LatentCodec(load_vae(folder / "vae", device, dtype)),
-        {name: StableDiffusion(unet, prediction_type, trace=trace) for name, unet in unets.items()},
-    )
+def _load_denoisers(
+    folder: Path,
+    subfolders: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    trace: bool,
+    placement: Placement,
+    check: Callable[[str], None],
+) -> dict[str, StableDiffusion]:
+    from diffusers import UNet2DConditionModel
+
+    check("scheduler")
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    prediction_type = config.get("prediction_type", "epsilon")
+    denoisers = {}
+    for name in subfolders:
+        check(name)
+        unet = load_network(UNet2DConditionModel, folder / name / UNET_FILE, placement.host(device), dtype)
+        placement.settle(name, unet)
+        denoisers[name] = StableDiffusion(
+            unet, prediction_type, trace=trace, compiler=placement.compiler, device=device
+        )
+    return denoisers
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A diffusers VAE, frozen. Raises UserError if there is none."""
+    """A diffusers VAE, frozen. Raises UserError if there is none.
+
+    One whose config says `force_upcast` (SDXL's own) overflows in fp16, and is loaded in fp32 instead.
+    """
     import diffusers
 
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{config}: missing; expected a diffusers VAE there")
-    kind = getattr(diffusers, json.loads(config.read_text())["_class_name"])
-    vae = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    settings = json.loads(config.read_text())
+    if settings.get("force_upcast") and dtype == torch.float16:
+        dtype = torch.float32
+    return load_network(getattr(diffusers, settings["_class_name"]), folder / UNET_FILE, device, dtype)
 
 
 def save_vae(vae: Any, folder: Path, recipe: Mapping[str, Any]) -> None:

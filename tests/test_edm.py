@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import dmd2.edm
+import dmd2.edm_weights
 from dmd2.denoiser import guided
 from dmd2.edm import (
     PUBLISHED,
@@ -23,10 +23,9 @@ from dmd2.edm import (
     EdmConfig,
     EdmNetwork,
     RgbCodec,
-    load_edm,
     published,
-    save_edm,
 )
+from dmd2.edm_weights import load_edm, save_edm
 from dmd2.errors import UserError
 from dmd2.fileio import sha256_file
 from dmd2.noise import seeded_noise
@@ -524,7 +523,7 @@ def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(dmd2.edm, "write_manifest", fail)
+    monkeypatch.setattr(dmd2.edm_weights, "write_manifest", fail)
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="disk full"):
         save_edm(tmp_path / "empty", network, name="tiny", licence="none", recipe={})

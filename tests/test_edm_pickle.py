@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import dmd2.edm_pickle
-from dmd2.edm import EdmConfig, EdmNetwork, load_edm
+from dmd2.edm import EdmConfig, EdmNetwork
 from dmd2.edm_pickle import Record, convert_edm, read_pickle
+from dmd2.edm_weights import load_edm
 from dmd2.errors import UserError
 from dmd2.weights import read_manifest
 
@@ -73,7 +74,7 @@ def _edm_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         setattr(sys.modules[module], thing.__name__, thing)
 
 
-CLASSES = {"_Conv": "Conv2d", "_Norm": "GroupNorm", "Linear": "Linear", "_Block": "UNetBlock"}
+CLASSES = {"Conv": "Conv2d", "Norm": "GroupNorm", "Linear": "Linear", "Block": "UNetBlock"}
 CLASSES |= {"_Sinusoids": "PositionalEmbedding", "_Fourier": "FourierEmbedding"}
 
 
@@ -82,11 +83,11 @@ def persisted(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.ModuleDict):
         return nn.ModuleDict(children)
     kind = type(module).__name__
-    extra: dict[str, Any] = {"skip_scale": np.sqrt(0.5)} if kind == "_Block" else {}
+    extra: dict[str, Any] = {"skip_scale": np.sqrt(0.5)} if kind == "Block" else {}
     twin = Persistent(CLASSES.get(kind, kind), _init_args=(), _init_kwargs={}, **extra)
     twin._parameters.update(module._parameters)
     twin._buffers.update(module._buffers)
-    if kind == "_Conv":
+    if kind == "Conv":
         twin._buffers.setdefault("resample_filter", None)
     twin._modules.update(children)
     return twin

@@ -10,13 +10,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -28,6 +28,8 @@ from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
 
 Logs = dict[str, float | Tensor]
+Precision = Literal["bf16", "fp32"]
+EMA_RAMP_UP = 0.05  # a half-life is at most this part of what has been (Karras et al. 2022's code; GDD)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,14 @@ class LoopSettings:
     decay: bool = True
     """whether the learning rate falls linearly to zero after the warm-up"""
     clip_norm: float = 1.0
+    """largest norm of a phase's gradient; 0 for no limit"""
+    zero_nans: bool = False
+    """whether a gradient's NaNs count as zero; otherwise a gradient that is not finite is not used at all"""
+    accumulate: int = 1
+    """batches of `batch_size` that make one update: what does not fit into memory at once"""
     ema_decay: float = 0.999
+    ema_half_life: float = 0.0
+    """in images, instead of `ema_decay` if not 0; at most 5 % of the images so far"""
     seed: int = 0
     log_every: int = 20
     sample_every: int = 500
@@ -105,7 +114,9 @@ def train(
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise UserError(f"--out {out}: holds a run already; add --resume to continue it, or name another folder")
-    average = Average(method.averaged, settings.ema_decay) if method.averaged is not None else None
+    images = settings.batch_size * settings.accumulate
+    half_life = settings.ema_half_life / images
+    average = Average(method.averaged, settings.ema_decay, half_life) if method.averaged is not None else None
     first = _restore(checkpoint, method, average, recipe) if checkpoint.exists() else 0
     with atomic_path(out / "recipe.json") as temporary:
         temporary.write_text(json.dumps(recipe or {}, indent=2) + "\n")
@@ -115,9 +126,12 @@ def train(
     last_saved = time.monotonic()
     with logs, _stop_signals() as stopped:
         for step in range(first, settings.iterations):
-            generator = torch.Generator().manual_seed(_mix(settings.seed, step))
-            batch = Batch(step, method.data(step), generator)
-            figures = training_step(method.phases, batch, settings)
+            parts = range(step * settings.accumulate, (step + 1) * settings.accumulate)
+            first_part, *rest = (
+                Batch(step, method.data(part), torch.Generator().manual_seed(_mix(settings.seed, part)))
+                for part in parts
+            )
+            figures = training_step(method.phases, first_part, settings, rest)
             if average:
                 average.update(step)
             logs.step(step, figures)
@@ -141,8 +155,11 @@ def train(
     return True
 
 
-def training_step(phases: Iterable[Phase], batch: Batch, settings: LoopSettings) -> Logs:
-    """Every phase whose turn it is: loss, gradient, clipping, optimizer. Returns what there is to log."""
+def training_step(phases: Iterable[Phase], batch: Batch, settings: LoopSettings, rest: Sequence[Batch] = ()) -> Logs:
+    """Every phase whose turn it is: loss, gradient, clipping, optimizer. Returns what there is to log.
+
+    The gradient is the mean over `batch` and the `rest` of the step's batches.
+    """
     phases = list(phases)
     figures: Logs = {}
     for phase in phases:
@@ -150,10 +167,14 @@ def training_step(phases: Iterable[Phase], batch: Batch, settings: LoopSettings)
             continue
         for other in phases:  # a loss may run through another phase's network, but never trains it
             other.module.requires_grad_(other is phase)
-        loss, logs = phase.loss(batch)
-        loss.backward()
+        for part in (batch, *rest):
+            loss, logs = phase.loss(part)
+            (loss / (1 + len(rest))).backward()
         parameters = [p for group in phase.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        if settings.zero_nans:
+            for gradient in (p.grad for p in parameters if p.grad is not None):
+                torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
+        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
         for group in phase.optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * schedule(batch.step, settings)
         if torch.isfinite(norm):  # one bad batch must not poison the weights; it shows in the log
@@ -173,15 +194,22 @@ def schedule(step: int, settings: LoopSettings) -> float:
 
 
 class Average:
-    """Exponential moving average of a module's parameters; short-memoried at first, so that it can start at once."""
+    """Exponential moving average of a module's parameters; short-memoried at first, so that it can start at once.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.source, self.decay = module, decay
+    Args:
+        decay: of one step.
+        half_life: in steps; if not 0, instead of `decay`.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, half_life: float = 0.0) -> None:
+        self.source, self.decay, self.half_life = module, decay, half_life
         self.module = deepcopy(module).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
+        if self.half_life:
+            decay = 0.5 ** (1 / min(self.half_life, EMA_RAMP_UP * (step + 1)))
         targets: list[Tensor] = list(self.module.parameters())
         sources: list[Tensor] = list(self.source.parameters())
         torch._foreach_lerp_(targets, sources, 1 - decay)
@@ -306,7 +334,12 @@ class _Logs:
         done = step + 1
         if done % self.settings.log_every == 0 or done == self.settings.iterations:
             now = time.monotonic()
-            rate = (done - self.clock_step) * self.settings.batch_size / max(now - self.clock, 1e-9)
+            rate = (
+                (done - self.clock_step)
+                * self.settings.batch_size
+                * self.settings.accumulate
+                / max(now - self.clock, 1e-9)
+            )
             means = {name: sum(values) / len(values) for name, values in self.sums.items()}
             self._write(done, means | {"images_per_second": rate})
             short = {k: f"{v:.3g}" for k, v in means.items() if "/" not in k}

@@ -2,30 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from dmd2.edm_recipes import NETWORKS, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe, EdmTeacherRecipe
+from dmd2.errors import UserError
 from dmd2.evaluation import EmojiJudge
-from dmd2.recipes import AutoencoderRecipe, ClassifierRecipe, Dmd2Recipe, Recipe, TeacherRecipe
+from dmd2.recipes import (
+    AutoencoderRecipe,
+    ClassifierRecipe,
+    Dmd2Recipe,
+    ImageClassifierRecipe,
+    Recipe,
+    TeacherRecipe,
+)
 from dmd2.training.autoencoder import train_autoencoder
 from dmd2.training.classifier import train_classifier
 from dmd2.training.data import EmojiScenes
 from dmd2.training.distil import distil
+from dmd2.training.edm_distil import EdmSources, distil_edm
+from dmd2.training.edm_teacher import train_edm_teacher
+from dmd2.training.image_classifier import train_image_classifier
+from dmd2.training.images import ImageSet
 from dmd2.training.loop import Method
 from dmd2.training.teacher import train_teacher
+from dmd2.weights import ROOT
+
+EMOJI = ROOT / "weights" / "emoji"
 
 
-def build_method(
-    recipe: Recipe, scenes: EmojiScenes, init: Path, judge: EmojiJudge | None, device: torch.device
-) -> Method:
+def build_method(recipe: Recipe, paths: dict[str, Path | None], device: torch.device) -> Method:
     """What `recipe` trains.
 
     Args:
-        scenes: the data.
-        init: folder of weights in diffusers' layout to start from: a teacher needs its `vae`, a student its teacher.
-        judge: scores the samples while training; None for no scores.
+        paths: `data`, `init`, `judge`, `student`, `pairs` and `lpips`, as on the command line; None for
+            what it has not said. Recipes of the embedded model have defaults for the first three.
+
+    Raises:
+        UserError: a path that this recipe needs is not given, or what is there does not do.
     """
+
+    def path(name: str, default: Path | None = None) -> Path:
+        given = paths.get(name) or default
+        if given is None:
+            raise UserError(f"--{name}: missing; this recipe needs it")
+        return given
+
+    match recipe:
+        case EdmTeacherRecipe():
+            network = NETWORKS[recipe.network]
+            images = ImageSet(path("data"), network.resolution, network.classes)
+            return train_edm_teacher(recipe, images, device)
+        case EdmDmdRecipe() | EdmDmd2Recipe() | EdmGddRecipe():
+            given = {name: paths.get(name) for name in ("data", "student", "pairs", "lpips")}
+            return distil_edm(recipe, EdmSources(path("init"), **given), device)
+        case ImageClassifierRecipe():
+            images = ImageSet(path("data"), classes=len(recipe.classes))
+            return train_image_classifier(recipe, images, device)
+    return _emoji_method(recipe, path, device)
+
+
+def _emoji_method(recipe: Recipe, path: Callable[[str, Path], Path], device: torch.device) -> Method:
+    scenes = EmojiScenes(path("data", EMOJI / "emoji.zip"))
+    init, judge_file = path("init", EMOJI), path("judge", EMOJI / "classifier.safetensors")
+    judge = EmojiJudge.load(judge_file, device) if judge_file.is_file() else None
     match recipe:
         case AutoencoderRecipe():
             return train_autoencoder(recipe, scenes, device)
@@ -35,3 +77,4 @@ def build_method(
             return train_teacher(recipe, scenes, init, judge, device)
         case Dmd2Recipe():
             return distil(recipe, scenes, init, judge, device)
+    raise AssertionError(recipe)

@@ -157,6 +157,45 @@ def test_a_bad_batch_shows_in_the_log_and_leaves_the_weights() -> None:
     assert differences(before, module.state_dict()) != []
 
 
+def test_zeroed_nans_leave_what_is_finite() -> None:
+    module = nn.Linear(2, 1, bias=False)
+    before = module.weight.detach().clone()
+    phase = single(module, lambda batch: ((module.weight * torch.tensor([float("nan"), 3.0])).sum(), {}))
+    settings = replace(TOY, warmup=0, decay=False, clip_norm=0, zero_nans=True)
+    logs = training_step([phase], Batch(0, None, torch.Generator()), settings)
+    assert float(logs["only/gradient_norm"]) == 3  # and nothing clips it
+    assert torch.allclose(before - module.weight, torch.tensor([[0.0, 1.5]]))
+
+
+def test_batches_that_make_one_update_count_like_a_large_one() -> None:
+    whole, parts = nn.Linear(3, 1), nn.Linear(3, 1)
+    parts.load_state_dict(whole.state_dict())
+    data = torch.randn(8, 3)
+    one, two = (
+        single(m, lambda batch, m=m: (m(batch.data).square().mean(), {}))  # type: ignore[misc]
+        for m in (whole, parts)
+    )
+    training_step([one], Batch(6, data, torch.Generator()), TOY)
+    halves = [Batch(6, half, torch.Generator()) for half in data.chunk(2)]
+    training_step([two], halves[0], TOY, halves[1:])
+    assert torch.allclose(whole.weight, parts.weight, atol=1e-6)
+    assert torch.allclose(whole.bias, parts.bias, atol=1e-6)
+
+
+def test_a_run_that_accumulates_goes_through_data_and_seeds_in_order(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, float]] = []
+    module = nn.Linear(1, 1)
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        seen.append((batch.step, batch.data, float(torch.rand(1, generator=batch.generator))))
+        return module(torch.ones(1, 1)).sum(), {}
+
+    settings = replace(TOY, iterations=3, accumulate=2)
+    assert train(Method([single(module, loss)], data=lambda part: part), settings, tmp_path / "run")
+    assert [(step, part) for step, part, _ in seen] == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
+    assert len({draw for _, _, draw in seen}) == 6
+
+
 def test_phases_take_turns_and_train_only_their_own_network() -> None:
     method = toy(TOY)
     student, critic = (phase.module for phase in method.phases)
@@ -190,6 +229,18 @@ def test_average_starts_short_and_becomes_the_long_one() -> None:
             assert decay == pytest.approx(0.1)
     assert float(average.module.weight) == pytest.approx(expected, abs=1e-5)
     assert not average.module.weight.requires_grad
+
+
+def test_a_half_life_is_at_most_a_twentieth_of_what_has_been() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    average = Average(module, 0.95, half_life=10)
+    for step in (0, 19, 99, 199, 5000):
+        with torch.no_grad():
+            average.module.weight.zero_()
+            module.weight.fill_(1)
+        average.update(step)
+        half_life = min(10, 0.05 * (step + 1))
+        assert float(average.module.weight) == pytest.approx(1 - 0.5 ** (1 / half_life), rel=1e-5)
 
 
 def test_average_copies_buffers_as_they_are() -> None:

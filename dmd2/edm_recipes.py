@@ -1,0 +1,276 @@
+"""Recipes of training in pixel space: EDM's teachers, and DMD, DMD2, GDD and GDD-I on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dmd2.cifar10 import CLASSES as CIFAR10
+from dmd2.edm import PUBLISHED, EdmConfig
+from dmd2.errors import UserError
+from dmd2.training.loop import LoopSettings, Precision
+
+
+@dataclass(frozen=True)
+class EdmTeacherRecipe:
+    """A teacher in pixel space from scratch. See `dmd2/training/edm_teacher.py`."""
+
+    loop: LoopSettings
+    network: str
+    """of `NETWORKS`"""
+    lr: float
+    optimizer: Literal["adam", "muon"] = "adam"
+    augment: float = 0.0
+    """probability of each of EDM's augmentations; more than 0 needs a network with nine augmentation inputs"""
+    class_names: tuple[str, ...] = ()
+    precision: Precision = "bf16"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class EdmDmdRecipe:
+    """A one-step student of an EDM teacher by DMD. See `dmd2/training/edm_distil.py`, also for the next two."""
+
+    loop: LoopSettings
+    lr: float
+    lr_critic: float
+    regression_weight: float
+    """λ of DMD eq. 10"""
+    pairs_batch: int
+    """pairs in a step, beside `loop.batch_size` samples"""
+    sigmas: tuple[float, ...] = (80.0,)
+    optimizer: Literal["adam", "muon"] = "adam"
+    precision: Precision = "bf16"
+    compile: bool = False
+    kind = "dmd"
+    needs_images = False
+
+
+@dataclass(frozen=True)
+class EdmDmd2Recipe:
+    """A student of an EDM teacher by DMD2."""
+
+    loop: LoopSettings
+    lr: float
+    lr_critic: float
+    generator_every: int
+    """k of the two time scales"""
+    gan_generator: float = 0.0
+    gan_critic: float = 0.0
+    """weights of the GAN losses; 0 and 0 is no GAN"""
+    resumed: bool = False
+    """whether to go on from the student in --student instead of from the teacher's weights"""
+    sigmas: tuple[float, ...] = (80.0,)
+    """descending; as many as the student has steps"""
+    optimizer: Literal["adam", "muon"] = "adam"
+    precision: Precision = "bf16"
+    compile: bool = False
+    kind = "dmd2"
+
+    @property
+    def needs_images(self) -> bool:
+        return self.gan_critic > 0
+
+
+@dataclass(frozen=True)
+class EdmGddRecipe:
+    """A one-step student by GDD, or GDD-I, which freezes most convolutions."""
+
+    loop: LoopSettings
+    lr: float
+    lr_critic: float
+    freeze: bool
+    """GDD-I"""
+    backbones: tuple[str, ...] = ()
+    """timm's names of the discriminator's feature networks; none: the teacher's own features"""
+    r1_gamma: float = 1e-4
+    r1_every: int = 16
+    boundary: float = 0.002
+    """ε of the preconditioning (GDD, app. C); 0 is EDM's own"""
+    sigmas: tuple[float, ...] = (80.0,)
+    precision: Precision = "bf16"
+    compile: bool = False
+    needs_images = True
+
+    @property
+    def kind(self) -> str:
+        return "gdd-i" if self.freeze else "gdd"
+
+
+EdmDistilRecipe = EdmDmdRecipe | EdmDmd2Recipe | EdmGddRecipe
+EdmRecipe = EdmTeacherRecipe | EdmDistilRecipe
+
+
+NETWORKS: dict[str, EdmConfig] = PUBLISHED | {
+    # What one CPU core trains at 86 images a second
+    "cifar10-small": EdmConfig(
+        architecture="ddpmpp",
+        resolution=32,
+        classes=10,
+        model_channels=32,
+        channel_mult=(1, 2, 4),
+        blocks=1,
+        attention=(8,),
+    ),
+}
+"""EDM networks by name: the published ones, and small ones of our own"""
+
+
+def _small(iterations: int) -> LoopSettings:
+    return LoopSettings(
+        iterations, batch_size=32, warmup=20, clip_norm=10.0, ema_decay=0.99, sample_every=100, checkpoint_every=100
+    )
+
+
+def _edm(mimg: int, batch_size: int) -> LoopSettings:
+    """EDM's training from scratch (Karras et al. 2022, app. F.3): 10 Mimg of warm-up, no decay, no clipping."""
+    return LoopSettings(
+        iterations=mimg * 10**6 // batch_size,
+        batch_size=batch_size,
+        warmup=10**7 // batch_size,
+        decay=False,
+        clip_norm=0,
+        zero_nans=True,
+        ema_half_life=5e5,
+        sample_every=5000,
+        checkpoint_every=5000,
+    )
+
+
+def _dmd(iterations: int, batch_size: int, ema_decay: float = 0.0) -> LoopSettings:
+    """DMD's and DMD2's (app. B of both): 500 steps of warm-up, no decay, gradient norm at most 10, no average."""
+    return LoopSettings(
+        iterations,
+        batch_size,
+        warmup=500,
+        decay=False,
+        clip_norm=10.0,
+        ema_decay=ema_decay,
+        sample_every=5000,
+        checkpoint_every=5000,
+    )
+
+
+def _gdd(mimg: int, batch_size: int, ema_half_life: float = 5e5) -> LoopSettings:
+    """GDD's (app. C): no warm-up, no decay, no clipping."""
+    return LoopSettings(
+        iterations=mimg * 10**6 // batch_size,
+        batch_size=batch_size,
+        decay=False,
+        clip_norm=0,
+        zero_nans=True,
+        ema_half_life=ema_half_life,
+        sample_every=1000,
+        checkpoint_every=1000,
+    )
+
+
+def _gdd_both(name: str, recipe: EdmGddRecipe) -> dict[str, EdmRecipe]:
+    return {f"{name}-gdd": recipe, f"{name}-gdd-i": replace(recipe, freeze=True)}
+
+
+VGG = ("vgg16_bn", "tf_efficientnet_lite0")
+DEIT = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
+
+EDM_RECIPES: dict[str, EdmRecipe] = {
+    # 40 minutes on one core: 2.8 epochs
+    "cifar10-small-teacher": EdmTeacherRecipe(
+        loop=LoopSettings(
+            iterations=2200, batch_size=64, warmup=100, ema_decay=0.998, sample_every=500, checkpoint_every=250
+        ),
+        network="cifar10-small",
+        lr=4e-3,
+        optimizer="muon",
+        class_names=CIFAR10,
+    ),
+    # Students of cifar10-small-teacher, about six minutes on one core each. Muon: with a few hundred steps, Adam is
+    # still on its way.
+    "cifar10-small-dmd": EdmDmdRecipe(
+        _small(230), lr=7e-4, lr_critic=2e-3, regression_weight=0.25, pairs_batch=16, optimizer="muon"
+    ),
+    "cifar10-small-dmd2": EdmDmd2Recipe(_small(360), lr=7e-4, lr_critic=2e-3, generator_every=2, optimizer="muon"),
+    "cifar10-small-dmd2-gan": EdmDmd2Recipe(
+        _small(290),
+        lr=7e-4,
+        lr_critic=2e-3,
+        generator_every=2,
+        gan_generator=3e-3,
+        gan_critic=1e-2,
+        optimizer="muon",
+    ),
+    **_gdd_both("cifar10-small", EdmGddRecipe(_small(330), lr=1e-3, lr_critic=2e-3, freeze=False)),
+    # Teachers in pixel space, EDM's own recipe (Karras et al. 2022, table 7): FID 1.79 and 1.97 with Heun 18
+    "cifar10-teacher": EdmTeacherRecipe(
+        loop=_edm(200, 512),
+        network="edm-cifar10-32x32-cond-vp",
+        lr=1e-3,
+        augment=0.12,
+        class_names=CIFAR10,
+        precision="fp32",
+    ),
+    "cifar10-uncond-teacher": EdmTeacherRecipe(
+        loop=_edm(200, 512), network="edm-cifar10-32x32-uncond-vp", lr=1e-3, augment=0.12, precision="fp32"
+    ),
+    # DMD (Yin et al. 2311.18828, app. B and tables 1 and 2). FID 2.66 (with L2 2.78), 3.77, 2.62
+    # --init: edm-cifar10-32x32-cond-vp; --pairs: 100,000 by Heun 18
+    "cifar10-dmd": EdmDmdRecipe(_dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.25, pairs_batch=392),
+    # --init: edm-cifar10-32x32-uncond-vp; --pairs: 500,000 by Heun 18
+    "cifar10-uncond-dmd": EdmDmdRecipe(
+        _dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.5, pairs_batch=392
+    ),
+    # --init: edm-imagenet-64x64-cond-adm; --pairs: 25,000 by Heun 256
+    "imagenet64-dmd": EdmDmdRecipe(
+        _dmd(350_000, 336), lr=2e-6, lr_critic=2e-6, regression_weight=0.25, pairs_batch=336
+    ),
+    # DMD2 (Yin et al. 2405.14867, app. F and tables 1 and 3). FID 2.61, 1.51, 1.28
+    # --init: edm-imagenet-64x64-cond-adm
+    "imagenet64-dmd2": EdmDmd2Recipe(_dmd(410_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5),
+    "imagenet64-dmd2-gan": EdmDmd2Recipe(
+        _dmd(200_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5, gan_generator=3e-3, gan_critic=1e-2
+    ),
+    # --student: what imagenet64-dmd2 has made
+    "imagenet64-dmd2-gan-resumed": EdmDmd2Recipe(
+        _dmd(140_000, 280),
+        lr=5e-7,
+        lr_critic=5e-7,
+        generator_every=5,
+        gan_generator=3e-3,
+        gan_critic=1e-2,
+        resumed=True,
+    ),
+    # NVIDIA's FastGen, FID 1.99; it names no weight for the critic's GAN loss: DMD2's. EMA 0.9996 … 0.99995
+    "cifar10-dmd2": EdmDmd2Recipe(
+        _dmd(100_000, 2048, ema_decay=0.9999),
+        lr=1e-4,
+        lr_critic=1e-4,
+        generator_every=5,
+        gan_generator=1e-3,
+        gan_critic=1e-2,
+    ),
+    # GDD (Zheng & Yang 2405.20750, tables 1 to 5). GDD-I's FID: 1.54, 1.23, 0.85, 1.16
+    # --init: edm-cifar10-32x32-uncond-ve or -cond-ve
+    **_gdd_both("cifar10", EdmGddRecipe(_gdd(5, 256), lr=1e-4, lr_critic=1e-4, freeze=False, backbones=VGG)),
+    # --init: edm-afhqv2-64x64-uncond-ve
+    **_gdd_both("afhqv2", EdmGddRecipe(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, freeze=False, backbones=DEIT)),
+    # --init: edm-ffhq-64x64-uncond-ve
+    **_gdd_both("ffhq", EdmGddRecipe(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, freeze=False, backbones=DEIT)),
+    # --init: edm-imagenet-64x64-cond-adm
+    **_gdd_both(
+        "imagenet64",
+        EdmGddRecipe(_gdd(10, 512, 5e7), lr=8e-6, lr_critic=4e-5, freeze=False, backbones=DEIT),
+    ),
+}
+
+
+def check_edm(recipe: EdmRecipe, override: str) -> None:
+    """Raises UserError if `recipe` makes no sense after `override`, which it names."""
+    if isinstance(recipe, EdmTeacherRecipe):
+        if recipe.network not in NETWORKS:
+            raise UserError(f"--set {override}: expected one of {', '.join(NETWORKS)}")
+        if not 0 <= recipe.augment <= 1:
+            raise UserError(f"--set {override}: expected a probability")
+    if isinstance(recipe, EdmDmdRecipe | EdmDmd2Recipe | EdmGddRecipe):
+        levels = list(recipe.sigmas)
+        single = isinstance(recipe, EdmDmd2Recipe) or len(levels) == 1
+        if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] <= 0 or not single:
+            raise UserError(f"--set {override}: expected levels above 0, descending; but for DMD2 a single one")

@@ -1,0 +1,160 @@
+"""Distilling in pixel space: every method's wiring, what is exported, resuming, and what is missing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dmd2.edm import ClassCondition
+from dmd2.edm_recipes import EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
+from dmd2.edm_weights import load_edm
+from dmd2.errors import UserError
+from dmd2.training.edm_distil import EdmSources, distil_edm
+from dmd2.training.loop import Batch, LoopSettings, train, training_step
+from dmd2.training.methods import build_method
+from dmd2.training.pairs import make_pairs
+from dmd2.weights import read_manifest
+from tests.training.pixels import same_weights, write_set, write_teacher
+
+CPU = torch.device("cpu")
+LOOP = LoopSettings(iterations=4, batch_size=4, sample_every=100)
+RECIPES: dict[str, EdmDistilRecipe] = {
+    "dmd": EdmDmdRecipe(LOOP, lr=1e-3, lr_critic=1e-3, regression_weight=0.25, pairs_batch=3),
+    "dmd2": EdmDmd2Recipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2),
+    "dmd2-gan": EdmDmd2Recipe(LOOP, 1e-3, 1e-3, generator_every=2, gan_generator=0.1, gan_critic=0.1),
+    "gdd": EdmGddRecipe(LOOP, lr=1e-3, lr_critic=1e-3, freeze=False, r1_every=2),
+    "gdd-i": EdmGddRecipe(LOOP, lr=1e-3, lr_critic=1e-3, freeze=True, r1_every=2),
+}
+RECIPES = {name: replace(recipe, precision="fp32") for name, recipe in RECIPES.items()}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> EdmSources:
+    folder = tmp_path_factory.mktemp("pixels")
+    teacher = write_teacher(folder / "teacher")
+    make_pairs(teacher, folder / "pairs", 6, 2, 6, CPU)
+    return EdmSources(teacher, data=write_set(folder / "set.zip"), pairs=folder / "pairs")
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def run(recipe: EdmDistilRecipe, sources: EdmSources, out: Path, resume: bool = False) -> None:
+    method = distil_edm(recipe, sources, CPU)
+    assert train(method, recipe.loop, out, resume=resume, recipe=asdict(recipe))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_each_method_trains_its_networks_and_leaves_the_teacher(name: str, sources: EdmSources) -> None:
+    recipe = RECIPES[name]
+    method = distil_edm(recipe, sources, CPU)
+    assert method.averaged is not None
+    before = state(method.averaged)
+    teacher = load_edm(sources.teacher, "cpu").network.state_dict()
+    assert all(torch.equal(value, teacher[key]) for key, value in before.items())  # it starts as the teacher
+    critics = [state(phase.module) for phase in method.phases]
+    for step in range(2):
+        batch = Batch(step, method.data(step), torch.Generator().manual_seed(step))
+        figures = training_step(method.phases, batch, recipe.loop)
+        assert all(torch.isfinite(torch.as_tensor(value)) for value in figures.values())
+    after = method.averaged.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    frozen = {key for key in before if key not in moved}
+    if name == "gdd-i":
+        assert frozen and all(".conv" in key or ".proj" in key for key in frozen if "filter" not in key)
+    else:
+        assert all("filter" in key for key in frozen)
+    for phase, old in zip(method.phases, critics, strict=True):
+        assert any(not torch.equal(old[key], value) for key, value in phase.module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dmd", "dmd2-gan", "gdd-i"])
+def test_a_run_exports_a_student_that_loads_and_resumes_bit_for_bit(
+    name: str, sources: EdmSources, tmp_path: Path
+) -> None:
+    recipe = RECIPES[name]
+    whole, half = (replace(recipe, loop=replace(LOOP, iterations=n, decay=False)) for n in (4, 2))
+    run(whole, sources, tmp_path / "whole")
+    run(half, sources, tmp_path / "parts")
+    (tmp_path / "parts" / "model").rename(tmp_path / "half")
+    run(whole, sources, tmp_path / "parts", resume=True)
+    one, two = tmp_path / "whole" / "model", tmp_path / "parts" / "model"
+    assert same_weights(one, two) and not same_weights(one, tmp_path / "half")
+
+    manifest = read_manifest(one)
+    assert manifest.teacher is None and list(manifest.students) == [1]
+    assert manifest.students[1].subfolder == "." and manifest.students[1].sigmas == [80.0]
+    assert manifest.class_names == ["dark", "bright"]
+    student = load_edm(one, "cpu")
+    assert student.config.sigmas == (80.0,)
+    assert student.config.boundary == (0.002 if name == "gdd-i" else 0.0)
+    x0 = student(80 * torch.randn(2, 3, 8, 8), torch.full((2,), 80.0), ClassCondition.of(torch.tensor([0, 1]), 2))
+    assert torch.isfinite(x0).all()
+
+
+def test_few_step_students_name_their_levels(sources: EdmSources, tmp_path: Path) -> None:
+    recipe = replace(RECIPES["dmd2"], sigmas=(80.0, 2.5))  # type: ignore[type-var]
+    run(replace(recipe, loop=replace(LOOP, iterations=1)), sources, tmp_path / "run")
+    manifest = read_manifest(tmp_path / "run" / "model")
+    assert manifest.students[2].sigmas == [80.0, 2.5]
+
+
+def test_a_run_can_go_on_from_a_student(sources: EdmSources, tmp_path: Path) -> None:
+    run(replace(RECIPES["dmd2"], loop=replace(LOOP, iterations=1)), sources, tmp_path / "first")  # type: ignore[type-var]
+    student = tmp_path / "first" / "model"
+    resumed: Any = replace(RECIPES["dmd2-gan"], resumed=True)  # type: ignore[type-var]
+    method = distil_edm(resumed, replace(sources, student=student), CPU)
+    assert method.averaged is not None
+    expected = load_edm(student, "cpu").network.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in method.averaged.state_dict().items())
+    with pytest.raises(UserError, match="--student: missing"):
+        distil_edm(resumed, sources, CPU)
+    with pytest.raises(UserError, match="this recipe starts from its teacher"):
+        distil_edm(RECIPES["dmd2"], replace(sources, student=student), CPU)
+    with pytest.raises(UserError, match="expected a student of"):
+        distil_edm(resumed, replace(sources, student=sources.teacher), CPU)
+    with pytest.raises(UserError, match="expected the teacher"):
+        distil_edm(RECIPES["dmd2"], replace(sources, teacher=student), CPU)
+
+
+def test_gdd_at_its_boundary_is_the_identity(sources: EdmSources) -> None:
+    method = distil_edm(RECIPES["gdd"], sources, CPU)
+    x = torch.randn(2, 3, 8, 8)
+    assert method.averaged is not None
+    out, _ = method.averaged(x, torch.full((2,), 0.002), torch.zeros(2, 2))
+    assert torch.allclose(out, x, atol=1e-5)
+
+
+def test_data_is_a_function_of_the_step(sources: EdmSources) -> None:
+    for name in ("dmd", "dmd2-gan"):
+        one, two = distil_edm(RECIPES[name], sources, CPU), distil_edm(RECIPES[name], sources, CPU)
+        one.data(0)
+        a, b = one.data(5), two.data(5)
+        assert torch.equal(a.samples.cond.labels, b.samples.cond.labels)
+        if a.pairs is not None:
+            assert torch.equal(a.pairs.noise, b.pairs.noise) and len(a.pairs.noise) == 3
+        if a.samples.real is not None:
+            assert torch.equal(a.samples.real, b.samples.real)
+            bright = a.samples.real.mean((1, 2, 3)) > 0
+            assert torch.equal(bright, a.samples.real_cond.labels[:, 1] > 0)  # classes go with their pictures
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks", "message"),
+    [
+        ("dmd", "pairs", "--pairs: missing"),
+        ("dmd2-gan", "data", "--data: missing"),
+        ("gdd", "data", "--data: missing"),
+    ],
+)
+def test_what_is_missing_is_said(name: str, lacks: str, message: str, sources: EdmSources) -> None:
+    with pytest.raises(UserError, match=message):
+        distil_edm(RECIPES[name], replace(sources, **{lacks: None}), CPU)
+    with pytest.raises(UserError, match="--init: missing"):
+        build_method(RECIPES[name], {}, CPU)

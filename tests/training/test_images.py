@@ -1,0 +1,139 @@
+"""Image sets: what is read, batches as a function of (seed, step), and one clear line for each broken set."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dmd2.training.images
+from dmd2.errors import UserError
+from dmd2.training.images import ImageSet
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def pictures(n: int = 10, side: int = 8) -> list[np.ndarray[Any, Any]]:
+    return list(np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8))
+
+
+def write_zip(path: Path, images: list[np.ndarray[Any, Any]], labels: Any = "by number") -> Path:
+    names = [f"{i // 4:05d}/img{i:08d}.png" for i in range(len(images))]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in zip(names, images, strict=True):
+            archive.writestr(name, png(image))
+        if labels == "by number":
+            labels = [[name, i % 3] for i, name in enumerate(names)]
+        if labels != "no file":
+            archive.writestr("dataset.json", labels if isinstance(labels, str) else json.dumps({"labels": labels}))
+    return path
+
+
+def test_a_zip_holds_its_images_and_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
+    images = pictures()
+    dataset = ImageSet(write_zip(tmp_path / "set.zip", images), 8, 3)
+    assert len(dataset) == 10 and dataset.resolution == 8
+    expected = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    assert torch.equal(dataset.images(torch.arange(10)), expected)
+    assert torch.equal(dataset.images(torch.tensor([7, 2])), expected[[7, 2]])
+    assert dataset.labels is not None and dataset.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    one_hot = dataset.one_hot(torch.tensor([5, 0]), 3)
+    assert torch.equal(one_hot, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+    assert dataset.one_hot(torch.tensor([5, 0]), 0).shape == (2, 0)
+
+
+def test_a_folder_is_read_like_a_zip(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "set.zip", pictures())
+    with zipfile.ZipFile(archive) as z:
+        z.extractall(tmp_path / "set")
+    rows = torch.arange(10)
+    one, other = ImageSet(archive, 8, 3), ImageSet(tmp_path / "set", 8, 3)
+    assert torch.equal(one.images(rows), other.images(rows))
+    assert one.labels is not None and other.labels is not None and torch.equal(one.labels, other.labels)
+
+
+def test_a_set_too_large_for_memory_is_decoded_batch_by_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = write_zip(tmp_path / "set.zip", pictures())
+    whole = ImageSet(archive, 8)
+    monkeypatch.setattr(dmd2.training.images, "IN_MEMORY_BYTES", 10)
+    lazy = ImageSet(archive, 8)
+    assert lazy._memory is None and whole._memory is not None
+    rows = torch.tensor([3, 9, 0])
+    assert torch.equal(lazy.images(rows), whole.images(rows))
+
+
+def test_batches_depend_on_seed_and_step_alone_and_every_epoch_shows_every_image_once(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "set.zip", pictures())
+    dataset, again = ImageSet(archive), ImageSet(archive)
+    steps = [dataset.batch(4, 7, step) for step in range(10)]
+    assert torch.equal(again.batch(4, 7, 6), steps[6])  # without the ones before
+    assert not torch.equal(again.batch(4, 8, 6), steps[6])
+    epochs = torch.cat(steps).split(10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+    assert torch.equal(dataset.batch(25, 7, 0)[:20], torch.cat(steps)[:20])  # batches over several epochs
+
+
+def test_labels_are_optional_only_where_the_model_has_no_classes(tmp_path: Path) -> None:
+    for labels in (None, "no file"):
+        archive = write_zip(tmp_path / "set.zip", pictures(), labels)
+        assert ImageSet(archive, 8).labels is None
+        with pytest.raises(UserError, match=r"dataset\.json: .*a model of 3 classes needs the class of every image"):
+            ImageSet(archive, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("{", "not JSON"),
+        ([["00000/img00000000.png", 1]], "no label for 00000/img00000001.png"),
+        ([["00000/img00000000.png"]], "labels: expected"),
+        ([[f"{i // 4:05d}/img{i:08d}.png", i] for i in range(10)], "is of class 3; expected 0 to 2"),
+    ],
+)
+def test_wrong_labels_are_one_clear_line(tmp_path: Path, labels: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        ImageSet(write_zip(tmp_path / "set.zip", pictures(), labels), 8, 3)
+    assert "\n" not in str(raised.value)
+
+
+def test_broken_sets_are_one_clear_line(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "set.zip", pictures())
+    content = archive.read_bytes()
+    (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"cut\.zip: not a whole zip file"):
+        ImageSet(tmp_path / "cut.zip")
+    start = content.index(b"IDAT")
+    (tmp_path / "flipped.zip").write_bytes(content[:start] + b"XXXXXX" + content[start + 6 :])
+    with pytest.raises(UserError, match=r"img00000000\.png: unreadable"):
+        ImageSet(tmp_path / "flipped.zip")
+    with pytest.raises(UserError, match=r"--data .*: no such file or folder"):
+        ImageSet(tmp_path / "absent.zip")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        ImageSet(tmp_path / "empty")
+
+
+def test_resolutions_must_fit(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "set.zip", pictures())
+    with pytest.raises(UserError, match="is 8x8 pixels; expected 16x16"):
+        ImageSet(archive, 16)
+    mixed = write_zip(tmp_path / "mixed.zip", [*pictures(3), *pictures(1, 12)])
+    with pytest.raises(UserError, match=r"img00000003\.png is 12x12 pixels; expected 8x8"):
+        ImageSet(mixed)
+    oblong = write_zip(tmp_path / "oblong.zip", [np.zeros((8, 6, 3), np.uint8)])
+    with pytest.raises(UserError, match="is 6x8 pixels; expected square"):
+        ImageSet(oblong)
