@@ -1,0 +1,111 @@
+"""A network from its `config.json` and safetensors file: built without memory, filled straight from the file.
+
+diffusers' and transformers' own loaders are lenient (a key that is missing is drawn at random) and slow to start.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dmd2.errors import UserError
+
+# diffusers up to 0.16 named the attention of VAEs differently. Files of that time are still about.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+NAMED = 3  # keys in an error message, at most
+
+
+@torch.inference_mode(False)  # or weights could not be changed later, wherever this is called
+def load_network(kind: Any, path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The network of class `kind` whose weights are in `path` and whose `config.json` lies beside it, frozen.
+
+    Each tensor goes from the file to `device` in `dtype`, convolutions in channels_last; nothing is drawn at random
+    and nothing is held twice. On a CPU, what is in `dtype` already is mapped, not read.
+
+    Raises:
+        UserError: a file is missing or broken, or they do not fit together: names the keys that are missing,
+            unexpected or of the wrong shape.
+    """
+    config = path.with_name("config.json")
+    for file in (config, path):
+        if not file.is_file():
+            raise UserError(f"{file}: missing; expected a {kind.__name__} there")
+    network = _build(kind, config)
+    network.load_state_dict(_read(network, path, device, dtype), strict=True, assign=True)
+    return network.requires_grad_(False).eval().to(device)  # the last for buffers that no file holds
+
+
+def parameters_in(paths: Iterable[Path]) -> int:
+    """How many numbers safetensors files hold. Reads their headers only; damaged files count as empty."""
+    total = 0
+    for path in paths:
+        with suppress(SafetensorError), safe_open(path, "pt") as file:  # loading it will say what is wrong
+            total += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
+    return total
+
+
+def _build(kind: Any, config: Path) -> Any:
+    # Parameters only: buffers that are in no file (CLIP's position_ids) keep the values they are made with.
+    with init_empty_weights(include_buffers=False):
+        if hasattr(kind, "config_class"):  # transformers
+            return kind(kind.config_class.from_pretrained(config.parent, local_files_only=True))
+        return kind.from_config(kind.load_config(config.parent, local_files_only=True))
+
+
+def _read(network: nn.Module, path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    wanted = network.state_dict()
+    derived = {name for name, _ in network.named_buffers()} - wanted.keys()
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            keys = {_today(key, wanted.keys() | derived): key for key in file.keys()}  # noqa: SIM118
+            # Older versions of a library stored what newer ones derive.
+            keys = {name: key for name, key in keys.items() if name not in derived}
+            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in keys.items()}
+            _check(path, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, shapes)
+            return {name: _placed(file.get_tensor(key), device, dtype) for name, key in keys.items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _today(key: str, known: AbstractSet[str]) -> str:
+    """The name that a key of a file has in the network: libraries renamed some."""
+    name = re.sub(r"\.(query|key|value|proj_attn)\.(?=weight$|bias$)", lambda m: f".{OLD_ATTENTION[m[1]]}.", key)
+    bare = name.removeprefix("text_model.")  # transformers 5 dropped it from CLIPTextModel
+    return next((candidate for candidate in (key, name, bare, f"text_model.{bare}") if candidate in known), bare)
+
+
+def _check(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    faults = []
+    if missing := [name for name in wanted if name not in found]:
+        faults.append(f"lacks {_some(missing)}")
+    if unexpected := [name for name in found if name not in wanted]:
+        faults.append(f"has {_some(unexpected)}, which it should not")
+    wrong = [name for name in wanted if name in found and wanted[name] != found[name]]
+    if wrong:
+        sizes = [f"{name} as {_size(found[name])} instead of {_size(wanted[name])}" for name in wrong]
+        faults.append(f"has {_some(sizes)}")
+    if faults:
+        raise UserError(f"{path}: not the network that its config.json describes: {'; '.join(faults)}")
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, memory_format=layout)

@@ -1,0 +1,224 @@
+"""`scripts/bench gpu`: SDXL at full size with random weights, dmd2's engine beside diffusers' pipeline."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.perf_counter()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+PROMPT = "a red apple on a blue background"
+STEPS = {1: [399], 4: [999, 749, 499, 249]}
+UNET, VAE = {512: 1.59, 1024: 6.76}, {512: 2.52, 1024: 10.47}  # TFLOP of a forward pass, by side
+RATE, TEXT = 790, 0.00034  # of an H200: dense 16-bit TFLOP/s, seconds to read the text encoders' weights
+
+
+def start(weights: Path, system: str, device: str, size: int, steps: int, rounds: int) -> dict[str, Any]:
+    """From the start of a process to its pictures, in seconds. Run in a process of its own."""
+    import torch
+
+    mode = str(steps)
+    marks = {"start": (BEGAN, 0.0)}
+
+    def done(what: str) -> None:
+        marks[what] = time.perf_counter(), time.process_time()
+
+    if system == "dmd2":
+        from dmd2.engine import Engine
+
+        done("imports")
+        engine = Engine(weights, device, modes=(mode,), trace=True)
+        done("load")
+        if engine.device.type == "cuda":
+            engine.warm_up((mode,), [(size, size)], 1)
+            done("warm_up")
+        draw, dtype, target = ours(engine, size, steps, 1), engine.dtype, engine.device
+    else:
+        from diffusers import StableDiffusionXLPipeline  # noqa: F401
+
+        done("imports")
+        target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        dtype = torch.float16 if target.type == "cuda" else torch.bfloat16
+        draw = theirs(load_pipeline(weights, dtype, target), size, steps, 1)
+        done("load")
+    stages = {}
+    for i in range(1 + rounds):
+        stages = draw()
+        done(f"picture {i + 1}")
+    result: dict[str, Any] = {"system": system, "threads": torch.get_num_threads()}
+    for (_, before), (name, after) in itertools.pairwise(marks.items()):
+        result[name] = {"s": round(after[0] - before[0], 2), "cpu_s": round(after[1] - before[1], 2)}
+    result["stages_s"] = stages
+    from dmd2.memory import peak_memory
+
+    result |= {"dtype": str(dtype).removeprefix("torch."), "peak_gb": round(peak_memory(target) / 1e9, 2)}
+    if target.type == "cpu":  # the peak counts pages of mapped files, which the system may drop
+        status = Path("/proc/self/status").read_text()
+        result["anonymous_gb"] = round(int(status.partition("RssAnon:")[2].split()[0]) * 1024 / 1e9, 2)
+    return result
+
+
+def ours(engine: Any, size: int, steps: int, batch: int) -> Callable[[], dict[str, float]]:
+    """A call that draws and gives the seconds of its stages. Each has new prompts: none is encoded already."""
+    numbers = itertools.count()
+
+    def draw() -> dict[str, float]:
+        seeds = [next(numbers) for _ in range(batch)]
+        prompts = [f"{PROMPT} {steps} {seed}" for seed in seeds]
+        timings = engine.draw_timed(prompts, seeds, str(steps), (size, size))[1]
+        return {name: round(value, 4) for name, value in vars(timings).items()}
+
+    return draw
+
+
+def load_pipeline(weights: Path, dtype: Any, device: Any) -> Any:
+    """diffusers' own, with the weights of the four-step student for any number of steps."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(weights, torch_dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def theirs(pipeline: Any, size: int, steps: int, batch: int) -> Callable[[], None]:
+    """A call that draws with diffusers, up to the tensor on the CPU."""
+    import torch
+
+    def draw() -> None:
+        pictures = pipeline(
+            [PROMPT] * batch, width=size, height=size, timesteps=STEPS[steps], guidance_scale=0.0, output_type="pt"
+        ).images
+        (pictures * 255).round().to(torch.uint8).cpu()
+
+    return draw
+
+
+def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, ascending; they take turns, after two calls that do not count."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 2):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if i >= 2:
+                taken[name].append((time.perf_counter() - began) * 1000)
+    return {name: sorted(values) for name, values in taken.items()}
+
+
+def floor_ms(size: int, steps: int, batch: int) -> float:
+    """What the arithmetic alone would take on an H200."""
+    return 1000 * ((UNET[size] * steps + VAE[size]) * batch / RATE + TEXT)
+
+
+def gpu(device: str, minutes: float, size: int, rounds: int) -> dict[str, Any]:
+    """Everything that fits into `minutes`. Without a GPU: only the starts, one step at `size`."""
+    import torch
+    from full_size import write_full_size
+
+    deadline = BEGAN + minutes * 60
+    cuda = device != "cpu" and torch.cuda.is_available()
+    result: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "starts": [],
+        "rows": [],
+        "skipped": [],
+    }
+
+    def fits(what: str, seconds: float) -> bool:
+        if time.perf_counter() + seconds < deadline:
+            return True
+        result["skipped"].append(f"{what}: {seconds:.0f} s, more than was left")
+        return False
+
+    with tempfile.TemporaryDirectory(prefix="dmd2-bench-") as temporary:
+        began = time.perf_counter()
+        weights = Path(temporary) / "weights"
+        write_full_size(weights, students=(1, 4) if cuda else (4, 1))
+        result["writing_s"] = round(time.perf_counter() - began, 1)
+        os.environ["DMD2_CACHE"] = str(Path(temporary) / "cache")  # cold at first
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(temporary) / "inductor")
+        for system in ("dmd2", "dmd2", "diffusers") if cuda else ("dmd2", "diffusers"):
+            if fits(f"start {system}", 200 if cuda else 120):
+                command = [sys.executable, __file__, str(weights), system, device, str(size), "1", str(rounds)]
+                child = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+                if child.returncode:
+                    result["skipped"].append(f"start {system}: exit status {child.returncode}")
+                    continue
+                result["starts"].append(json.loads(child.stdout))
+                print(json.dumps(result["starts"][-1]), file=sys.stderr)
+        if cuda:
+            compare(weights, result, fits, rounds)
+    result["seconds"] = round(time.perf_counter() - BEGAN, 1)
+    return result
+
+
+def compare(weights: Path, result: dict[str, Any], fits: Callable[[str, float], bool], rounds: int) -> None:
+    """Rows of times, the most important ones first."""
+    import torch
+
+    from dmd2.engine import Engine
+
+    engine = Engine(weights, "cuda", modes=("1", "4"), trace=True)
+    pipeline = load_pipeline(weights, torch.float16, "cuda")
+    for size, batch in ((1024, 1), (512, 1), (512, 8), (1024, 4), (512, 4), (1024, 8), (512, 2), (1024, 2)):
+        if not fits(f"{size}², batch {batch}", 90):
+            continue
+        engine.warm_up(("1", "4"), [(size, size)], batch)
+        for steps in STEPS:
+            calls = {"dmd2": ours(engine, size, steps, batch), "diffusers": theirs(pipeline, size, steps, batch)}
+            torch.cuda.reset_peak_memory_stats()
+            row(result, size, steps, batch, calls, rounds)
+            result["rows"][-1] |= {"stages_s": calls["dmd2"]()}
+    if fits("diffusers, compiled", 150):
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+        pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead", fullgraph=True)
+        pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="reduce-overhead", fullgraph=True)
+        for steps in STEPS:
+            calls = {"dmd2": ours(engine, 1024, steps, 1), "diffusers_compiled": theirs(pipeline, 1024, steps, 1)}
+            row(result, 1024, steps, 1, calls, rounds)
+    del engine, pipeline
+    gc.collect()
+
+
+def row(result: dict[str, Any], size: int, steps: int, batch: int, calls: Any, rounds: int) -> None:
+    """Adds one row to the table."""
+    import torch
+
+    found: dict[str, Any] = {"size": size, "steps": steps, "batch": batch}
+    taken = timed(calls, rounds)
+    for name, values in taken.items():
+        found[f"{name}_p50"] = round(statistics.median(values), 1)
+        found[f"{name}_p95"] = round(values[min(len(values) - 1, int(0.95 * len(values)))], 1)
+    other = next(name for name in taken if name != "dmd2")
+    found["ratio"] = round(found[f"{other}_p50"] / found["dmd2_p50"], 2)
+    found["times_floor"] = round(found["dmd2_p50"] / floor_ms(size, steps, batch), 2)
+    found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)  # of both, which are loaded together
+    result["rows"].append(found)
+    print(json.dumps(found), file=sys.stderr)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows and starts as text, one below the other."""
+    lines = []
+    for kind in ("starts", "rows"):
+        for entry in result[kind]:
+            lines.append("  ".join(f"{key} {value}" for key, value in entry.items()))
+    return "\n".join([*lines, *(f"skipped {what}" for what in result["skipped"])])
+
+
+if __name__ == "__main__":  # a child of `gpu`
+    folder, system, device, *numbers = sys.argv[1:]
+    print(json.dumps(start(Path(folder), system, device, *map(int, numbers))))

@@ -1,0 +1,108 @@
+"""A folder of weights that is SDXL in everything but what it has learned: full size, random, no download."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dmd2.download import TIMESTEPS
+from dmd2.weights import DEFAULT, UNET_FILE, Manifest, Student, save_pipeline_configs, write_manifest
+
+UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+VAE: dict[str, Any] = {
+    "sample_size": 1024,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+    "force_upcast": False,  # as the fp16-fix VAE
+}
+TEXT: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
+FIRST = TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+SECOND = TEXT | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+PARAMETERS = 2_567_463_684  # of SDXL's UNet
+
+
+def write_full_size(folder: Path, vae: str = "kl", students: tuple[int, ...] = (1, 4)) -> None:
+    """Makes `folder`: both students have the same weights. Takes 7 GB of disk, and 6 of memory on the way."""
+    folder.mkdir(parents=True)
+    for suffix, config in (("", FIRST), ("_2", SECOND)):
+        target = folder / f"tokenizer{suffix}"
+        shutil.copytree(DEFAULT / "tokenizer", target)
+        settings = json.loads((target / "tokenizer_config.json").read_text())
+        (target / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(target)
+        marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
+        kind = transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
+        with init_empty_weights():
+            encoder = kind(transformers.CLIPTextConfig(**config, **marks))
+        _write(encoder, folder / f"text_encoder{suffix}", "model.safetensors")
+    with init_empty_weights():
+        decoder = diffusers.AutoencoderKL(**VAE) if vae == "kl" else diffusers.AutoencoderTiny()
+        unet = diffusers.UNet2DConditionModel(**UNET)
+    assert sum(p.numel() for p in unet.parameters()) == PARAMETERS
+    _write(decoder, folder / "vae", UNET_FILE)
+    names = {1: "unet_1step", 4: "unet"}
+    first = folder / names[students[0]]
+    _write(unet, first, UNET_FILE)
+    for steps in students[1:]:
+        shutil.copytree(first, folder / names[steps], copy_function=os.link)
+    save_pipeline_configs(folder, "epsilon")
+    listed = {n: Student(subfolder=names[n], timesteps=TIMESTEPS[n]) for n in students}
+    write_manifest(
+        folder, Manifest(name="random", native_size=(1024, 1024), licence="random numbers", students=listed)
+    )
+
+
+def _write(network: nn.Module, folder: Path, filename: str) -> None:
+    folder.mkdir()
+    if isinstance(network, transformers.PreTrainedModel):
+        network.config.save_pretrained(folder)
+    else:
+        network.save_config(folder)
+    # The same million numbers over and over: drawing 2.6 billion would take minutes.
+    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).half()
+    tensors = {name: _random(name, value.shape, numbers) for name, value in network.state_dict().items()}
+    save_file(tensors, folder / filename)
+
+
+def _random(name: str, shape: torch.Size, numbers: Tensor) -> Tensor:
+    """Of a size that keeps activations finite: normalisations do nothing, each product keeps the variance."""
+    if len(shape) == 1:
+        return (torch.zeros if name.endswith("bias") else torch.ones)(shape, dtype=torch.float16)
+    count = shape.numel()
+    drawn = numbers.repeat(-(-count // len(numbers)))[:count].reshape(shape)
+    return drawn.mul_(1 / math.sqrt(count / shape[0]))
