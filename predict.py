@@ -45,11 +45,46 @@ class Predictor(BaseRunner):
             choices=["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"],
             default=None,
         ),
+        image: Optional[Path] = Input(
+            description="Picture to begin with (PNG, JPEG, WebP), by https or data URL; width and height follow it.",
+            regex=r"^(https://|data:)",
+            default=None,
+        ),
+        mask: Optional[Path] = Input(
+            description="As large as image: where it is light, image is painted anew; elsewhere it keeps its pixels.",
+            regex=r"^(https://|data:)",
+            default=None,
+        ),
+        prompt_strength: float = Input(
+            description="How much of image goes: 1 is all. Four steps know 0.25, 0.5, 0.75 and 1 and round down.",
+            ge=0.01,
+            le=1,
+            default=0.8,
+        ),
+        lora_weights: Optional[str] = Input(
+            description="LoRAs, separated by spaces: https URL, owner/name of the hub, name. Each may end in :scale.",
+            max_length=2000,
+            default=None,
+        ),
+        lora_scale: float = Input(
+            description="Of all LoRAs that name no scale of their own.", ge=-4, le=4, default=1
+        ),
+        control_image: Optional[Path] = Input(
+            description="Picture whose lines (or depth, …) are followed, as the control was trained for.",
+            regex=r"^(https://|data:)",
+            default=None,
+        ),
+        control: Optional[str] = Input(
+            description="Name of one of the weights' own ControlNets or T2I-Adapters. Empty: the only one.",
+            max_length=100,
+            default=None,
+        ),
+        control_scale: float = Input(description="How much control_image counts.", ge=0, le=2, default=0.8),
         num_outputs: int = Input(description="How many pictures.", ge=1, le=4, default=1),
-        num_inference_steps: int = Input(
-            description="Each number of steps is a distilled model of its own: 1 is faster, 4 is better.",
+        num_inference_steps: Optional[int] = Input(
+            description="Each is a distilled model of its own: 1 is faster, 4 better. Empty: the most there is.",
             choices=[1, 4],
-            default=4,
+            default=None,
         ),
         guidance_scale: float = Input(
             description="Inert, accepted for compatibility: guidance is distilled into the model.",
@@ -78,11 +113,19 @@ class Predictor(BaseRunner):
             height=None if height is None else int(height),
             aspect_ratio=aspect_ratio,
             num_outputs=int(num_outputs),
-            num_inference_steps=int(num_inference_steps),
+            num_inference_steps=None if num_inference_steps is None else int(num_inference_steps),
             seed=None if seed is None else int(seed),
             output_format=output_format,
             output_quality=int(output_quality),
             disable_safety_checker=disable_safety_checker,
+            image=image,
+            mask=mask,
+            prompt_strength=float(prompt_strength),
+            lora_weights=lora_weights,
+            lora_scale=float(lora_scale),
+            control=control,
+            control_image=control_image,
+            control_scale=float(control_scale),
         )
         # Not `yield`: see dmd2/service/bridge.py.
         return in_this_context(self._files(await begun(self.service.draw(request))))

@@ -11,11 +11,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dmd2.errors import UserError
+
+if TYPE_CHECKING:
+    from dmd2.lora import Lora
 
 BEGAN = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,66 +45,112 @@ def _convert() -> None:
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one picture for each.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; one picture for each.")
+    ] = None,
     weights: Annotated[Path, typer.Option(help="Folder of weights with a dmd2.json.")] = DEFAULT_WEIGHTS,
-    steps: Annotated[str, typer.Option(help="1 or 4; or teacher, teacher-4, teacher-1 to compare.")] = "4",
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="1 or 4; or teacher, teacher-4, teacher-1 to compare. The most that there are unless given."
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="0-9", help="Instead of prompts: classes by number, such as 0,3-5; also writes a grid."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first picture; random unless given.")] = None,
     num_outputs: Annotated[int, typer.Option(help="Pictures for each prompt; image i uses seed + i.")] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; the weights' own unless given.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to begin with; gives the ratio unless --size.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="As large as --image; light where to paint anew.")] = None,
+    prompt_strength: Annotated[float, typer.Option(help="How much of --image goes; 1 is all of it.")] = 0.8,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE[:SCALE]", help="File, URL or hub's owner/name; repeatable."),
+    ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a ControlNet or T2I-Adapter; or its name, if in the weights."),
+    ] = None,
+    control_image: Annotated[Path | None, typer.Option(help="Picture that --control follows.")] = None,
+    control_scale: Annotated[float, typer.Option(help="How much --control-image counts.")] = 0.8,
+    vae: Annotated[str, typer.Option(help="kl; or tiny (TAESDXL): faster, less sharp.")] = "kl",
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
 ) -> None:
     """Draw pictures. Each PNG holds its prompt, seed, steps and the weights' sha256."""
+    if classes is not None and prompts:
+        raise UserError("--classes: given beside PROMPT; expected one or the other")
+    prompts = _numbers(classes) if classes is not None else prompts or []
+    if not prompts:
+        raise UserError("PROMPT: missing; expected what to draw, or --classes")
     if any(not prompt.strip() for prompt in prompts):
         raise UserError("PROMPT: empty; expected some words")
     if not 1 <= num_outputs <= 1000:
         raise UserError(f"--num-outputs {num_outputs}: expected 1 to 1000")
-    if seed is not None and not 0 <= seed < 2**63 - 1000:
-        raise UserError(f"--seed {seed}: expected 0 to 2^63 - 1001")
+    if seed is not None and not 0 <= seed < 2**32 - 1000:  # torch's generator looks at 32 bits
+        raise UserError(f"--seed {seed}: expected 0 to 2^32 - 1001")
     pixels = _size(size) if size else None
     _check_folder(out)
 
-    from dmd2.engine import Engine
-    from dmd2.picture import save_png
+    from dmd2.engine import Engine, default_mode
+    from dmd2.given import Given
+    from dmd2.picture import save_grid, save_png
+    from dmd2.weights import read_manifest
 
-    engine = Engine(weights, device, modes=(steps,))
-    if pixels:
-        engine.check_size(pixels)
+    manifest = read_manifest(weights)
+    if classes is not None and manifest.family != "edm":
+        raise UserError(f"--classes {classes}: {weights} draws prompts; expected a class-conditional model")
+    steps = steps or default_mode(manifest)
+    given = Given.read(image, mask, prompt_strength, control_image, control_scale)
+    engine = Engine(weights, device, modes=(steps,), vae=vae)
+    engine.check_prompts(prompts)
+    pixels = given.size(pixels, manifest.native_size, engine.size_unit)
+    engine.check_size(pixels)
+    edit = given.edit(pixels, _control(control, weights), _loras(lora or [], weights))
     loaded = time.perf_counter() - BEGAN
     _make(out)
-    first = secrets.randbelow(2**32) if seed is None else seed
+    first = secrets.randbelow(2**32 - 1000) if seed is None else seed
+    drawn = []
     for prompt in prompts:
         for i in range(num_outputs):
             # One at a time: a picture's bits never depend on its neighbours. The service batches.
             began = time.perf_counter()
-            images, timings = engine.draw_timed([prompt], [first + i], steps, pixels)
+            images, timings = engine.draw_timed([prompt], [first + i], steps, pixels, edit=edit)
             total = time.perf_counter() - began
             facts = {
                 "prompt": prompt,
                 "seed": first + i,
                 "steps": steps,
                 "weights_sha256": engine.sha256(steps),
+                **edit.facts,
             }
             path = save_png(images[0], out, facts)
-            if as_json:
-                seconds = {k: round(v, 4) for k, v in asdict(timings).items()}
-                print(json.dumps({"path": str(path), **facts, "seconds": {**seconds, "load": round(loaded, 2)}}))
-            else:
-                print(
-                    f"{path}  seed {first + i}  {total * 1000:.0f} ms"
-                    f" (text {timings.text * 1000:.0f}, denoise {timings.denoise * 1000:.0f},"
-                    f" decode {timings.decode * 1000:.0f}; start-up {loaded:.1f} s)"
-                )
+            drawn.append(images[0])
+            _tell(path, facts, asdict(timings), total, loaded, as_json)
+    if classes is not None:
+        names = [manifest.class_names[int(n)] if manifest.class_names else f"class {n}" for n in prompts]
+        grid = save_grid(drawn, names, out / f"classes-{classes}_{steps}_{first}.png")
+        print(json.dumps({"grid": str(grid)}) if as_json else grid)
 
 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A name from dmd2/recipes.py, such as emoji-dmd2-1step.")],
-    data: Annotated[Path, typer.Option(help="Zip of emoji.")] = DEFAULT_WEIGHTS / "emoji.zip",
-    init: Annotated[Path, typer.Option(help="Weights to start from, in diffusers' layout.")] = DEFAULT_WEIGHTS,
-    judge: Annotated[Path, typer.Option(help="Classifier that scores the samples.")] = DEFAULT_WEIGHTS
-    / "classifier.safetensors",
+    data: Annotated[
+        Path | None, typer.Option(help="Zip or folder of images; the emoji for recipes of the embedded model.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Weights to start from; the embedded ones for recipes of theirs.")
+    ] = None,
+    judge: Annotated[Path | None, typer.Option(help="Classifier that scores samples of emoji.")] = None,
+    student: Annotated[Path | None, typer.Option(help="Student to go on from, for recipes that resume one.")] = None,
+    pairs_folder: Annotated[Path | None, typer.Option("--pairs", help="Folder of `dmd2 pairs`, for DMD.")] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(help="TorchScript VGG16 (vgg16.pt) for DMD's regression; L2 without it.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE unless given.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
@@ -115,21 +164,90 @@ def train(
     settled = resolve(recipe, overrides or [])
 
     from dmd2.engine import resolve_device
-    from dmd2.evaluation import EmojiJudge
-    from dmd2.training.data import EmojiScenes
     from dmd2.training.loop import train as run
     from dmd2.training.methods import build_method
 
     where = resolve_device(device)
-    scenes = EmojiScenes(data)
-    critic = EmojiJudge.load(judge, where) if judge.is_file() else None
-    method = build_method(settled, scenes, init, critic, where)
+    paths = {"data": data, "init": init, "judge": judge, "student": student, "pairs": pairs_folder, "lpips": lpips}
+    method = build_method(settled, paths, where)
     folder = out or Path("runs") / recipe
     _make(folder)
     finished = run(method, settled.loop, folder, resume=resume, recipe={"name": recipe, **asdict(settled)})
     if not finished:
         raise typer.Exit(130)
     print(f"done: {folder}")
+
+
+@app.command()
+def pairs(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of an EDM teacher.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pairs, or one to continue.")],
+    count: Annotated[int, typer.Option("-n", help="How many.")] = 100_000,
+    steps: Annotated[int, typer.Option(help="Of Heun's method.")] = 18,
+    batch: Annotated[int, typer.Option(help="How many at once.")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
+) -> None:
+    """Make noise-image pairs for DMD with the teacher's deterministic sampler. Run again to continue."""
+    from dmd2.engine import resolve_device
+    from dmd2.training.pairs import make_pairs
+
+    make_pairs(weights, out, count, steps, batch, resolve_device(device), compile=compile)
+    print(f"done: {count} pairs in {out}")
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of weights; or pictures: zip, folder.")],
+    metric: Annotated[str, typer.Option(help="Some of fid,kid,is,prdc,accuracy,clip,patch-fid.")] = "fid",
+    ref: Annotated[Path | None, typer.Option(help="Pictures (zip, folder), or for fid an .npz.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Pictures; 50000, or all there are, unless given.")] = None,
+    features: Annotated[str, typer.Option(help="inception; or small: FD-small, which is not FID.")] = "inception",
+    inception: Annotated[Path | None, typer.Option(help="TorchScript; in weights/metrics unless given.")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="For accuracy and --features small; CIFAR-10's.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder with a CLIP model, for clip.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text, one prompt a line, for text-to-image weights.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Sampler's steps; the weights' own unless given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; picture i uses seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 64,
+    resize: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to first.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the result there.")] = None,
+) -> None:
+    """Judge what weights draw. Prints JSON with all that it takes to repeat it. For several GPUs, run by torchrun."""
+    from dmd2.evaluate import CLASSIFIER, INCEPTION, Settings
+    from dmd2.evaluate import evaluate as run
+    from dmd2.fileio import atomic_text
+
+    if out is not None:
+        _make(out.parent)
+    metrics = tuple(dict.fromkeys(name for name in metric.split(",") if name))
+    networks = (features, inception or INCEPTION, classifier or CLASSIFIER, clip)
+    result = run(Settings(weights, metrics, ref, n, *networks, prompts, steps, seed, batch, resize, device))
+    if result is not None:  # else another process has it
+        text = json.dumps(result, indent=2) + "\n"
+        print(text, end="")
+        if out is not None:
+            atomic_text(out, text)
+
+
+@app.command()
+def ref_stats(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Pictures: a zip or a folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="File to write.")],
+    features: Annotated[str, typer.Option(help="inception or small.")] = "inception",
+    inception: Annotated[Path | None, typer.Option(help="TorchScript; in weights/metrics unless given.")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="For --features small; CIFAR-10's.")] = None,
+    resize: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to first.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Mean and covariance of pictures' features, for --ref, as EDM's .npz. Only fid can do without the pictures."""
+    from dmd2.evaluate import CLASSIFIER, INCEPTION, reference_statistics
+
+    networks = (features, inception or INCEPTION, classifier or CLASSIFIER)
+    count = reference_statistics(data, out, *networks, resize=resize, batch=batch, device=device)
+    print(f"{out}: {count} pictures, {features} features")
 
 
 @app.command()
@@ -173,6 +291,33 @@ def edm(
     print(f"{out}: {config.architecture}, {config.resolution}x{config.resolution}, {config.classes} classes")
 
 
+@convert.command()
+def sdxl(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any SDXL checkpoint in diffusers' layout.")],
+    lora: Annotated[Path, typer.Argument(metavar="LORA", help="DMD2's four-step LoRA (safetensors).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    scale: Annotated[float, typer.Option(help="Of the LoRA: 0.5 to 1.0.")] = 1.0,
+    vae: Annotated[Path | None, typer.Option(help="Folder of another VAE, such as weights/sdxl/vae.")] = None,
+) -> None:
+    """Make a four-step student of an SDXL checkpoint and a LoRA."""
+    from dmd2.community import convert_sdxl
+
+    convert_sdxl(source, lora, out, scale, vae)
+    print(f"{out}: {source.name} with {lora.name} at {scale:g}")
+
+
+def _tell(
+    path: Path, facts: dict[str, object], seconds: dict[str, float], total: float, loaded: float, as_json: bool
+) -> None:
+    """One line of a finished picture."""
+    if as_json:
+        rounded = {k: round(v, 4) for k, v in seconds.items()}
+        print(json.dumps({"path": str(path), **facts, "seconds": {**rounded, "load": round(loaded, 2)}}))
+        return
+    stages = ", ".join(f"{stage} {value * 1000:.0f}" for stage, value in seconds.items())
+    print(f"{path}  seed {facts['seed']}  {total * 1000:.0f} ms ({stages}; start-up {loaded:.1f} s)")
+
+
 def _check_folder(out: Path) -> None:
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
@@ -185,6 +330,32 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from error
+
+
+def _numbers(text: str) -> list[str]:
+    """ "0,3-5" → 0, 3, 4, 5"""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--classes {text}: expected numbers and ranges, such as 0,3-5")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return [str(number) for number in dict.fromkeys(numbers)]
+
+
+def _control(given: Path | None, weights: Path) -> Path | None:
+    own = weights / "control" / (given or "")
+    return own if given is not None and not given.exists() and own.is_dir() else given
+
+
+def _loras(sources: list[str], weights: Path) -> tuple[tuple[Lora, float], ...]:
+    if not sources:
+        return ()
+    from dmd2.lora_files import LoraFiles, cache_folder, split_scale
+
+    files = LoraFiles(weights, cache_folder(), paths=True, token=None)
+    found = [split_scale(source) for source in sources]
+    return tuple((files.find(source), scale) for source, scale in found)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmd2.class_to_image import ClassToImage, load_class_to_image
+from dmd2.compiled import save_kernels
+from dmd2.edit import PLAIN, Edit
+from dmd2.edm import ClassCondition, Edm
 from dmd2.errors import UserError
+from dmd2.extras import TINY, Extras
+from dmd2.memory import LARGE, peak_memory
 from dmd2.noise import seeded_noise
-from dmd2.sampling import conditioned, dpm_solver_2m, few_step, teacher_sigmas
+from dmd2.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
+from dmd2.sampling import Denoise, conditioned, dpm_solver_2m, heun, last_steps, teacher_sigmas
 from dmd2.stable_diffusion import StableDiffusion, TextCondition
-from dmd2.weights import DEFAULT, Student, TextToImage, load_text_to_image, read_manifest
+from dmd2.weights import (
+    DEFAULT,
+    Manifest,
+    Student,
+    TextToImage,
+    load_denoisers,
+    load_text_to_image,
+    read_manifest,
+)
 
 CACHED_PROMPTS = 256
+
+Condition = TextCondition | ClassCondition
+Preview = Callable[[int, Tensor], object]
+"""Is told the number of steps done and what they make of the pictures, uint8 (B, 3, H, W) on the CPU."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,18 +63,21 @@ def go_on() -> None:
 
 @dataclass
 class Engine:
-    """Draws pictures from one folder of weights.
+    """Draws pictures from one folder of weights: Stable Diffusion's from prompts, EDM's from the classes they name.
 
     Modes: "1", "4" (any number of steps that the manifest lists) are the students; "teacher" is the teacher with
     its own sampler and guidance; "teacher-4" is the undistilled teacher, guided, put through the sampler of the
-    4-step student: what distillation must beat. UNets are loaded at their first use.
+    4-step student: what distillation must beat. Networks are loaded at their first use.
 
     Args:
         folder: weights in diffusers' layout with a `dmd2.json`.
         device: "cpu", "cuda" or "auto" (cuda where there is one).
-        dtype: of networks; by default fp16 on a GPU and fp32 on a CPU.
-        trace: on a CPU, `warm_up` records networks for repeated calls, which are then about 1.3 times as fast.
+        dtype: of networks; by default fp16 on a GPU, fp32 on a CPU, bf16 there for networks as large as SDXL's.
+        trace: `warm_up` records networks for repeated calls: on a GPU they are compiled (see `dmd2.placement` for
+            the variables that say how), on a CPU small ones are traced, which makes them about 1.3 times as fast.
         modes: to load at once, so that a broken file is an error now and the first picture is fast.
+        vae: "kl" decodes with the folder's `vae`, whatever that is; "tiny" with its TAESDXL: a twentieth of the work,
+            and less sharp.
     """
 
     folder: Path = DEFAULT
@@ -57,17 +85,37 @@ class Engine:
     dtype: torch.dtype | None = None
     modes: tuple[str, ...] = ()
     trace: bool = False
-    _texts: OrderedDict[tuple[str, int, int], TextCondition] = field(default_factory=OrderedDict, init=False)
+    vae: str = "kl"
+    _encoders: Hashable = field(default=(), init=False)
+    """what LoRAs have made of the text encoders"""
+    _texts: OrderedDict[Hashable, Condition] = field(default_factory=OrderedDict, init=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
         self.device = resolve_device(self.device)
-        self.dtype = self.dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.manifest = read_manifest(self.folder)
         subfolders = list(dict.fromkeys(self._plan(mode)[0] for mode in self.modes))
-        self.model: TextToImage = load_text_to_image(
-            self.folder, subfolders, self.device, self.dtype, trace=self.trace and self.device.type == "cpu"
+        parameters = count_parameters(self.folder, subfolders)
+        self.dtype = self.dtype or default_dtype(self.device, parameters)
+        self.placement = Placement()
+        self.model: TextToImage | ClassToImage
+        self._solve: Callable[..., Tensor] = dpm_solver_2m
+        if self.manifest.family == "edm":
+            self.model, self._solve = load_class_to_image(self.folder, subfolders, self.device, self.dtype), heun
+            return
+        width, height = self.manifest.native_size
+        self.placement = place(parameters, self.device, self.dtype, width * height, fast=self.trace)
+        self.trace = self.trace and self.device.type == "cpu" and max(parameters.values(), default=0) < LARGE
+        self.model = load_text_to_image(
+            self.folder,
+            subfolders,
+            self.device,
+            self.dtype,
+            trace=self.trace,
+            placement=self.placement,
+            vae=vae_folder(self.folder, self.vae),
         )
+        self.extras = Extras(self.folder, self.model, self.device, self.dtype, self.placement)
 
     def sha256(self, mode: str) -> str:
         """The checksum of the UNet that `mode` runs."""
@@ -79,6 +127,13 @@ class Engine:
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises UserError unless width and height (pixels) suit the networks."""
+        if isinstance(self.model, ClassToImage):
+            if size != self.manifest.native_size:
+                native = "x".join(map(str, self.manifest.native_size))
+                raise UserError(
+                    f"width, height: {size[0]}x{size[1]}; these weights draw {native} pixels and no other size"
+                )
+            return
         factor = self.model.codec.factor
         for name, side in zip(("width", "height"), size, strict=True):
             if side < self.size_unit or side % factor:
@@ -88,33 +143,67 @@ class Engine:
                 )
 
     @property
+    def draws_prompts(self) -> bool:
+        """Whether these weights are text-to-image; else they draw classes."""
+        return not isinstance(self.model, ClassToImage)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError if one of them names nothing that a class-conditional network knows."""
+        if isinstance(self.model, ClassToImage):
+            for prompt in prompts:
+                self.model.encode_text.number(prompt)
+
+    @property
     def size_unit(self) -> int:
         """Pixels. Sides that are multiples of it are halved without remainder on their way down the UNet."""
+        if isinstance(self.model, ClassToImage):
+            return self.manifest.native_size[0]
         config = next(iter(self.model.denoisers.values())).unet.config if self.model.denoisers else None
         halvings = 0 if config is None else len(config.block_out_channels) - 1
         return self.model.codec.factor * 2**halvings
 
-    def warm_up(self, modes: tuple[str, ...], sizes: list[tuple[int, int]]) -> None:
+    def warm_up(self, modes: tuple[str, ...], sizes: list[tuple[int, int]], batch: int = 2) -> None:
         """Draws once in each mode and size, so that no later call is the first of its kind.
 
-        With `trace`, this is where networks are recorded; a record serves every batch size. Calls of other modes
-        and sizes run the networks as they are: a picture is the same to the bit either way.
+        With `trace`, this is where networks are recorded. Calls of other modes and sizes run the networks as they
+        are. On a CPU a record serves every batch size, and a picture is the same to the bit either way. On a GPU
+        networks are compiled for one picture and for `batch` pictures, and other batches are put together from these.
         """
+        began = time.perf_counter()
         for mode in modes:
             denoiser = self._denoiser(self._plan(mode)[0])
-            for size in sizes:
+            for size in sizes:  # "0" is a prompt to any family
                 with denoiser.recording():
-                    self.draw(["", "warm up"], [0, 1], mode, size)
+                    for prompts in self._rehearsal(mode, size, batch):
+                        self.draw(prompts, list(range(len(prompts))), mode, size)
                 # A record's first two runs are slow: torch watches the one and rewrites the record for the other.
                 for _ in range(2):
-                    self.draw(["warm up"], [0], mode, size)
+                    self.draw(["0"], [0], mode, size)
+        if self.placement.compiler is not None and self.placement.kernels is not None:
+            save_kernels(self.placement.kernels)
+        assert isinstance(self.device, torch.device)
+        seconds, peak = time.perf_counter() - began, peak_memory(self.device) / 1e9
+        logger.info("warm-up: %.1f s; memory: %s, peak %.1f GB", seconds, self.placement.plan.mode, peak)
+
+    def _rehearsal(self, mode: str, size: tuple[int, int], batch: int) -> list[list[str]]:
+        """Batches of prompts to record with."""
+        if self.placement.compiler is None:
+            return [["", "0"]]
+        # Prompts that are new each time: the text encoders are recorded, too, for as many as are new.
+        name = f"{mode} {size}"
+        return [[name], [f"{name} {i}" for i in range(batch)]] if batch > 1 else [[name]]
 
     @torch.inference_mode()
     def draw(
-        self, prompts: list[str], seeds: list[int], mode: str = "4", size: tuple[int, int] | None = None
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        mode: str = "4",
+        size: tuple[int, int] | None = None,
+        edit: Edit = PLAIN,
     ) -> Tensor:
         """One batch: B prompts and seeds → uint8 (B, 3, H, W) on the CPU. `size` is (width, height) in pixels."""
-        return self.draw_timed(prompts, seeds, mode, size)[0]
+        return self.draw_timed(prompts, seeds, mode, size, edit=edit)[0]
 
     @torch.inference_mode()
     def draw_timed(
@@ -124,39 +213,65 @@ class Engine:
         mode: str = "4",
         size: tuple[int, int] | None = None,
         check: Callable[[], None] = go_on,
+        edit: Edit = PLAIN,
+        preview: Preview | None = None,
     ) -> tuple[Tensor, Timings]:
         """As `draw`, with the time that each stage took.
 
-        `check` is called before each step of a student; what it raises ends the call.
+        `check` is called before each step of a student; what it raises ends the call. `preview` is called after each
+        of its steps but the last, if the prompts are of equal length; it takes the time of a decoding.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"expected as many seeds as prompts, at least one, not {len(prompts)}, {len(seeds)}")
-        subfolder, _ = self._plan(mode)
+        subfolder, student = self._plan(mode)
         self._denoiser(subfolder)
         size = size or self.manifest.native_size
         self.check_size(size)
+        self._check_edit(mode, size, edit)
         began = time.perf_counter()
-        conditions = self._conditions(prompts, size)
+        own = None if mode.startswith("teacher") else student
+        if not isinstance(self.model, ClassToImage):
+            self._encoders = self.extras.use_loras(subfolder, own, edit.loras)
+        conditions: list[Any] = self._conditions(prompts, size)
         timings = Timings(time.perf_counter() - began, 0.0, 0.0)
         # Prompts of one window and of several do not fit into one tensor, and padding would change the pictures.
-        lengths = sorted({c.context.shape[1] for c in conditions})
+        lengths = sorted({c.length for c in conditions})
+        seen = preview if len(lengths) == 1 else None
         pictures: dict[int, Tensor] = {}
         for length in lengths:
-            rows = [i for i, c in enumerate(conditions) if c.context.shape[1] == length]
+            rows = [i for i, c in enumerate(conditions) if c.length == length]
             cond = conditions[rows[0]].cat(*(conditions[i] for i in rows[1:]))
-            images, taken = self._draw(cond, [seeds[i] for i in rows], mode, size, check)
+            images, taken = self._draw(cond, [seeds[i] for i in rows], mode, size, check, edit, seen)
             pictures |= dict(zip(rows, images, strict=True))
             timings += taken
         return torch.stack([pictures[i] for i in range(len(prompts))]), timings
 
+    def _check_edit(self, mode: str, size: tuple[int, int], edit: Edit) -> None:
+        if isinstance(self.model, ClassToImage) and edit is not PLAIN:
+            raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
+        if mode == "teacher" and edit.pictures:
+            raise UserError("--steps teacher: takes no image and no control; expected a student's steps")
+        edit.check_size(size)
+
     def _draw(
-        self, cond: TextCondition, seeds: list[int], mode: str, size: tuple[int, int], check: Callable[[], None]
+        self,
+        cond: Any,
+        seeds: list[int],
+        mode: str,
+        size: tuple[int, int],
+        check: Callable[[], None],
+        edit: Edit,
+        preview: Preview | None,
     ) -> tuple[Tensor, Timings]:
-        subfolder, timesteps = self._plan(mode)
-        denoiser = self._denoiser(subfolder)
+        subfolder, student = self._plan(mode)
+        denoiser: Any = self._denoiser(subfolder)
+        codec = self.model.codec
+        timesteps = [] if student is None else last_steps(student.timesteps, edit.strength)
+        sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
+        if student is not None and student.sigmas:
+            sigmas = student.sigmas
         began = time.perf_counter()
-        height, width = size[1] // self.model.codec.factor, size[0] // self.model.codec.factor
-        shape = (max(1, len(timesteps)), 4, height, width)
+        shape = (max(1, len(sigmas)), codec.channels, size[1] // codec.factor, size[0] // codec.factor)
         noise = seeded_noise(seeds, shape, denoiser.device)
 
         def each_step() -> Iterator[Tensor]:
@@ -165,18 +280,44 @@ class Engine:
                 yield step_noise
 
         if mode == "teacher":
-            x0 = self._teach(denoiser, cond, noise[:, 0])
+            x0 = self._teach(denoiser, cond, self._no_text(cond, size), noise[:, 0])
         else:
             scale = 1.0
             if mode.startswith("teacher"):
                 assert self.manifest.teacher is not None
                 scale = self.manifest.teacher.guidance_scale
-            sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
-            uncond = cond.unconditional()
-            x0 = few_step(conditioned(denoiser, cond, uncond, scale), denoiser.start, each_step(), sigmas)
+            network = denoiser
+            if edit.control is not None and edit.control_image is not None:
+                model = self.extras.control(edit.control)
+                control = model.guide(edit.control_image, timesteps, edit.control_scale)
+                network = partial(denoiser, control=control)
+            uncond = None if scale == 1 else self._no_text(cond, size)
+            denoise = conditioned(network, cond, uncond, scale)
+            if preview is not None:
+                denoise = self._shown(denoise, len(sigmas), preview)
+            x0 = edit.sample(denoise, denoiser.start, codec, each_step(), sigmas, denoiser.device)
         denoised = self._clock()
-        images = self.model.codec.decode(x0).cpu()
+        images = edit.finish(codec.decode(x0).cpu())
         return images, Timings(0.0, denoised - began, time.perf_counter() - denoised)
+
+    def _shown(self, denoise: Denoise, steps: int, preview: Preview) -> Denoise:
+        done = 0
+
+        def shown(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal done
+            x0, done = denoise(x, sigma), done + 1
+            if done < steps:
+                preview(done, self.extras.preview.decode(x0).cpu())
+            return x0
+
+        return shown
+
+    def _no_text(self, cond: Any, size: tuple[int, int]) -> Any:
+        """What guidance leads away from: SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
+        if self.manifest.family != "sd15":
+            return cond.unconditional()
+        empty: Any = self._conditions([""], size)[0]
+        return TextCondition(empty.context.repeat(len(cond), cond.length // empty.length, 1))
 
     def recover(self) -> None:
         """After an error: gives back what memory it held. Raises whatever the device raises if it is gone."""
@@ -185,65 +326,102 @@ class Engine:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
-    def _teach(self, denoiser: StableDiffusion, cond: TextCondition, noise: Tensor) -> Tensor:
+    def _teach(self, denoiser: StableDiffusion | Edm, cond: Any, uncond: Any, noise: Tensor) -> Tensor:
         assert self.manifest.teacher is not None
         sigmas = teacher_sigmas(denoiser, self.manifest.teacher.steps)
         start = denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
         scale = self.manifest.teacher.guidance_scale
-        return dpm_solver_2m(conditioned(denoiser, cond, cond.unconditional(), scale), start, sigmas)
+        return self._solve(conditioned(denoiser, cond, uncond, scale), start, sigmas)
 
     def _clock(self) -> float:
         if isinstance(self.device, torch.device) and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _plan(self, mode: str) -> tuple[str, list[int]]:
-        """mode → (subfolder, timesteps); no timesteps for the teacher's own sampler."""
-        steps = mode.removeprefix("teacher-")
-        students = self.manifest.students
-        valid = [str(n) for n in sorted(students)]
-        if self.manifest.teacher is not None:
-            valid += ["teacher", *(f"teacher-{n}" for n in sorted(students, reverse=True))]
+    def _plan(self, mode: str) -> tuple[str, Student | None]:
+        """mode → (subfolder, the student through whose steps it goes); None for the teacher's own sampler."""
+        valid = modes_of(self.manifest)
         if mode not in valid:
             raise UserError(f"--steps {mode}: these weights have {', '.join(valid) or 'no student'}")
+        steps = mode.removeprefix("teacher").removeprefix("-")
+        student = self.manifest.students[int(steps)] if steps else None
         if mode.startswith("teacher"):
             assert self.manifest.teacher is not None
-            return self.manifest.teacher.subfolder, [] if mode == "teacher" else students[int(steps)].timesteps
-        student: Student = students[int(steps)]
-        return student.subfolder, student.timesteps
+            return self.manifest.teacher.subfolder, student
+        assert student is not None
+        return student.subfolder, student
 
-    def _denoiser(self, subfolder: str) -> StableDiffusion:
+    def _denoiser(self, subfolder: str) -> StableDiffusion | Edm:
         if subfolder not in self.model.denoisers:
             assert isinstance(self.device, torch.device) and self.dtype is not None
-            trace = self.trace and self.device.type == "cpu"
-            loaded = load_text_to_image(self.folder, [subfolder], self.device, self.dtype, trace=trace)
-            self.model.denoisers.update(loaded.denoisers)
+            denoisers: Any = self.model.denoisers
+            denoisers |= load_denoisers(
+                self.folder, [subfolder], self.device, self.dtype, trace=self.trace, placement=self.placement
+            )
         return self.model.denoisers[subfolder]
 
-    def _conditions(self, prompts: list[str], size: tuple[int, int]) -> list[TextCondition]:
+    def _conditions(self, prompts: list[str], size: tuple[int, int]) -> list[Condition]:
         """Text conditions, remembered for the prompts used last. New ones of equal length are encoded together."""
+        now = size, self._encoders
         new: dict[int, list[str]] = {}
         for prompt in dict.fromkeys(prompts):
-            if (prompt, *size) not in self._texts:
+            if (prompt, now) not in self._texts:
                 new.setdefault(self.model.encode_text.windows(prompt), []).append(prompt)
         for group in new.values():
             encoded = self.model.encode_text(group, size)
             for i, prompt in enumerate(group):
-                self._texts[prompt, *size] = encoded[i : i + 1]
+                self._texts[prompt, now] = encoded[i : i + 1]
         for prompt in prompts:
-            self._texts.move_to_end((prompt, *size))
-        conditions = [self._texts[prompt, *size] for prompt in prompts]
+            self._texts.move_to_end((prompt, now))
+        conditions = [self._texts[prompt, now] for prompt in prompts]
         while len(self._texts) > CACHED_PROMPTS:
             self._texts.popitem(last=False)
         return conditions
 
 
+def vae_folder(folder: Path, vae: str) -> str:
+    """The subfolder of the VAE "kl" or "tiny". Raises UserError if there is none."""
+    if vae not in ("kl", "tiny"):
+        raise UserError(f"vae: {vae}; expected kl or tiny")
+    if vae == "kl" or (folder / TINY).is_dir():
+        return "vae" if vae == "kl" else TINY
+    config = folder / "vae" / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderTiny":
+        return "vae"
+    raise UserError(f"vae: tiny, but {folder} has no {TINY}; get it by scripts/download-weights --vae kl,tiny")
+
+
+def modes_of(manifest: Manifest) -> list[str]:
+    """What `Engine` can draw with: step counts of students, the teacher, the teacher in a student's steps."""
+    modes = [str(steps) for steps in sorted(manifest.students)]
+    if manifest.teacher is not None:
+        modes += ["teacher", *(f"teacher-{steps}" for steps in sorted(manifest.students, reverse=True))]
+    return modes
+
+
+def default_mode(manifest: Manifest) -> str:
+    """The student with the most steps, else the teacher.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if manifest.students:
+        return str(max(manifest.students))
+    if manifest.teacher is None:
+        raise UserError(f"weights {manifest.name}: have neither a student nor a teacher to draw with")
+    return "teacher"
+
+
 def resolve_device(name: torch.device | str) -> torch.device:
-    """ "auto" is cuda where there is one, else the CPU. Raises UserError for a device that is not there."""
+    """ "auto" is cuda where there is one (unless DMD2_MEMORY=cpu), else the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
     if isinstance(name, torch.device):
         return name
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {name}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has none that torch can use; try --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and prefers_gpu()) else "cpu")

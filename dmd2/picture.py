@@ -6,14 +6,15 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from dmd2.fileio import atomic_bytes
 
+IN_NAME = ("prompt", "seed", "steps", "weights_sha256")
 IMAGE_DESCRIPTION = 0x010E
 """the EXIF tag"""
 
@@ -52,13 +53,43 @@ def encode_picture(image: Tensor, format: str, quality: int, facts: Mapping[str,
 
 
 def save_png(image: Tensor, folder: Path, facts: Mapping[str, object]) -> Path:
-    """Writes uint8 (3, H, W) into `folder` under a name made of prompt, steps and seed; see `encode_picture`.
+    """Writes uint8 (3, H, W) into `folder` under a name made of the most important facts; see `encode_picture`.
 
-    A file of the same name is replaced: it was made of the same prompt, seed and steps.
+    A file of the same name is replaced: it was made of the same prompt, seed, steps, image and LoRAs.
     """
     words = re.sub(r"[^\w]+", "-", str(facts["prompt"]).lower()).strip("-")[:60] or "picture"
-    # The digits tell prompts apart whose words look alike in a file name.
-    mark = hashlib.sha256(str(facts["prompt"]).encode()).hexdigest()[:6]
+    # The digits tell prompts apart whose words look alike in a file name, and what else a picture was made of.
+    more = {name: str(value) for name, value in facts.items() if name not in IN_NAME}
+    mark = hashlib.sha256(f"{facts['prompt']}{json.dumps(more) if more else ''}".encode()).hexdigest()[:6]
     path = folder / f"{words}_{mark}_{facts['steps']}_{facts['seed']}.png"
     atomic_bytes(path, encode_picture(image, "png", 100, facts))
+    return path
+
+
+def labelled_grid(images: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
+    """One row for each label: pictures uint8 (3, H, W) on the CPU, equally many a row, row by row.
+
+    Raises:
+        ValueError: they do not fill the rows.
+    """
+    columns, rest = divmod(len(images), len(labels))
+    if not columns or rest:
+        raise ValueError(f"{len(images)} pictures do not fill {len(labels)} rows")
+    height, width = images[0].shape[1:]
+    font = ImageFont.load_default(min(14.0, height / 2))
+    margin = max(int(font.getlength(label)) for label in labels) + 12
+    canvas = Image.new("RGB", (margin + columns * width, len(labels) * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, label in enumerate(labels):
+        draw.text((6, row * height + height / 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images[row * columns : (row + 1) * columns]):
+            canvas.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (margin + column * width, row * height))
+    return canvas
+
+
+def save_grid(images: Sequence[Tensor], labels: Sequence[str], path: Path) -> Path:
+    """Writes a `labelled_grid` as a PNG."""
+    file = io.BytesIO()
+    labelled_grid(images, labels).save(file, format="PNG")
+    atomic_bytes(path, file.getvalue())
     return path

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise, repeat
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dmd2.denoiser import Cond, Denoiser, guided
 from dmd2.noise import add_noise, karras_sigmas
+
+T = TypeVar("T")
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, H, W), sigma (B,)) → x0 (B, C, H, W): a denoiser with its condition and guidance filled in."""
@@ -48,6 +51,62 @@ def few_step(
     if x0 is None:
         raise ValueError("sigmas: expected at least one level")
     return x0
+
+
+def last_steps(levels: Sequence[T], strength: float) -> list[T]:
+    """The levels of a few-step student that a given picture goes through: the last ⌊strength · N⌋ of N, at least one.
+
+    Of DMD2's four (t = 999, 749, 499, 249), a strength below 0.5 leaves t = 249, from 0.5 on 499 and 249, from 0.75
+    on all but 999, and 1 all. A one-step student has nothing but its own level, whatever the strength.
+
+    Raises:
+        ValueError: `strength` is not in (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength}: expected more than 0, at most 1")
+    return list(levels[-max(1, int(strength * len(levels))) :])
+
+
+def image_to_image(denoise: Denoise, image: Tensor, noise: Iterable[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """`few_step`, begun with a picture noised to the first level instead of with noise (Meng et al. 2021, SDEdit).
+
+    Args:
+        image: (B, C, H, W), what the codec makes of the picture.
+        noise, sigmas: as for `few_step`; see `last_steps`.
+    """
+    return few_step(denoise, lambda n, sigma: add_noise(image, sigma, n), noise, sigmas)
+
+
+def inpaint(
+    denoise: Denoise,
+    start: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    mask: Tensor,
+    noise: Iterable[Tensor],
+    sigmas: Sequence[float],
+) -> Tensor:
+    """`few_step` where `mask` is true, around a picture that is known elsewhere (Lugmayr et al. 2022, eq. 8).
+
+    After each step the known part is put back, noised to the next level by the first step's noise: one noise for
+    that part all the way down, as in diffusers' pipelines for networks that were not trained to paint into pictures.
+
+    Args:
+        start: `Denoiser.start` to begin with noise alone; to begin with the picture, what noises it.
+        image: (B, C, H, W) in the denoiser's space.
+        mask: bool, (B, 1, H, W).
+        noise, sigmas: as for `few_step`.
+
+    Returns:
+        x0 (B, C, H, W), fp32; exactly `image` where `mask` is false.
+    """
+
+    def fixed() -> Iterator[Tensor]:
+        first: Tensor | None = None
+        for n in noise:
+            first = n if first is None else first
+            yield torch.where(mask, n, first)
+
+    return few_step(lambda x, sigma: torch.where(mask, denoise(x, sigma), image), start, fixed(), sigmas)
 
 
 def dpm_solver_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:

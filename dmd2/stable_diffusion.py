@@ -6,14 +6,16 @@ This is the only file that knows integer timesteps, ᾱ, eps- and v-prediction.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dmd2.compiled import Compiler
 from dmd2.noise import per_image, sd_sigmas
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -63,6 +65,11 @@ class TextCondition:
             None if self.time_ids is None else torch.cat([c.time_ids for c in conditions]),  # type: ignore[misc]
         )
 
+    @property
+    def length(self) -> int:
+        """In tokens. Conditions of unequal lengths do not go into one batch."""
+        return self.context.shape[1]
+
     def unconditional(self) -> TextCondition:
         """SDXL's "no text": zeros for sequence and pooled embedding, the sizes stay."""
         return TextCondition(
@@ -80,6 +87,11 @@ class TextCondition:
         )
 
 
+Control = Callable[[Tensor, Tensor, TextCondition], dict[str, Any]]
+"""What the UNet is given besides in a step: (its input (B, 4, h, w), timesteps (B,), condition) in its own dtype →
+keyword arguments of its `forward`. See `dmd2.control`."""
+
+
 class StableDiffusion:
     """A `UNet2DConditionModel` as x0(x, σ, cond). See `dmd2.denoiser.Denoiser`.
 
@@ -92,6 +104,8 @@ class StableDiffusion:
         compile: compile the network at its first call (one graph for each new shape).
         trace: allow `recording()`: the same numbers without Python's overhead, for small networks on a CPU. No
             gradients. Needs no compiler.
+        compiler: allow `recording()` on a GPU: see `dmd2.compiled`. No gradients.
+        device: where the network runs, if its weights are not there yet.
     """
 
     def __init__(
@@ -103,36 +117,37 @@ class StableDiffusion:
         autocast: torch.dtype | None = None,
         compile: bool = False,
         trace: bool = False,
+        compiler: Compiler | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', not {prediction_type!r}")
         self.unet, self.prediction_type, self.autocast = unet, prediction_type, autocast
         parameter = next(unet.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = device or parameter.device, parameter.dtype
         table = sd_sigmas() if sigmas is None else sigmas.double()
         self.sigmas = table.float().to(self.device)
         self._log_sigmas = table.log()  # float64, on the CPU
-        self._network: Any = _WithBottleneck(unet)
+        self._plain, self._compiler = _WithBottleneck(unet), compiler
+        self._network: Any = self._plain
         if compile:
             self._network = torch.compile(self._network)
+        elif compiler is not None:
+            self._network = compiler(self._plain)
         elif trace:
             self._network = _Traced(self._network)
+        self.weights_changed = False
+        """set by who changes the UNet's weights for a while: records of it, which hold the old ones, are not used"""
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Calls in here record the network for their shapes, where `trace` was asked for; later ones replay it.
+    def recording(self) -> AbstractContextManager[None]:
+        """Calls in here record the network for their shapes, where that was asked for; later ones replay it.
 
-        A record serves every batch size. It is made in about a second. Record with a batch of two or more: sizes
-        of one are taken for constants.
+        A trace serves every batch size. It is made in about a second. Trace with a batch of two or more: sizes of
+        one are taken for constants. What is compiled serves its own batch size and those put together from it.
         """
-        if not isinstance(self._network, _Traced):
-            yield
-            return
-        self._network.recording = True
-        try:
-            yield
-        finally:
-            self._network.recording = False
+        if self._compiler is not None:
+            return self._compiler.recording()
+        return self._network.recorded() if isinstance(self._network, _Traced) else nullcontext()
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) index in the σ table of each (B,) σ: exactly an integer at the table's own entries."""
@@ -145,17 +160,25 @@ class StableDiffusion:
         # σ arrives in float32: what is within its rounding of a table entry is that entry.
         return torch.where((index - nearest).abs() < 1e-3, nearest, index).float().to(sigma.device)
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
-        return self.features(x, sigma, cond)[0]
+    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition, control: Control | None = None) -> Tensor:
+        return self.features(x, sigma, cond, control)[0]
 
-    def features(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> tuple[Tensor, Tensor]:
+    def features(
+        self, x: Tensor, sigma: Tensor, cond: TextCondition, control: Control | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `dmd2.denoiser.Denoiser`. With `control` the network runs as it is, neither compiled nor replayed."""
         variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
         scaled = (x / variance.sqrt()).to(self.dtype)
         condition = cond if self.autocast else cond._map(lambda value: value.to(self.dtype))
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            output, bottleneck = self._network(
-                scaled, self.timestep(sigma), condition.context, condition.pooled, condition.time_ids
-            )
+            timestep = self.timestep(sigma)
+            inputs = (scaled, timestep, condition.context, condition.pooled, condition.time_ids)
+            if control is not None:
+                output, bottleneck = self._plain(*inputs, **control(scaled, timestep, condition))
+            elif self.weights_changed and isinstance(self._network, _Traced):
+                output, bottleneck = self._plain(*inputs)
+            else:
+                output, bottleneck = self._network(*inputs)
         return self._x0(x, per_image(sigma, x), variance, output.float()), bottleneck.float()
 
     def _x0(self, x: Tensor, sigma: Tensor, variance: Tensor, output: Tensor) -> Tensor:
@@ -189,10 +212,16 @@ class _WithBottleneck(nn.Module):
         self._caught = output
 
     def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor | None, time_ids: Tensor | None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        pooled: Tensor | None,
+        time_ids: Tensor | None,
+        **residuals: Any,
     ) -> tuple[Tensor, Tensor]:
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
-        output = self.unet(x, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
+        output = self.unet(x, timestep, context, added_cond_kwargs=added, return_dict=False, **residuals)[0]
         caught, self._caught = self._caught, None
         assert caught is not None, "the UNet's mid_block was not run"
         return output, caught
@@ -205,6 +234,14 @@ class _Traced:
         self.network = network.eval()
         self.recording = False
         self._records: dict[tuple[Any, ...], Any] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        self.recording = True
+        try:
+            yield
+        finally:
+            self.recording = False
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         key = tuple(None if x is None else (x.shape[1:], x.dtype) for x in inputs)
@@ -246,29 +283,34 @@ class TextEncoder:
     along the sequence; `pooled` is then the first window's.
     """
 
-    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        tokenizers: Sequence[Any],
+        encoders: Sequence[nn.Module],
+        *,
+        compiler: Compiler | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         if len(tokenizers) != len(encoders) or len(encoders) not in (1, 2):
             raise ValueError(f"expected one or two tokenizers and as many encoders, not {len(tokenizers)}")
-        self.tokenizers, self.encoders = list(tokenizers), list(encoders)
+        self.tokenizers, self.encoders, self._device = list(tokenizers), list(encoders), device
+        run: list[Any] = [partial(_states, encoder, len(encoders) == 1) for encoder in encoders]
+        # Only captured: compiling gains little on top, and takes its time.
+        self._run = [compiler(function, compile=False) for function in run] if compiler else run
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
         """Encodes B prompts for pictures of `size` (width, height) in pixels. An empty prompt is "no text"."""
-        device = next(self.encoders[0].parameters()).device
+        device = self._device or next(self.encoders[0].parameters()).device
         ids = [self._windows(tokenizer, prompts) for tokenizer in self.tokenizers]
         windows = max(t.shape[1] for t in ids)
         hidden, pooled = [], None
-        for tokens, tokenizer, encoder in zip(ids, self.tokenizers, self.encoders, strict=True):
+        for tokens, tokenizer, run in zip(ids, self.tokenizers, self._run, strict=True):
             if tokens.shape[1] < windows:
                 empty = self._windows(tokenizer, [""])[:, :1].expand(len(prompts), windows - tokens.shape[1], -1)
                 tokens = torch.cat([tokens, empty], dim=1)
-            out = encoder(tokens.flatten(0, 1).to(device), output_hidden_states=True)
-            # SDXL's two encoders give their penultimate layer; SD 1.5's only one gives its normalised last.
-            states = out.last_hidden_state if len(self.encoders) == 1 else out.hidden_states[-2]
+            states, *embeds = run(tokens.flatten(0, 1).to(device))
             hidden.append(states.unflatten(0, tokens.shape[:2]).flatten(1, 2))
-            if len(self.encoders) == 2:
-                pooled = getattr(out, "text_embeds", None)
-                if pooled is not None:
-                    pooled = pooled.unflatten(0, tokens.shape[:2])[:, 0]
+            pooled = embeds[0].unflatten(0, tokens.shape[:2])[:, 0] if embeds else None
         keep = torch.tensor([bool(p.strip()) for p in prompts], device=device)
         context = torch.cat(hidden, dim=-1)
         if len(self.encoders) == 1:
@@ -296,17 +338,30 @@ class TextEncoder:
         return out
 
 
+def _states(encoder: nn.Module, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Token ids (B, L) → what the UNet is conditioned on, and the projected embedding if the encoder has one."""
+    out = encoder(tokens, output_hidden_states=True)
+    # SDXL's two encoders give their penultimate layer; SD 1.5's only one gives its normalised last.
+    states = out.last_hidden_state if alone else out.hidden_states[-2]
+    embeds = getattr(out, "text_embeds", None)
+    return (states,) if embeds is None else (states, embeds)
+
+
 class LatentCodec:
     """A diffusers VAE (`AutoencoderKL`, `AutoencoderTiny`) as a `Codec`: uint8 pictures to latents and back."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, compiler: Compiler | None = None, device: torch.device | None = None) -> None:
         self.vae = vae
         parameter = next(vae.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = device or parameter.device, parameter.dtype
+        self._decode: Callable[[Tensor], Tensor] = lambda z: vae.decode(z).sample
+        if compiler is not None:  # one picture fills a GPU, and takes gigabytes on the way
+            self._decode = compiler(self._decode, most=1)
         config = vae.config
         channels = config.get("decoder_block_out_channels", config.get("block_out_channels"))
         self.factor: int = 2 ** (len(channels) - 1)
         """pixels per latent, along each side"""
+        self.channels: int = config.get("latent_channels", 4)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -318,7 +373,13 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """fp32 (B, 4, h, w) → uint8 (B, 3, h·f, w·f)."""
+        """fp32 (B, 4, h, w) → uint8 (B, 3, h·f, w·f).
+
+        Raises:
+            ArithmeticError: the pictures, or the latents, are not finite; in bytes they would be black.
+        """
         z = (x / self.vae.config.scaling_factor).to(self.device, self.dtype)
-        images = self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+        images = self._decode(z.contiguous(memory_format=torch.channels_last)).float()
+        if not images.isfinite().all():
+            raise ArithmeticError(f"the decoded picture is not finite ({self.dtype}): a number was too large for it")
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()

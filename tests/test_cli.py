@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
 import dmd2.cli
 from dmd2.fileio import sha256_file
+from dmd2.given import fitted
 from dmd2.weights import UNET_FILE, read_manifest
+from tests.test_lora import ATTENTION, kohya_style
+from tests.tiny_sdxl import photograph
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +67,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["an owl", "--size", "64x-64"], "--size 64x-64: expected WIDTHxHEIGHT"),
         (["an owl", "--num-outputs", "0"], "--num-outputs 0: expected 1 to 1000"),
         (["an owl", "--seed", "-1"], "--seed -1: expected 0"),
-        (["an owl", "--seed", str(2**63)], "--seed 9223372036854775808: expected 0"),
+        (["an owl", "--seed", str(2**32)], "--seed 4294967296: expected 0 to 2^32 - 1001"),
         (["an owl", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
     ],
 )
@@ -300,3 +305,88 @@ def test_convert_refuses_what_is_no_pickle_of_edm(
         monkeypatch, capsys, "convert", "edm", tmp_path / "nowhere.pkl", out
     )
     assert not out.exists() and not (tmp_path / "ran").exists()
+
+
+# Pictures from pictures
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """A folder with a picture, a mask and a file that is none."""
+    photograph(size=(128, 64)).save(tmp_path / "given.png")
+    mask = Image.new("L", (128, 64))
+    mask.paste(255, (0, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    (tmp_path / "text.png").write_text("hello")
+    return tmp_path
+
+
+def test_generate_begins_with_a_picture_and_paints_into_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, given: Path
+) -> None:
+    common = ["generate", "an owl", "--weights", weights, "--seed", "3", "--json", "--image", given / "given.png"]
+    found = []
+    for more in ([], ["--prompt-strength", "0.3"], ["--mask", given / "mask.png"], ["--size", "96x96"]):
+        assert run(monkeypatch, *common, *more) == 0
+        answer = json.loads(capsys.readouterr().out)
+        image = np.array(Image.open(answer["path"]))
+        assert image.shape == ((96, 96, 3) if "--size" in more else (48, 96, 3))
+        assert len(answer["image_sha256"]) == 64 and ("mask_sha256" in answer) == ("--mask" in more)
+        found.append((answer["path"], image))
+    assert len({path for path, _ in found}) == 4  # nothing was replaced
+    kept = fitted(Image.open(given / "given.png"), (96, 48)).permute(1, 2, 0).numpy()
+    assert (found[2][1][:, 48:] == kept[:, 48:]).all() and (found[2][1][:, :48] != kept[:, :48]).any()
+
+
+def test_generate_with_loras(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, given: Path
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(weights / "unet")
+    for seed, name in enumerate(("one", "two")):
+        save_file(kohya_style(unet, "lora_unet", ATTENTION, seed), given / f"{name}.safetensors")
+    images = []
+    for more in (
+        [],
+        ["--lora", given / "one.safetensors"],
+        ["--lora", f"{given / 'one.safetensors'}:0.5", "--lora", given / "two.safetensors"],
+        ["--vae", "tiny"],
+    ):
+        assert run(monkeypatch, "generate", "an owl", "--weights", weights, "--seed", "3", "--json", *more) == 0
+        answer = json.loads(capsys.readouterr().out)
+        images.append(np.array(Image.open(answer["path"])).astype(int))
+        assert answer.get("loras", "").count("safetensors") == list(more).count("--lora")
+    assert abs(images[0] - images[1]).max() > 1 and abs(images[1] - images[2]).max() > 1
+    assert (images[0] == images[3]).all()  # the embedded VAE is a small one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--image", "nothing.png"], "image: cannot be read (No such file or directory)"),
+        (["--image", "text.png"], "image: no picture; expected PNG, JPEG, WEBP"),
+        (["--mask", "mask.png"], "mask: given without an image"),
+        (["--image", "given.png", "--prompt-strength", "0"], "prompt_strength: 0.0; expected more than 0, at most 1"),
+        (["--image", "given.png", "--prompt-strength", "nan"], "prompt_strength: nan; expected more than 0"),
+        (["--image", "given.png", "--steps", "teacher"], "--steps teacher: takes no image"),
+        (["--lora", "nothing.safetensors"], "LoRA nothing.safetensors: expected an https URL"),
+        (["--lora", "text.png"], "LoRA text.png: cannot be read as safetensors"),
+        (["--lora", "text.png:7"], "LoRA text.png: scale 7.0; expected -4 to 4"),
+        (["--control", "canny"], "control, control_image: expected both or neither"),
+        (["--control-image", "given.png"], "control, control_image: expected both or neither"),
+        (["--control", "canny", "--control-image", "given.png"], "control canny: expected a folder"),
+        (["--vae", "huge"], "vae: huge; expected kl or tiny"),
+    ],
+)
+def test_generate_refuses_what_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    given: Path,
+    arguments: list[str],
+    named: str,
+) -> None:
+    monkeypatch.chdir(given)
+    assert run(monkeypatch, "generate", "an owl", "--weights", weights, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dmd2: ") and err.count("\n") == 1 and named in err
+    assert not list(given.glob("outputs/*"))

@@ -182,7 +182,7 @@ def test_missing_folder_and_manifest_are_named(tmp_path: Path) -> None:
         ({"native_size": [64, "wide"]}, "native_size.1"),
         ({"licence": None}, "licence"),
         ({"students": {"four": {"subfolder": "unet", "timesteps": [999]}}}, "students.four"),
-        ({"students": {"4": {"subfolder": "unet"}}}, "students.4.timesteps"),
+        ({"students": {"4": {"subfolder": "unet"}}}, "students.4: Value error, expected either timesteps or sigmas"),
         ({"teacher": {"subfolder": "unet_teacher", "steps": 25}}, "teacher.guidance_scale"),
         ({"colour": "red"}, "colour"),
     ],

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "dmd2-outbox-"
@@ -51,27 +52,33 @@ class Outbox:
         self._thread.join()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _delete_if_old(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another one was faster, or it is theirs
+            if path.stat().st_mtime < time.time() - self._keep:
+                path.unlink()
+
     def _sweep(self) -> None:
         cog_due = time.monotonic()
+        left: Iterator[Path] | None = None  # Cog's folders that have not been looked at yet
         while not self._closed.wait(self._tick):
             # Of every outbox: a process that was killed in a container may have had the id of this one.
-            for path in self._root.glob(f"{PREFIX}*/*"):
-                with contextlib.suppress(
-                    FileNotFoundError, PermissionError
-                ):  # another one was faster, or it is theirs
-                    if path.stat().st_mtime < time.time() - self._keep:
-                        path.unlink()
-            if time.monotonic() < cog_due:
-                continue
-            cog_due = time.monotonic() + self._keep  # there may be thousands
-            for folder in self._cog_folders.glob("*"):
-                if self._closed.is_set():
-                    return
+            for folder in self._root.glob(f"{PREFIX}*"):
+                with contextlib.suppress(FileNotFoundError, PermissionError):  # its owner has ended, or it is theirs
+                    for path in folder.iterdir():
+                        self._delete_if_old(path)
+            if left is None and time.monotonic() >= cog_due:
+                left, cog_due = self._cog_folders.glob("*"), time.monotonic() + self._keep
+            until = time.monotonic() + self._tick / 2  # there may be thousands, and pictures must not wait for them
+            while left is not None and time.monotonic() < until and not self._closed.is_set():
+                cogs = next(left, None)
+                if cogs is None:
+                    left = None
+                    break
                 with contextlib.suppress(OSError):  # not empty, so in use; or it is theirs
-                    if folder.stat().st_mtime < time.time() - COG_SECONDS:
-                        for inner in folder.iterdir():
+                    if cogs.stat().st_mtime < time.time() - COG_SECONDS:
+                        for inner in cogs.iterdir():
                             inner.rmdir()
-                        folder.rmdir()
+                        cogs.rmdir()
 
 
 def _remove_folders_of_dead_processes(root: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-import math
 import os
 import secrets
 import time
@@ -21,8 +20,12 @@ from pathlib import Path
 from torch import Tensor
 
 from dmd2.batcher import Batcher, Check, Drawn, Ticket
+from dmd2.control import SCALE as CONTROL_SCALE
+from dmd2.edit import PLAIN, Edit
 from dmd2.engine import Engine, Timings
 from dmd2.errors import UserError
+from dmd2.given import Given, aspect_size
+from dmd2.lora_files import LoraFiles, cache_folder
 from dmd2.picture import encode_picture
 from dmd2.safety import FOLDER as SAFETY
 from dmd2.safety import SafetyChecker, may_be_disabled
@@ -31,6 +34,8 @@ from dmd2.weights import Manifest, locate, read_manifest
 
 WAITING = 128  # pictures in the queue, at most: four of each of the 32 predictions that Cog lets in
 LARGE = 1024 * 1024  # pixels of a picture that any weights may be asked for; more only if their own size is large
+
+NOTHING = Given()
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +50,31 @@ class PictureRequest:
     aspect_ratio: str | None = None
     """such as "16:9", with about as many pixels as the weights' own size"""
     num_outputs: int = 1
-    num_inference_steps: int = 4
+    num_inference_steps: int | None = None
     seed: int | None = None
     """of the first picture; picture i has seed + i"""
     output_format: str = "webp"
     output_quality: int = 80
     disable_safety_checker: bool = False
+    image: bytes | Path | None = None
+    """a picture to begin with: a file or its content; it also chooses the size's ratio"""
+    mask: bytes | Path | None = None
+    """light where the picture is to be painted anew"""
+    prompt_strength: float = 0.8
+    """see `dmd2.sampling.last_steps`; of no matter without an image"""
+    lora_weights: str | None = None
+    """see `dmd2.lora_files.LoraFiles.find_all`"""
+    lora_scale: float = 1.0
+    control: str | None = None
+    """name of a folder in the weights' `control`; the only one unless given"""
+    control_image: bytes | Path | None = None
+    control_scale: float = CONTROL_SCALE
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is text-to-image with the weights as they are."""
+        given = (self.image, self.mask, self.lora_weights, self.control, self.control_image)
+        return all(value is None or value == "" for value in given)
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,7 @@ class _Job:
     steps: int
     size: tuple[int, int]
     check_safety: bool
+    edit: Edit = PLAIN
 
 
 @dataclass(frozen=True)
@@ -87,6 +112,8 @@ class PictureService:
     - `DMD2_WEIGHTS`: see `dmd2.weights.locate`.
     - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
     - `DMD2_MAX_BATCH`: pictures in one batch, at most.
+    - `DMD2_VAE`: "kl" or "tiny", see `dmd2.engine.Engine`.
+    - `DMD2_CACHE`: LoRAs that callers name are kept there.
 
     Args:
         weights: folder or tar of weights; None to look in the usual places.
@@ -109,24 +136,32 @@ class PictureService:
         logger.info("weights: %s (%s), licence: %s", folder, manifest.name, manifest.licence)
         max_batch = _max_batch(environ, manifest.native_size)
         self._unsafe_allowed = may_be_disabled(environ)
+        self._vae = environ.get("DMD2_VAE", "").strip() or "kl"
+        self.controls = {path.parent.name: path.parent for path in sorted(folder.glob("control/*/config.json"))}
         self.engine: Engine
         self._safety: SafetyChecker | None = None
         self._batcher: Batcher[_Job, _Picture] = Batcher(
             self._draw,
-            lambda job: (job.steps, job.size),
+            lambda job: (job.steps, job.size, job.edit.key),
             max_batch=max_batch,
             max_waiting=WAITING,
-            prepare=lambda: self._load(folder, manifest, device, safety),
+            prepare=lambda: self._load(folder, manifest, device, safety, max_batch),
             recover=lambda: self.engine.recover(),
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
+        self._readers = ThreadPoolExecutor(4, "read")  # of what callers give: they may wait for slow servers
+        self.loras = LoraFiles(folder, cache_folder(environ))
         self._outbox = Outbox()
         atexit.register(self._outbox.close)
 
-    def _load(self, folder: Path, manifest: Manifest, device: str, safety: Path) -> None:
+    def _load(self, folder: Path, manifest: Manifest, device: str, safety: Path, max_batch: int) -> None:
         """On the device thread, before anything else."""
+        if not manifest.students:
+            raise UserError(f"weights {folder}: hold no few-step student, and only those are served")
         modes = tuple(str(steps) for steps in sorted(manifest.students))
-        self.engine = Engine(folder, device, modes=modes, trace=True)
+        self.engine = Engine(folder, device, modes=modes, trace=True, vae=self._vae)
+        for control in self.controls.values():
+            self.engine.extras.control(control)
         if safety.is_dir():
             assert self.engine.dtype is not None
             self._safety = SafetyChecker.load(safety, self.engine.device, self.engine.dtype)
@@ -134,7 +169,7 @@ class PictureService:
             logger.info("safety checker: %s; callers %s disable it", safety, allowed)
         else:
             logger.warning("safety checker: none (no folder %s); pictures are not checked", safety)
-        self.engine.warm_up(modes, [manifest.native_size])
+        self.engine.warm_up(modes, [manifest.native_size], max_batch)
 
     @property
     def alive(self) -> bool:
@@ -144,34 +179,39 @@ class PictureService:
     def close(self) -> None:
         """Finishes what is queued and deletes the files."""
         self._batcher.close()
+        self._readers.shutdown(cancel_futures=True)
         self._encoders.shutdown()
         self._outbox.close()
         atexit.unregister(self._outbox.close)
 
-    def settle(self, request: PictureRequest) -> tuple[tuple[int, int], int]:
-        """Size (width, height) and first seed of a request.
+    def settle(self, request: PictureRequest, given: Given = NOTHING) -> tuple[tuple[int, int], int, int]:
+        """Size (width, height), steps and first seed of a request; what is given may choose the size's ratio.
 
         Raises:
             UserError: something is wrong with it; names the input and what would be valid.
         """
         if not request.prompt.strip():
             raise UserError("prompt: empty; expected some words")
+        self.engine.check_prompts([request.prompt])
         students = self.engine.manifest.students
-        if request.num_inference_steps not in students:
+        steps = request.num_inference_steps or max(students)
+        if steps not in students:
             valid = " or ".join(map(str, sorted(students)))
-            raise UserError(f"num_inference_steps: {request.num_inference_steps}; these weights draw in {valid}")
+            raise UserError(f"num_inference_steps: {steps}; these weights draw in {valid}")
         native = self.engine.manifest.native_size
+        unit = max(self.engine.size_unit, native[0] // 16)
         if request.aspect_ratio is None:
-            size = (request.width or native[0], request.height or native[1])
+            asked = (request.width or native[0], request.height or native[1])
+            size = given.size(asked if request.width or request.height else None, native, unit)
         elif request.width is not None or request.height is not None:
             raise UserError("aspect_ratio: given beside width or height; expected one or the other")
         else:
-            size = aspect_size(request.aspect_ratio, native, max(self.engine.size_unit, native[0] // 16))
+            size = aspect_size(request.aspect_ratio, native, unit)
         self.engine.check_size(size)
         most = max(4 * native[0] * native[1], LARGE)
         if size[0] * size[1] > most:
             raise UserError(f"width, height: {size[0]}x{size[1]}; expected at most {most} pixels in all")
-        return size, secrets.randbelow(2**32) if request.seed is None else request.seed
+        return size, steps, secrets.randbelow(2**32) if request.seed is None else request.seed
 
     async def draw(self, request: PictureRequest) -> AsyncGenerator[PictureFile, None]:
         """Draws the request's pictures and yields them in order, each as soon as it is encoded.
@@ -181,13 +221,17 @@ class PictureService:
             dmd2.batcher.Busy: too many pictures wait already.
             dmd2.batcher.Stopped: the device is gone.
         """
-        size, seed = self.settle(request)
+        if request.is_plain:
+            (size, steps, seed), edit = self.settle(request), PLAIN
+        else:
+            loop = asyncio.get_running_loop()
+            size, steps, seed, edit = await loop.run_in_executor(self._readers, self._read, request)
         check_safety = not (request.disable_safety_checker and self._unsafe_allowed)
         tickets: list[Ticket[_Job, _Picture]] = []
         files: list[asyncio.Task[PictureFile]] = []
         try:
-            steps = request.num_inference_steps
-            jobs = [_Job(request.prompt, seed + i, steps, size, check_safety) for i in range(request.num_outputs)]
+            seeds = range(seed, seed + request.num_outputs)
+            jobs = [_Job(request.prompt, each, steps, size, check_safety, edit) for each in seeds]
             tickets += self._batcher.submit_all(jobs)
             files += [asyncio.create_task(self._finish(ticket, request)) for ticket in tickets]
             for file in files:
@@ -198,6 +242,28 @@ class PictureService:
             for file in files:
                 file.cancel()
             await asyncio.gather(*files, return_exceptions=True)
+
+    def _read(self, request: PictureRequest) -> tuple[tuple[int, int], int, int, Edit]:
+        """As `settle`, and what the caller gives besides the prompt, read from its files and fetched."""
+        if not self.engine.draws_prompts:
+            raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
+        given = Given.read(
+            request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
+        )
+        if request.control is not None and given.control_image is None:
+            raise UserError("control: given without a control_image; expected the image to follow")
+        size, steps, seed = self.settle(request, given)
+        control = None if given.control_image is None else self._control(request.control)
+        loras = self.loras.find_all(request.lora_weights or "", request.lora_scale)
+        return size, steps, seed, given.edit(size, control, loras)
+
+    def _control(self, name: str | None) -> Path:
+        if name is None and len(self.controls) == 1:
+            return next(iter(self.controls.values()))
+        if name not in self.controls:
+            valid = ", ".join(self.controls) or "none: these weights have no folder `control`"
+            raise UserError(f"control: {name or 'not given'}; expected one of {valid}")
+        return self.controls[name]
 
     async def _finish(self, ticket: Ticket[_Job, _Picture], request: PictureRequest) -> PictureFile:
         drawn: Drawn[_Picture] = await asyncio.wrap_future(ticket.future)
@@ -222,15 +288,17 @@ class PictureService:
             "seed": job.seed,
             "steps": job.steps,
             "weights_sha256": self.engine.sha256(str(job.steps)),
+            **job.edit.facts,
         }
         data = encode_picture(image, request.output_format, request.output_quality, facts)
         # The seed tells the pictures of a request apart where Cog uploads them in any order.
         return self._outbox.write(data, f"{job.seed}", request.output_format)
 
     def _draw(self, jobs: list[_Job], check: Check) -> list[_Picture]:
-        """On the device thread: jobs of equal steps and size."""
+        """On the device thread: jobs of equal steps, size and edits."""
         prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-        images, timings = self.engine.draw_timed(prompts, seeds, str(jobs[0].steps), jobs[0].size, check)
+        first = jobs[0]
+        images, timings = self.engine.draw_timed(prompts, seeds, str(first.steps), first.size, check, first.edit)
         began = time.perf_counter()
         flags = [False] * len(jobs)
         if self._safety is not None and any(job.check_safety for job in jobs):
@@ -240,15 +308,6 @@ class PictureService:
             _Picture(image, flag and job.check_safety, timings, seconds)
             for job, image, flag in zip(jobs, images, flags, strict=True)
         ]
-
-
-def aspect_size(ratio: str, native: tuple[int, int], unit: int) -> tuple[int, int]:
-    """Width and height, multiples of `unit`, of about the ratio "W:H" and with about as many pixels as `native`."""
-    w, h = (int(part) for part in ratio.split(":"))
-    pixels = native[0] * native[1]
-    sides = math.sqrt(pixels * w / h), math.sqrt(pixels * h / w)
-    width, height = (max(1, round(side / unit)) * unit for side in sides)
-    return width, height
 
 
 def _max_batch(environ: Mapping[str, str], native: tuple[int, int]) -> int:

@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from dmd2.service.outbox import PREFIX, Outbox
 
@@ -71,3 +74,50 @@ def test_empty_folders_of_cog_go_after_ten_minutes(tmp_path: Path) -> None:
     outbox.close()
     assert sorted(path.name for path in cog.iterdir()) == ["new", "used"]
     assert (cog / "used" / "outputs" / "file").read_bytes() == b"kept"
+
+
+def test_a_neighbour_that_ends_at_that_moment_does_not_stop_the_sweeping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is listed, and gone when it is looked into."""
+    gone = tmp_path / f"{PREFIX}1-gone"
+    glob = Path.glob
+
+    def listing(self: Path, pattern: str) -> Iterator[Path]:
+        yield from [gone] if self == tmp_path else []
+        yield from glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", listing)
+    outbox = Outbox(keep_seconds=0.05, tick_seconds=0.02, root=tmp_path, cog_folders=tmp_path / "none")
+    for number in range(3):
+        path = outbox.write(b"x", str(number), "png")
+        until = time.monotonic() + 10
+        while path.exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    outbox.close()
+
+
+def test_thousands_of_cogs_folders_do_not_keep_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cog = tmp_path / "cog"
+    for number in range(300):
+        (cog / str(number) / "inputs").mkdir(parents=True)
+        os.utime(cog / str(number), (0, 0))
+    rmdir = Path.rmdir
+
+    def slow(self: Path) -> None:
+        time.sleep(0.002)
+        rmdir(self)
+
+    monkeypatch.setattr(Path, "rmdir", slow)
+    outbox = Outbox(keep_seconds=0.05, tick_seconds=0.05, root=tmp_path, cog_folders=cog)
+    path = outbox.write(b"x", "a", "png")
+    until = time.monotonic() + 20
+    while path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert len(list(cog.iterdir())) > 10  # there was more to do than it had waited for
+    while list(cog.iterdir()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    outbox.close()

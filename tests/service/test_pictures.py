@@ -15,16 +15,23 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dmd2.batcher import Busy, Stopped
+from dmd2.edit import Edit
 from dmd2.engine import Engine
 from dmd2.errors import UserError
+from dmd2.given import fitted, fitted_mask
+from dmd2.lora import Factors
 from dmd2.service.pictures import WAITING, PictureFile, PictureRequest, PictureService, aspect_size
 from dmd2.weights import MANIFEST
+from tests.test_lora import ATTENTION, kohya_style
+from tests.tiny_sdxl import photograph
 
 OWL = PictureRequest("an owl", seed=5, output_format="png")
 
@@ -97,6 +104,18 @@ def test_many_clients_at_once_get_their_own_pictures(service: PictureService) ->
         assert alone.batch_size == 1
         assert picture.seed == request.seed
     assert max(picture.batch_size for (picture,) in found) > 1
+
+
+def test_the_text_encoder_is_given_the_prompt_as_it_was_asked_for(
+    service: PictureService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    encode = service.engine.model.encode_text.__call__
+    kind = type(service.engine.model.encode_text)
+    monkeypatch.setattr(kind, "__call__", lambda self, prompts, size: given.extend(prompts) or encode(prompts, size))
+    asked = "  An OWL, 8k?\n(best: quality) " + "x " * 100
+    draw(service, dataclasses.replace(OWL, prompt=asked))
+    assert given == [asked]
 
 
 def test_a_seed_is_drawn_where_none_is_given(service: PictureService) -> None:
@@ -249,3 +268,143 @@ def test_a_tampered_folder_fails_at_once_by_the_name_of_the_file(weights: Path, 
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"unet_1step/diffusion_pytorch_model.safetensors: sha256 is"):
         PictureService(copy, "cpu", safety=tmp_path / "none", environ={})
+
+
+# Pictures from pictures
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def extended(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PictureService]:
+    """With two LoRAs and a ControlNet in the folder of weights."""
+    folder = Path(shutil.copytree(weights, tmp_path_factory.mktemp("extended") / "weights"))
+    unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet")
+    (folder / "lora").mkdir()
+    for seed, name in enumerate(("style", "other")):
+        save_file(kohya_style(unet, "lora_unet", ATTENTION, seed), folder / "lora" / f"{name}.safetensors")
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16))
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    net.save_pretrained(folder / "control" / "canny")
+    service = PictureService(folder, "cpu", safety=folder / "safety", environ={})
+    yield service
+    service.close()
+
+
+def test_a_picture_to_begin_with_is_the_engines_own_in_both_step_counts(service: PictureService) -> None:
+    given = photograph()
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (8, 8, 40, 64))
+    for steps in (1, 4):
+        for strength, drawn_over in ((0.5, None), (1.0, mask), (0.75, mask)):
+            request = PictureRequest(
+                "an owl",
+                seed=5,
+                num_outputs=2,
+                num_inference_steps=steps,
+                output_format="png",
+                image=png(given),
+                mask=None if drawn_over is None else png(drawn_over),
+                prompt_strength=strength,
+            )
+            edit = Edit(
+                image=fitted(given, (64, 64)),
+                mask=None if drawn_over is None else fitted_mask(drawn_over, (64, 64)),
+                strength=strength,
+            )
+            expected = service.engine.draw(["an owl"] * 2, [5, 6], str(steps), (64, 64), edit)
+            for picture, image in zip(draw(service, request), expected, strict=True):
+                assert difference(pixels(picture), image) <= 2
+                info = opened(picture).info
+                assert float(info["prompt_strength"]) == strength and len(info["image_sha256"]) == 64
+
+
+def test_everyone_gets_the_picture_of_his_own_image_and_loras(extended: PictureService) -> None:
+    """Asked for at the same time, twice each."""
+    requests = [OWL, dataclasses.replace(OWL, num_inference_steps=1)]
+    half = Image.new("L", (64, 64))  # what is not painted anew tells an untrained network's pictures apart
+    half.paste(255, (0, 0, 64, 32))
+    for i in range(4):
+        change: dict[str, Any] = {"image": png(photograph(i)), "mask": png(half), "prompt_strength": 0.5}
+        requests.append(dataclasses.replace(OWL, **change))
+        change |= {"image": png(photograph(i + 4)), "control_image": png(photograph(i))}
+        requests.append(dataclasses.replace(OWL, **change))
+    for lora in ("style:2", "other:2", "style:-2", "style other:-2"):
+        requests.append(dataclasses.replace(OWL, lora_weights=lora))
+        requests.append(dataclasses.replace(OWL, lora_weights=lora, image=png(photograph())))
+
+    async def together() -> list[list[PictureFile]]:
+        return await asyncio.gather(*(collect(extended, request) for request in requests * 2))
+
+    found = [pixels(picture) for (picture,) in asyncio.run(together())]
+    for i, request in enumerate(requests):
+        (alone,) = draw(extended, request)
+        for image in (found[i], found[i + len(requests)]):
+            assert difference(pixels(alone), image) <= 2
+    for i, one in enumerate(found[: len(requests)]):
+        for other in found[i + 1 : len(requests)]:
+            assert difference(one, other) > 2
+    assert opened(draw(extended, requests[-2])[0]).info["loras"] == "style:1 other:-2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": b"hello"}, "image: no picture; expected PNG, JPEG, WEBP"),
+        ({"image": Path("/nowhere/x.png")}, "image: cannot be read .No such file or directory."),
+        ({"mask": png(Image.new("L", (64, 64)))}, "mask: given without an image"),
+        ({"image": png(photograph()), "prompt_strength": 0.0}, "prompt_strength: 0.0; expected more than 0"),
+        ({"image": png(photograph()), "mask": png(Image.new("L", (8, 8)))}, "mask: 8x8, the image 64x64; expected"),
+        ({"control": "canny"}, "control: given without a control_image"),
+        ({"control": "depth", "control_image": png(photograph())}, "control: depth; expected one of canny"),
+        ({"lora_weights": "nothing"}, "LoRA nothing: expected an https URL, .* weights' own: "),
+        ({"lora_weights": "../weights/lora/style"}, "LoRA ../weights/lora/style: expected an https URL"),
+        ({"lora_weights": "style:9"}, "LoRA style: scale 9.0; expected -4 to 4"),
+        ({"lora_weights": "http://127.0.0.1/x"}, "LoRA: 127.0.0.1: refused"),
+    ],
+)
+def test_what_is_wrong_with_what_is_given(extended: PictureService, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(extended, dataclasses.replace(OWL, **change))
+
+
+def test_a_lora_for_another_model_fails_alone_and_the_next_request_works(extended: PictureService) -> None:
+    pair = {"lora_unet_x.lora_down.weight": torch.zeros(4, 8), "lora_unet_x.lora_up.weight": torch.zeros(8, 4)}
+    save_file(pair, extended.loras.folder / "lora" / "foreign.safetensors")
+    (before,) = draw(extended, OWL)
+    with pytest.raises(UserError, match="LoRA foreign: made for another model: this one's unet has no layer x"):
+        draw(extended, dataclasses.replace(OWL, lora_weights="style foreign"))
+    (after,) = draw(extended, OWL)
+    assert torch.equal(pixels(before), pixels(after))
+
+
+def test_an_out_of_memory_while_a_lora_is_put_in_leaves_the_next_request_intact(
+    extended: PictureService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (before,) = draw(extended, OWL)
+    change, calls = Factors.change, []
+
+    def fails(self: Factors, weight: Tensor) -> Tensor:
+        calls.append(weight)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+        return change(self, weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Factors, "change", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            draw(extended, dataclasses.replace(OWL, lora_weights="other:0.3"))
+    (after,) = draw(extended, OWL)
+    assert torch.equal(pixels(before), pixels(after))
+    assert len(draw(extended, dataclasses.replace(OWL, lora_weights="other:0.3"))) == 1
+
+
+def test_the_small_vae_by_variable(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vae: big; expected kl or tiny"):
+        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_VAE": "big"})

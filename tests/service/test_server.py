@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -19,7 +20,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from dmd2.edit import Edit
 from dmd2.engine import Engine
+from dmd2.given import fitted
 from dmd2.weights import DEFAULT, read_manifest
 from tests.service.cog_server import (
     START,
@@ -33,6 +36,7 @@ from tests.service.cog_server import (
     unpacked,
     wait_for,
 )
+from tests.tiny_sdxl import photograph
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +45,15 @@ LONG: dict[str, Any] = OWL | {"width": 384, "height": 384, "num_inference_steps"
 """about a second on a CPU"""
 HUGE: dict[str, Any] = LONG | {"width": 512, "height": 512, "num_outputs": 4}
 """ten times as long: only to be cancelled"""
+
+
+def data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+PHOTOGRAPH = data_url(photograph())
 ASYNC = {"Prefer": "respond-async"}
 SLOTS = 32
 STAGES = {"queue", "text", "denoise", "decode", "safety", "encode"}
@@ -279,6 +292,27 @@ def test_upload_url(start: Start, receiver: Receiver, engine: Engine) -> None:
     assert server.post(**OWL).json()["status"] == "succeeded"
 
 
+# Pictures from pictures
+
+
+def test_a_picture_to_begin_with_and_a_mask(server: CogServer, engine: Engine) -> None:
+    given = fitted(photograph(), (64, 64))
+    kept = given.permute(1, 2, 0).numpy().astype(numpy.int16)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 64, 30))
+    inputs = OWL | {"num_inference_steps": 4, "num_outputs": 2, "image": PHOTOGRAPH}
+    for strength in (0.5, 1.0):
+        edit = Edit(image=given, strength=strength)
+        for i, picture in enumerate(server.draw(**inputs | {"prompt_strength": strength}).pictures):
+            expected = engine.draw(["an owl"], [5 + i], "4", (64, 64), edit)[0].permute(1, 2, 0).numpy()
+            assert difference(pixels(picture), expected.astype(numpy.int16)) <= 2
+    for picture in server.draw(**inputs | {"mask": data_url(mask)}).pictures:
+        assert difference(pixels(picture)[30:], kept[30:]) == 0
+        assert difference(pixels(picture)[:30], kept[:30]) > 5
+    wide = server.draw(**OWL | {"image": data_url(photograph(size=(160, 90)))})
+    assert pixels(wide.pictures[0]).shape == (48, 80, 3)
+
+
 # Wrong requests
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -293,6 +327,20 @@ WRONG: list[tuple[str, Any, str]] = [
     ("height", 15, "less than the minimum of 16"),
     ("height", 2049, "greater than the maximum of 2048"),
     ("aspect_ratio", "2:1", "not one of"),
+    ("image", "/etc/hostname", "does not match"),
+    ("image", "http://127.0.0.1/x.png", "does not match"),
+    ("image", "file:///etc/hostname", "does not match"),
+    ("image", "x https://a.b/c", "does not match"),
+    ("mask", "/etc/hostname", "does not match"),
+    ("prompt_strength", 0.0, "less than the minimum of 0.01"),
+    ("prompt_strength", 1.1, "greater than the maximum of 1"),
+    ("lora_weights", "x" * 2001, "longer than 2000"),
+    ("lora_scale", -4.1, "less than the minimum of -4"),
+    ("lora_scale", 4.1, "greater than the maximum of 4"),
+    ("control_image", "weights/emoji/emoji.zip", "does not match"),
+    ("control", "x" * 101, "longer than 100"),
+    ("control_scale", -0.1, "less than the minimum of 0"),
+    ("control_scale", 2.1, "greater than the maximum of 2"),
     ("num_outputs", 0, "less than the minimum of 1"),
     ("num_outputs", 5, "greater than the maximum of 4"),
     ("num_inference_steps", 2, "not one of"),
@@ -353,6 +401,14 @@ def test_what_is_just_within_bounds_is_drawn(server: CogServer, inputs: dict[str
         ({"width": 66}, "width: 66 (size 66x64); expected a multiple of 4 pixels"),
         ({"height": 63}, "height: 63 (size 64x63); expected a multiple of 4 pixels"),
         ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio: given beside width or height"),
+        ({"mask": data_url(Image.new("L", (64, 64)))}, "mask: given without an image"),
+        ({"image": "data:image/png;base64,aGVsbG8="}, "image: no picture; expected PNG, JPEG, WEBP"),
+        ({"image": PHOTOGRAPH, "mask": data_url(Image.new("L", (8, 8)))}, "mask: 8x8, the image 64x64"),
+        ({"control_image": PHOTOGRAPH}, "control: not given; expected one of none"),
+        ({"control": "canny"}, "control: given without a control_image"),
+        ({"lora_weights": "/etc/hostname"}, "LoRA /etc/hostname: expected an https URL"),
+        ({"lora_weights": "http://169.254.169.254/x"}, "refused, because 169.254.169.254 is no public address"),
+        ({"lora_weights": "data:,hello"}, "LoRA data URL: cannot be read as safetensors"),
     ],
 )
 def test_what_no_schema_can_say_fails_by_the_name_of_the_input(
@@ -519,10 +575,10 @@ if "_run_worker" in " ".join(sys.orig_argv):
 
     draw_timed = Engine.draw_timed
 
-    def breaks(self, prompts, *rest):
+    def breaks(self, prompts, *rest, **named):
         if "break the device" in prompts:
             raise RuntimeError("it fell off the bus")
-        return draw_timed(self, prompts, *rest)
+        return draw_timed(self, prompts, *rest, **named)
 
     def gone(self):
         raise RuntimeError("no device")

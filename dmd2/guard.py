@@ -1,0 +1,227 @@
+"""Files that a caller names, fetched without letting him reach what only this machine can reach.
+
+A URL's host is looked up once, every address that it has must be public, and the connection goes to one of these very
+addresses; so it is for each redirect. Proxies are not used: one would look up the name again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes, urljoin
+
+import httpcore2
+import httpx2
+
+from dmd2.errors import UserError
+
+REDIRECTS = 5
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_TUNNELS = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))
+"""Teredo and 6to4: an IPv4 address inside, and nobody uses them any more"""
+
+
+def look_up(host: str) -> list[Address]:
+    """The addresses of a host. Raises OSError if it has none. How long it takes is the system's resolver's matter."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return [ipaddress.ip_address(str(entry[4][0])) for entry in found]
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is one of the public internet: not private, loopback, link-local, multicast, …
+
+    An IPv4 address within an IPv6 one (mapped, NAT64) is what counts.
+    """
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped
+        if inner is None and address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is None:
+            tunnelled = any(address in network for network in _TUNNELS)
+            return address in _GLOBAL_UNICAST and address.is_global and not tunnelled
+        address = inner
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What may be fetched, and how much of it.
+
+    Args:
+        most_bytes: of the file.
+        seconds: from the first connection to the last byte.
+        resolve: host → addresses.
+        allowed: networks that are reached though they are not public. For tests.
+    """
+
+    most_bytes: int
+    seconds: float
+    resolve: Callable[[str], Sequence[Address]] = look_up
+    allowed: tuple[Network, ...] = ()
+
+    def fetch(self, url: str, file: BinaryIO, field: str) -> None:
+        """Writes what an http, https or data URL stands for into `file`.
+
+        Args:
+            field: what messages call the URL: the input that it was given as.
+
+        Raises:
+            UserError: another URL, a refused address, a failed or overlong download, too large a file.
+        """
+        if re.match(r"data:", url, re.IGNORECASE):
+            content = _data(url, field, self.most_bytes)
+            self._check_size(len(content), field)
+            file.write(content)
+            return
+        until = time.monotonic() + self.seconds
+        backend = _Backend(self, field, until)
+        try:
+            with httpcore2.ConnectionPool(network_backend=backend, max_connections=1) as pool:
+                for _ in range(REDIRECTS + 1):
+                    target = self._get(pool, _checked(url, field), file, field)
+                    if target is None:
+                        return
+                    url = urljoin(url, target)
+        except (
+            httpcore2.NetworkError,
+            httpcore2.ProtocolError,
+            httpcore2.TimeoutException,
+            httpcore2.UnsupportedProtocol,
+            OSError,
+        ) as error:
+            raise UserError(f"{field}: the download failed: {str(error) or type(error).__name__}") from error
+        raise UserError(f"{field}: more than {REDIRECTS} redirects")
+
+    def _get(self, pool: Any, url: httpx2.URL, file: BinaryIO, field: str) -> str | None:
+        """Writes the answer. Or, without reading it, returns where it redirects to."""
+        raw = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        headers = {"Accept-Encoding": "identity", "User-Agent": "dmd2"}
+        timeout = dict.fromkeys(("connect", "read", "write", "pool"), self.seconds)
+        with pool.stream("GET", raw, headers=headers, extensions={"timeout": timeout}) as response:
+            told = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+            if response.status in (301, 302, 303, 307, 308) and "location" in told:
+                return told["location"]
+            if response.status != 200:
+                raise UserError(f"{field}: the server answers {response.status}; expected a file there")
+            self._check_size(int(told["content-length"]) if told.get("content-length", "").isdigit() else 0, field)
+            size = 0
+            for block in response.iter_stream():
+                size += len(block)
+                self._check_size(size, field)
+                file.write(block)
+        return None
+
+    def _check_size(self, size: int, field: str) -> None:
+        if size > self.most_bytes:
+            raise UserError(f"{field}: larger than {self.most_bytes / 1e6:.0f} MB; expected a smaller file")
+
+    def addresses(self, host: str, field: str) -> list[Address]:
+        """Where a host may be reached. Raises UserError if any of its addresses is refused, or it has none."""
+        try:
+            found = list(dict.fromkeys(self.resolve(host)))
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"{field}: {host}: there is no such host ({error})") from error
+        for address in found:
+            if not is_public(address) and not any(address in network for network in self.allowed):
+                raise UserError(f"{field}: {host}: refused, because {address} is no public address")
+        if not found:
+            raise UserError(f"{field}: {host}: there is no such host")
+        return found
+
+
+def _checked(url: str, field: str) -> httpx2.URL:
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise UserError(f"{field}: is no URL ({error})") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UserError(f"{field}: expected an http, https or data URL")
+    if parsed.userinfo:
+        raise UserError(f"{field}: expected a URL without a user name and password")
+    return parsed
+
+
+def _data(url: str, field: str, most_bytes: int) -> bytes:
+    """The content of a data URL (RFC 2397)."""
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise UserError(f"{field}: is no whole data URL: there is no comma")
+    if len(body) > 3 * most_bytes + 64:  # even if every byte were written as %xx
+        raise UserError(f"{field}: larger than {most_bytes / 1e6:.0f} MB; expected a smaller file")
+    raw = unquote_to_bytes(body)
+    if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
+        return raw
+    try:
+        return base64.b64decode(b"".join(raw.split()), validate=True)
+    except binascii.Error as error:
+        raise UserError(f"{field}: is no whole data URL: {error}") from error
+
+
+class _Backend(httpcore2.NetworkBackend):
+    """Connects to checked addresses only, and lets nothing outlast the deadline."""
+
+    def __init__(self, guard: Guard, field: str, until: float) -> None:
+        self._guard, self._field, self._until = guard, field, until
+        self._sockets = httpcore2.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.NetworkStream:
+        failed: Exception | None = None
+        for address in self._guard.addresses(host, self._field):
+            left = _left(self._until, self._field)
+            try:
+                stream = self._sockets.connect_tcp(str(address), port, left, local_address, socket_options)
+                return _Stream(stream, self._field, self._until)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failed = error
+        assert failed is not None
+        raise failed
+
+
+class _Stream(httpcore2.NetworkStream):
+    """A connection on which every wait ends at the deadline."""
+
+    def __init__(self, stream: httpcore2.NetworkStream, field: str, until: float) -> None:
+        self._stream, self._field, self._until = stream, field, until
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _left(self._until, self._field))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, _left(self._until, self._field))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        secure = self._stream.start_tls(ssl_context, server_hostname, _left(self._until, self._field))
+        return _Stream(secure, self._field, self._until)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _left(until: float, field: str) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise UserError(f"{field}: the download took too long; expected a faster server or a smaller file")
+    return left

@@ -1,0 +1,379 @@
+"""What callers may have fetched: nothing that only this machine can reach, nothing too large, nothing too slow."""
+
+from __future__ import annotations
+
+import base64
+import io
+import ipaddress
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from dmd2.errors import UserError
+from dmd2.given import MOST_BYTES, fitted, fitted_mask, read_picture
+from dmd2.guard import REDIRECTS, Address, Guard, is_public, look_up
+
+LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        server.paths.append(self.path)
+        if self.path == "/picture":
+            self._send(200, b"x" * 1000)
+        elif self.path.startswith("/to/"):
+            self._send(302, b"", Location=self.path[4:])
+        elif self.path == "/round":
+            self._send(302, b"", Location="/round")
+        elif self.path == "/endless":  # no length is told
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            while not server.closing.is_set():
+                try:
+                    self.wfile.write(b"400\r\n" + b"y" * 0x400 + b"\r\n")
+                except OSError:
+                    break
+            self.close_connection = True
+        elif self.path in ("/drip", "/drip-head"):
+            try:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                if self.path == "/drip":
+                    self.wfile.write(b"Content-Length: 1000\r\n\r\n")
+                while not server.closing.wait(0.1):
+                    self.wfile.write(b"X-A: b\r\n" if self.path == "/drip-head" else b"z")
+            except OSError:
+                pass
+            self.close_connection = True
+        elif self.path == "/cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"short")
+            self.close_connection = True
+        else:
+            self._send(404, b"")
+
+    def _send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.paths: list[str] = []
+        self.closing = threading.Event()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+GUARD = Guard(most_bytes=10_000, seconds=10)
+HERE = replace(GUARD, allowed=(LOOPBACK,))
+
+
+def fetch(url: str, guard: Guard = HERE) -> bytes:
+    file = io.BytesIO()
+    guard.fetch(url, file, "image")
+    return file.getvalue()
+
+
+def resolving(*addresses: str) -> Guard:
+    return replace(GUARD, resolve=lambda host: [ipaddress.ip_address(a) for a in addresses])
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.255.1.1",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",  # clouds tell secrets here
+        "100.64.0.1",
+        "0.0.0.0",
+        "192.0.2.1",
+        "198.18.0.1",
+        "224.0.0.1",
+        "239.1.1.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::1",
+        "::",
+        "::7f00:1",  # an IPv4-compatible address, long deprecated
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "::ffff:169.254.169.254",
+        "64:ff9b::7f00:1",  # NAT64 of 127.0.0.1
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::1",
+        "2002:7f00:1::",  # 6to4
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2",  # Teredo
+        "2001:db8::1",
+        "fe80::1",
+        "fe80::1%lo",
+        "fec0::1",
+        "fc00::1",
+        "fd12:3456::1",
+        "ff02::1",
+        "100::1",
+    ],
+)
+def test_addresses_that_are_refused(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+    with pytest.raises(UserError, match=r"image: example\.com: refused, because .* is no public address"):
+        fetch("http://example.com/x", resolving(address))
+
+
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "93.184.216.34", "2606:4700:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"]
+)
+def test_addresses_of_the_public_internet(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+def test_one_refused_address_among_public_ones_is_enough() -> None:
+    with pytest.raises(UserError, match=r"refused, because 10\.0\.0\.1"):
+        fetch("http://example.com/", resolving("1.1.1.1", "10.0.0.1"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "0x7f.1", "127.1", "[::1]", "[::ffff:127.0.0.1]"])
+def test_every_way_to_write_loopback_is_refused(server: Server, host: str) -> None:
+    with pytest.raises(UserError, match=r"image: .*(refused|no such host)"):
+        fetch(f"http://{host}:{server.server_address[1]}/picture", GUARD)
+    assert not server.paths
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to(server: Server) -> None:
+    """A name that is looked up a second time could mean another address by then."""
+    asked: list[str] = []
+
+    def resolve(host: str) -> list[Address]:
+        asked.append(host)
+        return [ipaddress.ip_address("127.0.0.1")] if len(asked) == 1 else [ipaddress.ip_address("127.0.0.9")]
+
+    port = server.server_address[1]
+    assert fetch(f"http://no-such-name.invalid:{port}/picture", replace(HERE, resolve=resolve)) == b"x" * 1000
+    assert asked == ["no-such-name.invalid"]
+
+
+def test_the_next_address_is_tried_where_the_first_does_not_answer(server: Server) -> None:
+    def resolve(host: str) -> list[Address]:
+        return [ipaddress.ip_address("127.0.0.99"), ipaddress.ip_address("127.0.0.1")]
+
+    with socket.socket() as taken:  # nothing listens there, on this port
+        taken.bind(("127.0.0.99", server.server_address[1]))
+        assert fetch(f"http://two.invalid:{server.server_address[1]}/picture", replace(HERE, resolve=resolve))
+
+
+def test_names_are_looked_up_by_the_system() -> None:
+    assert ipaddress.ip_address("127.0.0.1") in look_up("localhost")
+    with pytest.raises(UserError, match="image: localhost: refused"):
+        fetch("http://localhost/", GUARD)
+    with pytest.raises(UserError, match=r"no-such-name\.invalid: there is no such host"):
+        fetch("http://no-such-name.invalid/", GUARD)
+
+
+# Redirects
+
+
+def test_redirects_are_followed(server: Server) -> None:
+    assert fetch(f"http://{server.address}/to//to//picture") == b"x" * 1000
+    assert server.paths == ["/to//to//picture", "/to//picture", "/picture"]
+
+
+def test_redirects_are_checked_like_the_first_address(server: Server) -> None:
+    def resolve(host: str) -> list[Address]:
+        return [ipaddress.ip_address("127.0.0.1" if host == "here.invalid" else "169.254.169.254")]
+
+    url = f"http://here.invalid:{server.server_address[1]}/to/http://metadata.invalid/secret"
+    with pytest.raises(UserError, match=r"metadata\.invalid: refused, because 169\.254\.169\.254"):
+        fetch(url, replace(HERE, resolve=resolve))
+    for target in ("file:///etc/hostname", "ftp://example.com/", "gopher://127.0.0.1/", "data:,x"):
+        with pytest.raises(UserError, match="image: expected an http, https or data URL"):
+            fetch(f"http://{server.address}/to/{target}")
+
+
+def test_redirects_end(server: Server) -> None:
+    with pytest.raises(UserError, match=f"more than {REDIRECTS} redirects"):
+        fetch(f"http://{server.address}/round")
+    assert len(server.paths) == REDIRECTS + 1
+
+
+# Limits
+
+
+def test_size(server: Server) -> None:
+    assert len(fetch(f"http://{server.address}/picture", replace(HERE, most_bytes=1000))) == 1000
+    with pytest.raises(UserError, match="image: larger than 0 MB"):
+        fetch(f"http://{server.address}/picture", replace(HERE, most_bytes=999))
+    file = io.BytesIO()
+    with pytest.raises(UserError, match="image: larger than"):
+        HERE.fetch(f"http://{server.address}/endless", file, "image")
+    assert len(file.getvalue()) <= 10_000
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-head"])
+def test_a_server_that_drips_is_given_up(server: Server, path: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match="image: the download"):
+        fetch(f"http://{server.address}{path}", replace(HERE, seconds=0.5))
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_says_nothing_is_given_up() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        with pytest.raises(UserError, match="image: the download"):
+            fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/", replace(HERE, seconds=0.3))
+        assert time.monotonic() - began < 5
+
+
+def test_bad_answers(server: Server) -> None:
+    with pytest.raises(UserError, match="image: the server answers 404"):
+        fetch(f"http://{server.address}/nothing")
+    with pytest.raises(UserError, match="image: the download failed"):
+        fetch(f"http://{server.address}/cut")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="image: the download failed"):
+            fetch(f"http://127.0.0.1:{nobody.getsockname()[1]}/")
+
+
+# URLs
+
+
+@pytest.mark.parametrize(
+    "url", ["/etc/hostname", "file:///etc/hostname", "ftp://example.com/x", "picture.png", "", "http://", "//a/b"]
+)
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match="image: expected an http, https or data URL"):
+        fetch(url)
+
+
+def test_a_url_with_a_password_is_refused() -> None:
+    with pytest.raises(UserError, match="without a user name and password"):
+        fetch("http://me:secret@example.com/x")
+
+
+def test_data_urls() -> None:
+    content = bytes(range(256))
+    assert fetch(f"data:image/png;base64,{base64.b64encode(content).decode()}") == content
+    assert fetch("DATA:text/plain,a%20b,c") == b"a b,c"
+    for wrong in ("data:image/png;base64", "data:;base64,a", "data:;base64,€"):
+        with pytest.raises(UserError, match="image: is no whole data URL"):
+            fetch(wrong)
+    for length in (10_001, 100_000):
+        with pytest.raises(UserError, match="image: larger than"):
+            fetch(f"data:;base64,{base64.b64encode(bytes(length)).decode()}")
+
+
+# Pictures
+
+
+def png(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of many black pixels in few bytes; only its head is whole."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1_000_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("width", "height"), [(10_000, 8_000), (30_000, 30_000), (1, 2**31 - 1)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_an_error_before_it_is_unpacked(width: int, height: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"image: .*expected at most 50 million pixels"):
+        read_picture(bomb(width, height), "image")
+    assert time.monotonic() - began < 1
+
+
+def test_what_is_no_picture_or_a_damaged_one() -> None:
+    whole = png(Image.effect_noise((64, 64), 50).convert("RGB"))
+    with pytest.raises(UserError, match="mask: a damaged picture"):
+        read_picture(whole[: len(whole) // 2], "mask")
+    for data in (b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", png(Image.new("L", (8, 8)), "TIFF")):
+        with pytest.raises(UserError, match="image: no picture; expected PNG, JPEG, WEBP"):
+            read_picture(data, "image")
+    with pytest.raises(UserError, match="image: larger than 32 MB"):
+        read_picture(bytes(MOST_BYTES + 1), "image")
+
+
+def test_pictures_are_upright_opaque_and_of_three_channels() -> None:
+    half = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 4, 4))
+    found = read_picture(png(half), "image")
+    assert found.mode == "RGB" and found.getpixel((0, 0)) == (0, 0, 255) and found.getpixel((7, 0)) == (255,) * 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    turned = read_picture(png(Image.new("RGB", (8, 4)), "JPEG", exif=exif), "image")
+    assert turned.size == (4, 8)
+    for mode in ("L", "P", "1", "LA", "I;16"):
+        assert read_picture(png(Image.new(mode, (8, 8))), "image").mode == "RGB"
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    first = read_picture(png(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), "image")
+    assert first.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_are_scaled_and_cut_not_stretched() -> None:
+    wide = Image.new("RGB", (64, 32), "red")
+    wide.paste("blue", (16, 0, 48, 32))
+    square = fitted(wide, (16, 16))
+    assert square.shape == (3, 16, 16) and square[2].min() > 200  # the blue square in the middle
+    assert fitted(wide, (64, 32)).tolist() == fitted(wide.copy(), (64, 32)).tolist()
+    mask = Image.new("L", (64, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    cut = fitted_mask(mask, (16, 16))
+    assert cut.shape == (16, 16) and cut[:, :8].all() and not cut[:, 8:].any()
+    assert fitted_mask(Image.new("L", (4, 4), 127), (4, 4)).any().item() is False
+    assert fitted_mask(Image.new("L", (4, 4), 128), (4, 4)).all().item() is True

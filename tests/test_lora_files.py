@@ -1,0 +1,202 @@
+"""LoRAs by path, name, URL and repository of the hub: found, fetched once, refused in one line."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save
+
+import dmd2.lora_files
+from dmd2.errors import UserError
+from dmd2.lora_files import GUARD, LoraFiles, split_scale
+from tests.hub import Hub, sha256
+
+KEY = "lora_unet_conv_in"
+
+
+def content(value: float) -> bytes:
+    pair = {f"{KEY}.lora_down.weight": torch.full((2, 4), value), f"{KEY}.lora_up.weight": torch.ones(4, 2)}
+    return save(pair)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub that the client in this process knows as the only one; it also serves files at any URL."""
+    hub = Hub()
+    for name in [*os.environ]:
+        if name.startswith("HF_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> LoraFiles:
+    weights = tmp_path / "weights"
+    (weights / "lora").mkdir(parents=True)
+    (weights / "lora" / "own.safetensors").write_bytes(content(1))
+    guard = replace(GUARD, most_bytes=10_000, seconds=5, allowed=(ipaddress.ip_network("127.0.0.0/8"),))
+    return LoraFiles(weights, tmp_path / "cache", guard=guard)
+
+
+def test_the_weights_own_by_name(files: LoraFiles) -> None:
+    assert files.find("own").sha256 == files.find("own.safetensors").sha256 == sha256(content(1))
+    assert files.find("own") is files.find("own")  # read once
+    (files.folder / "lora" / "own.safetensors").write_bytes(content(2) + b"")
+    assert files.find("own").sha256 == sha256(content(2))  # unless it changes
+
+
+def test_paths_only_where_they_are_allowed(files: LoraFiles, tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    path.write_bytes(content(3))
+    mine = LoraFiles(files.folder, files.cache, paths=True)
+    assert mine.find(str(path)).sha256 == sha256(content(3))
+    for source in (str(path), "../some", "../../some.safetensors", f"file://{path}", "~/x", "lora/../../x", "/"):
+        with pytest.raises(UserError, match=r"expected an https URL, .*, or one of these weights' own: own$"):
+            files.find(source)
+    with pytest.raises(UserError, match="expected an https URL"):
+        mine.find(str(tmp_path / "nothing.safetensors"))
+
+
+def test_a_url_is_fetched_once(files: LoraFiles, hub: Hub) -> None:
+    hub.push(
+        "me/style", {"a.safetensors": content(4), "big.safetensors": bytes(20_000), "text.safetensors": b"hello"}
+    )
+    url = f"{hub.endpoint}/me/style/resolve/main"
+    for _ in range(2):
+        found = files.find(f"{url}/a.safetensors?token=secret")
+        assert found.sha256 == sha256(content(4)) and "secret" not in found.name
+    assert len(hub.lines("GET /cdn")) == 1
+    with pytest.raises(UserError, match="LoRA: larger than 0 MB"):
+        files.find(f"{url}/big.safetensors")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        files.find(f"{url}/text.safetensors")
+    with pytest.raises(UserError, match="LoRA: the server answers 404"):
+        files.find(f"{url}/nothing.safetensors")
+    with pytest.raises(UserError, match=r"refused, because 127\.0\.0\.1 is no public address"):
+        replace(files, guard=GUARD).find(f"{url}/b.safetensors")
+    assert len(list(files.cache.iterdir())) == 2  # what was whole: nothing half-written is left
+
+
+def test_a_data_url(files: LoraFiles) -> None:
+    url = f"data:application/octet-stream;base64,{base64.b64encode(content(5)).decode()}"
+    found = files.find(url)
+    assert (found.name, found.sha256) == ("data URL", sha256(content(5)))
+    assert not files.cache.exists()
+
+
+def test_the_hub(files: LoraFiles, hub: Hub) -> None:
+    hub.push("me/one", {"README.md": b"hi", "style.safetensors": content(6)})
+    for source in ("me/one", "me/one/style.safetensors", "me/one"):
+        assert files.find(source).sha256 == sha256(content(6))
+    assert len(hub.lines("GET /cdn")) == 1
+    hub.push("me/one", {"style.safetensors": content(7)})
+    assert files.find("me/one").sha256 == sha256(content(7))  # the newest commit
+
+    hub.push("me/two", {"a.safetensors": content(1), "b/c.safetensors": content(2)})
+    assert files.find("me/two/b/c.safetensors").sha256 == sha256(content(2))
+    with pytest.raises(UserError, match=r"me/two: has 2 safetensors files \(a\.safetensors, b/c\.safetensors\)"):
+        files.find("me/two")
+    hub.push("me/usual", {"pytorch_lora_weights.safetensors": content(8), "b.safetensors": content(1)})
+    assert files.find("me/usual").sha256 == sha256(content(8))
+
+
+def test_what_the_hub_has_not_or_should_not_be_had(files: LoraFiles, hub: Hub) -> None:
+    hub.push("me/bin", {"lora.bin": b"pickle"})
+    hub.push("me/big", {"lora.safetensors": bytes(20_000)})
+    hub.push("me/bad", {"lora.safetensors": content(9)})
+    hub.on("GET /cdn", damage=True)
+    for source, message in (
+        ("me/nothing", "LoRA me/nothing: the hub answers 404"),
+        ("me/bin", r"has 0 safetensors files \(none\)"),
+        ("me/bin/x.safetensors", r"has no x\.safetensors; expected one of none"),
+        ("me/big", r"lora\.safetensors: larger than 0 MB"),
+        ("me/bad", r"lora\.safetensors: came damaged"),
+    ):
+        with pytest.raises(UserError, match=message):
+            files.find(source)
+    assert not list(files.cache.glob("*"))
+
+
+def test_strangers_get_nothing_by_the_operators_token(
+    files: LoraFiles, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("me/private", {"lora.safetensors": content(1)})
+    hub.token = "mine"
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    with pytest.raises(UserError, match="the hub answers 401"):
+        files.find("me/private")
+    assert replace(files, token=None).find("me/private").sha256 == sha256(content(1))
+
+
+def test_no_hub_no_lora(files: LoraFiles, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.close()
+    with pytest.raises(UserError, match=r"LoRA me/one: .*check the network"):
+        files.find("me/one")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"LoRA me/one: .*HF_HUB_OFFLINE"):
+        files.find("me/one")
+
+
+def test_the_cache_does_not_grow_for_ever(files: LoraFiles, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(content(0))
+    monkeypatch.setattr(dmd2.lora_files, "KEPT_FILES", 3 * size)
+    monkeypatch.setattr(dmd2.lora_files, "KEPT_LORAS", 2)
+    hub.push("me/many", {f"{i}.safetensors": content(i) for i in range(6)})
+    for i in range(6):
+        found = files.find(f"me/many/{i}.safetensors")
+        assert found.sha256 == sha256(content(i))
+        for path in files.cache.glob("*"):  # the file system's clock is coarse
+            os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**9))
+    assert len(list(files.cache.glob("*"))) == 3
+    assert len(files._read) == 2
+    assert files.find("me/many/5.safetensors").sha256 == sha256(content(5))
+
+
+def test_several_with_their_scales(files: LoraFiles) -> None:
+    (files.folder / "lora" / "other.safetensors").write_bytes(content(2))
+    found = files.find_all("own other:0.25  own:-1", 0.5)
+    assert [(lora.sha256, scale) for lora, scale in found] == [
+        (sha256(content(1)), 0.5),
+        (sha256(content(2)), 0.25),
+        (sha256(content(1)), -1.0),
+    ]
+    assert files.find_all("") == ()
+    with pytest.raises(UserError, match="LoRA: 6 at once; expected at most 5"):
+        files.find_all("own " * 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("me/one", ("me/one", 1.0)),
+        ("me/one:0.8", ("me/one", 0.8)),
+        ("a.safetensors:.5", ("a.safetensors", 0.5)),
+        ("https://a.b/c:2", ("https://a.b/c", 2.0)),
+        ("https://a.b:8080/c", ("https://a.b:8080/c", 1.0)),
+        ("https://a.b:3", ("https://a.b:3", 1.0)),
+        ("C:x", ("C:x", 1.0)),
+        ("me/one:-1", ("me/one", -1.0)),
+    ],
+)
+def test_scales_are_split_off(text: str, expected: tuple[str, float]) -> None:
+    assert split_scale(text) == expected
+
+
+@pytest.mark.parametrize("text", ["own:5", "own:-4.1", "own:1000000"])
+def test_scales_have_bounds(text: str) -> None:
+    with pytest.raises(UserError, match=r"LoRA own: scale .*; expected -4 to 4"):
+        split_scale(text)
