@@ -103,6 +103,10 @@ class Predictor(BaseRunner):
         disable_safety_checker: bool = Input(
             description="Do not check the pictures. Only where the operator allows it.", default=False
         ),
+        previews: bool = Input(
+            description="Also show rough pictures of the steps before the last, as they are made; for SSE clients.",
+            default=False,
+        ),
     ) -> AsyncIterator[Path]:
         """Draws pictures and hands over each as soon as it is encoded."""
         if negative_prompt or guidance_scale:
@@ -118,6 +122,7 @@ class Predictor(BaseRunner):
             output_format=output_format,
             output_quality=int(output_quality),
             disable_safety_checker=disable_safety_checker,
+            previews=previews,
             image=image,
             mask=mask,
             prompt_strength=float(prompt_strength),
@@ -133,8 +138,13 @@ class Predictor(BaseRunner):
     def _files(self, pictures: Iterator[PictureFile]) -> Iterator[Path]:
         seconds: dict[str, float] = {}
         shown = 0
-        for i, picture in enumerate(pictures):
-            if i == 0:
+        finished = 0
+        for picture in pictures:
+            if picture.step is not None and picture.path is not None:  # a preview
+                yield Path(picture.path)
+                continue
+            finished += 1
+            if finished == 1:
                 print(f"seed: {picture.seed}")
                 self.record_metric("seed", picture.seed)
                 self.record_metric("batch_size", picture.batch_size)

@@ -18,6 +18,8 @@ import typer
 from dmd2.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dmd2.lora import Lora
 
 BEGAN = time.perf_counter()
@@ -76,6 +78,9 @@ def generate(
     control_image: Annotated[Path | None, typer.Option(help="Picture that --control follows.")] = None,
     control_scale: Annotated[float, typer.Option(help="How much --control-image counts.")] = 0.8,
     vae: Annotated[str, typer.Option(help="kl; or tiny (TAESDXL): faster, less sharp.")] = "kl",
+    previews: Annotated[
+        bool, typer.Option("--previews", help="Also write what the steps before the last make.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
@@ -104,6 +109,8 @@ def generate(
     if classes is not None and manifest.family != "edm":
         raise UserError(f"--classes {classes}: {weights} draws prompts; expected a class-conditional model")
     steps = steps or default_mode(manifest)
+    if previews and steps == "teacher":
+        raise UserError("--previews: the teacher's own sampler shows none; expected --steps with a student")
     given = Given.read(image, mask, prompt_strength, control_image, control_scale)
     engine = Engine(weights, device, modes=(steps,), vae=vae)
     engine.check_prompts(prompts)
@@ -116,17 +123,23 @@ def generate(
     drawn = []
     for prompt in prompts:
         for i in range(num_outputs):
-            # One at a time: a picture's bits never depend on its neighbours. The service batches.
-            began = time.perf_counter()
-            images, timings = engine.draw_timed([prompt], [first + i], steps, pixels, edit=edit)
-            total = time.perf_counter() - began
-            facts = {
+            facts: dict[str, object] = {
                 "prompt": prompt,
                 "seed": first + i,
                 "steps": steps,
                 "weights_sha256": engine.sha256(steps),
                 **edit.facts,
             }
+
+            def preview(step: int, _: list[int], images: Tensor, facts: dict[str, object] = facts) -> None:
+                save_png(images[0], out, facts | {"preview_of_step": step})
+
+            # One at a time: a picture's bits never depend on its neighbours. The service batches.
+            began = time.perf_counter()
+            images, timings = engine.draw_timed(
+                [prompt], [first + i], steps, pixels, edit=edit, preview=preview if previews else None
+            )
+            total = time.perf_counter() - began
             path = save_png(images[0], out, facts)
             drawn.append(images[0])
             _tell(path, facts, asdict(timings), total, loaded, as_json)

@@ -39,8 +39,9 @@ from dmd2.weights import (
 CACHED_PROMPTS = 256
 
 Condition = TextCondition | ClassCondition
-Preview = Callable[[int, Tensor], object]
-"""Is told the number of steps done and what they make of the pictures, uint8 (B, 3, H, W) on the CPU."""
+Preview = Callable[[int, list[int], Tensor], object]
+"""Is told the number of steps done, which of a call's pictures these are, and what they look like so far: uint8
+(B, 3, H, W) on the CPU."""
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ class Engine:
         """As `draw`, with the time that each stage took.
 
         `check` is called before each step of a student; what it raises ends the call. `preview` is called after each
-        of its steps but the last, if the prompts are of equal length; it takes the time of a decoding.
+        of its steps but the last, and takes the time of a decoding.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"expected as many seeds as prompts, at least one, not {len(prompts)}, {len(seeds)}")
@@ -235,13 +236,12 @@ class Engine:
         conditions: list[Any] = self._conditions(prompts, size)
         timings = Timings(time.perf_counter() - began, 0.0, 0.0)
         # Prompts of one window and of several do not fit into one tensor, and padding would change the pictures.
-        lengths = sorted({c.length for c in conditions})
-        seen = preview if len(lengths) == 1 else None
         pictures: dict[int, Tensor] = {}
-        for length in lengths:
+        for length in sorted({c.length for c in conditions}):
             rows = [i for i, c in enumerate(conditions) if c.length == length]
             cond = conditions[rows[0]].cat(*(conditions[i] for i in rows[1:]))
-            images, taken = self._draw(cond, [seeds[i] for i in rows], mode, size, check, edit, seen)
+            shown = None if preview is None else partial(_of_rows, preview, rows)
+            images, taken = self._draw(cond, [seeds[i] for i in rows], mode, size, check, edit, shown)
             pictures |= dict(zip(rows, images, strict=True))
             timings += taken
         return torch.stack([pictures[i] for i in range(len(prompts))]), timings
@@ -261,7 +261,7 @@ class Engine:
         size: tuple[int, int],
         check: Callable[[], None],
         edit: Edit,
-        preview: Preview | None,
+        preview: Callable[[int, Tensor], object] | None,
     ) -> tuple[Tensor, Timings]:
         subfolder, student = self._plan(mode)
         denoiser: Any = self._denoiser(subfolder)
@@ -300,14 +300,15 @@ class Engine:
         images = edit.finish(codec.decode(x0).cpu())
         return images, Timings(0.0, denoised - began, time.perf_counter() - denoised)
 
-    def _shown(self, denoise: Denoise, steps: int, preview: Preview) -> Denoise:
+    def _shown(self, denoise: Denoise, steps: int, preview: Callable[[int, Tensor], object]) -> Denoise:
         done = 0
+        codec: Any = self.model.codec if isinstance(self.model, ClassToImage) else self.extras.preview
 
         def shown(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal done
             x0, done = denoise(x, sigma), done + 1
             if done < steps:
-                preview(done, self.extras.preview.decode(x0).cpu())
+                preview(done, codec.decode(x0).cpu())
             return x0
 
         return shown
@@ -377,6 +378,10 @@ class Engine:
         while len(self._texts) > CACHED_PROMPTS:
             self._texts.popitem(last=False)
         return conditions
+
+
+def _of_rows(preview: Preview, rows: list[int], done: int, images: Tensor) -> None:
+    preview(done, rows, images)
 
 
 def vae_folder(folder: Path, vae: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmd2.fileio import atomic_bytes
 
-IN_NAME = ("prompt", "seed", "steps", "weights_sha256")
+IN_NAME = ("prompt", "seed", "steps", "weights_sha256", "preview_of_step")
 IMAGE_DESCRIPTION = 0x010E
 """the EXIF tag"""
 
@@ -61,7 +61,9 @@ def save_png(image: Tensor, folder: Path, facts: Mapping[str, object]) -> Path:
     # The digits tell prompts apart whose words look alike in a file name, and what else a picture was made of.
     more = {name: str(value) for name, value in facts.items() if name not in IN_NAME}
     mark = hashlib.sha256(f"{facts['prompt']}{json.dumps(more) if more else ''}".encode()).hexdigest()[:6]
-    path = folder / f"{words}_{mark}_{facts['steps']}_{facts['seed']}.png"
+    step = facts.get("preview_of_step")
+    end = "" if step is None else f"_preview-{step}"
+    path = folder / f"{words}_{mark}_{facts['steps']}_{facts['seed']}{end}.png"
     atomic_bytes(path, encode_picture(image, "png", 100, facts))
     return path
 

@@ -359,9 +359,22 @@ def test_generate_with_loras(
     assert (images[0] == images[3]).all()  # the embedded VAE is a small one
 
 
+def test_generate_with_previews(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "generate", "an owl", "--weights", weights, "--seed", "3", "--json", "--previews") == 0
+    path = Path(json.loads(capsys.readouterr().out)["path"])
+    names = sorted(file.name for file in path.parent.iterdir())
+    assert names == sorted([path.name, *(f"{path.stem}_preview-{step}.png" for step in (1, 2, 3))])
+    with Image.open(path.with_name(f"{path.stem}_preview-2.png")) as image:
+        assert image.info["preview_of_step"] == "2"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--previews", "--steps", "teacher"], "--previews: the teacher's own sampler shows none"),
         (["--image", "nothing.png"], "image: cannot be read (No such file or directory)"),
         (["--image", "text.png"], "image: no picture; expected PNG, JPEG, WEBP"),
         (["--mask", "mask.png"], "mask: given without an image"),

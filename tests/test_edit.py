@@ -238,16 +238,36 @@ def test_a_control_is_followed_in_each_picture_of_a_batch(engine: Engine, folder
 
 
 def test_previews_show_each_step_but_the_last(engine: Engine, folder: Path) -> None:
-    shown: list[tuple[int, Tensor]] = []
-    images, _ = engine.draw_timed(PROMPTS, SEEDS, "4", preview=lambda step, image: shown.append((step, image)))
+    shown: list[tuple[int, list[int], Tensor]] = []
+    images, _ = engine.draw_timed(PROMPTS, SEEDS, "4", preview=lambda *told: shown.append(told))
     assert torch.equal(images, engine.draw(PROMPTS, SEEDS, "4"))
-    assert [step for step, _ in shown] == [1, 2, 3]
-    assert all(image.shape == (2, 3, SIDE, SIDE) and image.dtype == torch.uint8 for _, image in shown)
+    assert [(step, rows) for step, rows, _ in shown] == [(1, [0, 1]), (2, [0, 1]), (3, [0, 1])]
+    assert all(image.shape == (2, 3, SIDE, SIDE) and image.dtype == torch.uint8 for *_, image in shown)
     assert type(engine.extras.preview.vae).__name__ == "AutoencoderTiny"  # quick
     assert type(engine.model.codec.vae).__name__ == "AutoencoderKL"
     shown.clear()
-    engine.draw_timed(["an owl"], [0], "1", preview=lambda step, image: shown.append((step, image)))
+    engine.draw_timed(["an owl"], [0], "1", preview=lambda *told: shown.append(told))
     assert not shown
+
+
+def test_previews_say_whose_they_are_where_prompts_are_of_unequal_length(engine: Engine) -> None:
+    prompts = ["an owl", "a red apple " * 50, "a blue book"]
+    alone: dict[int, list[Tensor]] = {}
+    for i, prompt in enumerate(prompts):
+        engine.draw_timed(
+            [prompt], [i], "4", preview=lambda _, __, image, i=i: alone.setdefault(i, []).append(image[0])
+        )
+    together: dict[int, list[Tensor]] = {}
+
+    def note(step: int, rows: list[int], image: Tensor) -> None:
+        for row, each in zip(rows, image, strict=True):
+            together.setdefault(row, []).append(each)
+            assert len(together[row]) == step
+
+    engine.draw_timed(prompts, [0, 1, 2], "4", preview=note)
+    assert sorted(together) == [0, 1, 2]
+    for i in together:
+        assert all(difference(a, b) <= 1 for a, b in zip(alone[i], together[i], strict=True))
 
 
 def test_the_small_vae(folder: Path, engine: Engine, weights: Path, tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import asyncio
 import atexit
 import logging
 import os
+import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -56,6 +58,8 @@ class PictureRequest:
     output_format: str = "webp"
     output_quality: int = 80
     disable_safety_checker: bool = False
+    previews: bool = False
+    """whether to show what each step but the last makes of the pictures"""
     image: bytes | Path | None = None
     """a picture to begin with: a file or its content; it also chooses the size's ratio"""
     mask: bytes | Path | None = None
@@ -79,13 +83,22 @@ class PictureRequest:
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A finished picture. `path` is None if the safety checker withheld it."""
+    """A finished picture, or a preview of one. `path` is None if the safety checker withheld it."""
 
     path: Path | None
     seed: int
-    batch_size: int
-    seconds: dict[str, float]
+    batch_size: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
     """by stage"""
+    step: int | None = None
+    """of a preview: how many steps were done"""
+
+
+@dataclass(frozen=True)
+class _Preview:
+    job: _Job
+    step: int
+    image: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ class _Job:
     size: tuple[int, int]
     check_safety: bool
     edit: Edit = PLAIN
+    show: Callable[[_Preview], object] | None = None
+    """takes previews, on the device thread"""
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,7 @@ class PictureService:
     - `DMD2_WEIGHTS`: see `dmd2.weights.locate`.
     - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
     - `DMD2_MAX_BATCH`: pictures in one batch, at most.
+    - `DMD2_SIZES`: sizes that are compiled for during setup, beside the weights' own; others run as they are.
     - `DMD2_VAE`: "kl" or "tiny", see `dmd2.engine.Engine`.
     - `DMD2_CACHE`: LoRAs that callers name are kept there.
 
@@ -137,15 +153,16 @@ class PictureService:
         max_batch = _max_batch(environ, manifest.native_size)
         self._unsafe_allowed = may_be_disabled(environ)
         self._vae = environ.get("DMD2_VAE", "").strip() or "kl"
+        sizes = _sizes(environ)
         self.controls = {path.parent.name: path.parent for path in sorted(folder.glob("control/*/config.json"))}
         self.engine: Engine
         self._safety: SafetyChecker | None = None
         self._batcher: Batcher[_Job, _Picture] = Batcher(
             self._draw,
-            lambda job: (job.steps, job.size, job.edit.key),
+            lambda job: (job.steps, job.size, job.edit.key, job.show is not None),
             max_batch=max_batch,
             max_waiting=WAITING,
-            prepare=lambda: self._load(folder, manifest, device, safety, max_batch),
+            prepare=lambda: self._load(folder, manifest, device, safety, max_batch, sizes),
             recover=lambda: self.engine.recover(),
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
@@ -154,12 +171,25 @@ class PictureService:
         self._outbox = Outbox()
         atexit.register(self._outbox.close)
 
-    def _load(self, folder: Path, manifest: Manifest, device: str, safety: Path, max_batch: int) -> None:
+    def _load(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: str,
+        safety: Path,
+        max_batch: int,
+        sizes: list[tuple[int, int]],
+    ) -> None:
         """On the device thread, before anything else."""
         if not manifest.students:
             raise UserError(f"weights {folder}: hold no few-step student, and only those are served")
         modes = tuple(str(steps) for steps in sorted(manifest.students))
         self.engine = Engine(folder, device, modes=modes, trace=True, vae=self._vae)
+        for size in sizes:
+            try:
+                self.engine.check_size(size)
+            except UserError as error:
+                raise UserError(f"DMD2_SIZES: {error}") from None
         for control in self.controls.values():
             self.engine.extras.control(control)
         if safety.is_dir():
@@ -169,7 +199,7 @@ class PictureService:
             logger.info("safety checker: %s; callers %s disable it", safety, allowed)
         else:
             logger.warning("safety checker: none (no folder %s); pictures are not checked", safety)
-        self.engine.warm_up(modes, [manifest.native_size], max_batch)
+        self.engine.warm_up(modes, list(dict.fromkeys([manifest.native_size, *sizes])), max_batch)
 
     @property
     def alive(self) -> bool:
@@ -214,7 +244,7 @@ class PictureService:
         return size, steps, secrets.randbelow(2**32) if request.seed is None else request.seed
 
     async def draw(self, request: PictureRequest) -> AsyncGenerator[PictureFile, None]:
-        """Draws the request's pictures and yields them in order, each as soon as it is encoded.
+        """Draws the request's pictures and yields them in order, each as soon as it is encoded; previews meanwhile.
 
         Raises:
             UserError: the request is wrong.
@@ -229,12 +259,25 @@ class PictureService:
         check_safety = not (request.disable_safety_checker and self._unsafe_allowed)
         tickets: list[Ticket[_Job, _Picture]] = []
         files: list[asyncio.Task[PictureFile]] = []
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[_Preview | None] = asyncio.Queue()  # None: one of the files is done
+
+        def show(preview: _Preview) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, preview)
+
         try:
             seeds = range(seed, seed + request.num_outputs)
-            jobs = [_Job(request.prompt, each, steps, size, check_safety, edit) for each in seeds]
+            shows = show if request.previews else None
+            jobs = [_Job(request.prompt, each, steps, size, check_safety, edit, shows) for each in seeds]
             tickets += self._batcher.submit_all(jobs)
             files += [asyncio.create_task(self._finish(ticket, request)) for ticket in tickets]
             for file in files:
+                file.add_done_callback(lambda _: news.put_nowait(None))
+            for file in files:
+                while not file.done():
+                    preview = await news.get()
+                    if preview is not None:
+                        yield await self._finish_preview(preview, request)
                 yield await file
         finally:  # cancelled, failed or done: leave nothing behind that works for nobody
             for ticket in tickets:
@@ -282,32 +325,62 @@ class PictureService:
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
         return PictureFile(path, ticket.job.seed, drawn.batch_size, rounded)
 
-    def _write(self, job: _Job, image: Tensor, request: PictureRequest) -> Path:
+    async def _finish_preview(self, preview: _Preview, request: PictureRequest) -> PictureFile:
+        loop = asyncio.get_running_loop()
+        write = partial(self._write, preview.job, preview.image, request, preview.step)
+        path = await loop.run_in_executor(self._encoders, write)
+        return PictureFile(path, preview.job.seed, step=preview.step)
+
+    def _write(self, job: _Job, image: Tensor, request: PictureRequest, step: int | None = None) -> Path:
         facts = {
             "prompt": job.prompt,
             "seed": job.seed,
             "steps": job.steps,
             "weights_sha256": self.engine.sha256(str(job.steps)),
             **job.edit.facts,
+            **({} if step is None else {"preview_of_step": step}),
         }
         data = encode_picture(image, request.output_format, request.output_quality, facts)
         # The seed tells the pictures of a request apart where Cog uploads them in any order.
-        return self._outbox.write(data, f"{job.seed}", request.output_format)
+        name = f"{job.seed}" if step is None else f"{job.seed}-preview-{step}"
+        return self._outbox.write(data, name, request.output_format)
 
     def _draw(self, jobs: list[_Job], check: Check) -> list[_Picture]:
         """On the device thread: jobs of equal steps, size and edits."""
         prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
         first = jobs[0]
-        images, timings = self.engine.draw_timed(prompts, seeds, str(first.steps), first.size, check, first.edit)
+
+        def preview(step: int, rows: list[int], images: Tensor) -> None:
+            for row, image, flag in zip(rows, images, self._flags([jobs[i] for i in rows], images), strict=True):
+                show = jobs[row].show
+                if show is not None and not flag:
+                    show(_Preview(jobs[row], step, image))
+
+        images, timings = self.engine.draw_timed(
+            prompts, seeds, str(first.steps), first.size, check, first.edit, preview if first.show else None
+        )
         began = time.perf_counter()
-        flags = [False] * len(jobs)
-        if self._safety is not None and any(job.check_safety for job in jobs):
-            flags = self._safety(images)
+        flags = self._flags(jobs, images)
         seconds = time.perf_counter() - began
-        return [
-            _Picture(image, flag and job.check_safety, timings, seconds)
-            for job, image, flag in zip(jobs, images, flags, strict=True)
-        ]
+        return [_Picture(image, flag, timings, seconds) for image, flag in zip(images, flags, strict=True)]
+
+    def _flags(self, jobs: list[_Job], images: Tensor) -> list[bool]:
+        """Which of the jobs' pictures are to be withheld."""
+        if self._safety is None or not any(job.check_safety for job in jobs):
+            return [False] * len(jobs)
+        flags = self._safety(images)
+        return [flag and job.check_safety for job, flag in zip(jobs, flags, strict=True)]
+
+
+def _sizes(environ: Mapping[str, str]) -> list[tuple[int, int]]:
+    """ "1216x832,832x1216" → its sizes."""
+    sizes = []
+    for text in filter(None, map(str.strip, environ.get("DMD2_SIZES", "").split(","))):
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+        if found is None:
+            raise UserError(f"DMD2_SIZES: {text}; expected sizes such as 1216x832,832x1216")
+        sizes.append((int(found[1]), int(found[2])))
+    return sizes
 
 
 def _max_batch(environ: Mapping[str, str], native: tuple[int, int]) -> int:

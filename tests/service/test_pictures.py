@@ -408,3 +408,86 @@ def test_an_out_of_memory_while_a_lora_is_put_in_leaves_the_next_request_intact(
 def test_the_small_vae_by_variable(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vae: big; expected kl or tiny"):
         PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_VAE": "big"})
+
+
+# Previews, sizes
+
+
+def test_previews_come_before_their_pictures_and_change_nothing(service: PictureService) -> None:
+    asked = dataclasses.replace(OWL, num_outputs=2)
+    plain = draw(service, asked)
+    found = draw(service, dataclasses.replace(asked, previews=True))
+    assert [(picture.seed, picture.step) for picture in found] == [
+        *((seed, step) for step in (1, 2, 3) for seed in (5, 6)),
+        (5, None),
+        (6, None),
+    ]
+    for picture, expected in zip(found[-2:], plain, strict=True):
+        assert torch.equal(pixels(picture), pixels(expected))
+    distances = [float((pixels(p).float() - pixels(plain[0]).float()).abs().mean()) for p in found[:6:2]]
+    assert distances[0] > distances[2] > 0  # on their way to the picture
+    assert opened(found[0]).info["preview_of_step"] == "1" and "preview_of_step" not in opened(found[-1]).info
+    assert found[0].path is not None and found[0].path.name.startswith("5-preview-1-")
+    one = draw(service, dataclasses.replace(asked, previews=True, num_inference_steps=1))
+    assert [picture.step for picture in one] == [None, None]  # nothing comes before the only step
+
+
+def test_who_asks_for_no_previews_gets_none_of_his_neighbours(service: PictureService) -> None:
+    requests = [dataclasses.replace(OWL, seed=i, previews=i % 2 == 0) for i in range(8)]
+
+    async def together() -> list[list[PictureFile]]:
+        return await asyncio.gather(*(collect(service, request) for request in requests))
+
+    for request, found in zip(requests, asyncio.run(together()), strict=True):
+        assert {picture.seed for picture in found} == {request.seed}
+        assert [picture.step for picture in found] == ([1, 2, 3, None] if request.previews else [None])
+
+
+def test_previews_of_a_withheld_picture_are_withheld(
+    service: PictureService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_safety", lambda images: [i % 2 == 0 for i in range(len(images))])
+    found = draw(service, dataclasses.replace(OWL, num_outputs=2, previews=True))
+    assert [(picture.seed, picture.step, picture.path is None) for picture in found] == [
+        (6, 1, False),
+        (6, 2, False),
+        (6, 3, False),
+        (5, None, True),
+        (6, None, False),
+    ]
+
+
+def test_an_error_after_a_preview_reaches_the_client(
+    service: PictureService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Engine.draw_timed
+
+    def breaks(self: Engine, *args: Any, **named: Any) -> Any:
+        drawn(self, *args, **named)
+        raise RuntimeError("the lamp went out")
+
+    monkeypatch.setattr(Engine, "draw_timed", breaks)
+    with pytest.raises(RuntimeError, match="the lamp went out"):
+        draw(service, dataclasses.replace(OWL, previews=True))
+    monkeypatch.undo()
+    assert len(draw(service, OWL)) == 1
+
+
+def test_sizes_are_prepared_during_setup(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[Any] = []
+    monkeypatch.setattr(Engine, "warm_up", lambda self, modes, sizes, batch: warmed.extend([modes, sizes]))
+    PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_SIZES": " 64x32, 64x64,32x64,"}).close()
+    assert warmed == [("1", "4"), [(64, 64), (64, 32), (32, 64)]]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("16:9", "DMD2_SIZES: 16:9; expected sizes such as 1216x832,832x1216"),
+        ("64x64,-1x4", "DMD2_SIZES: -1x4; expected sizes"),
+        ("64x63", "DMD2_SIZES: height: 63 .size 64x63.; expected a multiple of 4"),
+    ],
+)
+def test_wrong_sizes_are_named(weights: Path, tmp_path: Path, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_SIZES": value})

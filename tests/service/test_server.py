@@ -230,6 +230,18 @@ def test_server_sent_events(server: CogServer, engine: Engine) -> None:
     assert (told["seed"], told["image_count"]) == (5, 2)
 
 
+def test_previews_are_streamed_before_the_picture(server: CogServer, engine: Engine) -> None:
+    owl = OWL | {"num_inference_steps": 4}
+    inputs, headers = owl | {"previews": True}, {"Accept": "text/event-stream"}
+    with server.client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
+        got = list(events(response))
+    *previews, picture = [unpacked(data["chunk"]) for name, data in got if name == "output"]
+    assert difference(pixels(picture), drawn(engine, **owl)) <= 2
+    steps = [Image.open(io.BytesIO(preview)).info["preview_of_step"] for preview in previews]
+    assert steps == ["1", "2", "3"]
+    assert Answer.parse(got[-1][1]).metrics["image_count"] == 1
+
+
 def test_respond_async_with_a_webhook(server: CogServer, receiver: Receiver) -> None:
     request = {"id": "asynchronous", "input": OWL, "webhook": f"{receiver.url}/hook"}
     response = server.client.post("/predictions", json=request, headers=ASYNC)
@@ -353,6 +365,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("output_quality", 0, "less than the minimum of 1"),
     ("output_quality", 101, "greater than the maximum of 100"),
     ("disable_safety_checker", "no", "not of type"),
+    ("previews", 1, "not of type"),
 ]
 
 
@@ -521,18 +534,20 @@ def test_a_client_that_hangs_up_stops_its_pictures(server: CogServer, accept: st
 
 def test_one_more_than_the_slots_is_refused_and_the_others_are_served(server: CogServer, receiver: Receiver) -> None:
     hook = {"webhook": receiver.url, "webhook_events_filter": ["completed"]}
+    longest = [f"slot-{i}" for i in range(4)]  # long enough for the others to come meanwhile
     for i in range(SLOTS):
-        request = {"id": f"slot-{i}", "input": (HUGE if i == 0 else OWL) | {"seed": i}, **hook}
+        request = {"id": f"slot-{i}", "input": (HUGE if i < len(longest) else OWL) | {"seed": i}, **hook}
         assert server.client.post("/predictions", json=request, headers=ASYNC).status_code == 202
     refused = server.post(**OWL)
     assert refused.status_code == 409, refused.text
     assert server.status == "BUSY"
-    server.client.post("/predictions/slot-0/cancel")
+    for name in longest:
+        server.client.post(f"/predictions/{name}/cancel")
     wait_for(lambda: len(receiver.requests) == SLOTS, "the end of all that were accepted")
     ended = {answer["id"]: answer for answer in (json.loads(received.body) for received in receiver.requests)}
-    assert ended.pop("slot-0")["status"] == "canceled"
+    assert {ended.pop(name)["status"] for name in longest} == {"canceled"}
     assert {name: Answer.parse(answer).metrics["seed"] for name, answer in ended.items()} == {
-        f"slot-{i}": i for i in range(1, SLOTS)
+        f"slot-{i}": i for i in range(len(longest), SLOTS)
     }
     assert server.status == "READY"
     assert server.post(**OWL).status_code == 200
