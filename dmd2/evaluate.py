@@ -29,8 +29,8 @@ from tqdm import tqdm
 from dmd2 import __version__
 from dmd2.engine import resolve_device
 from dmd2.errors import UserError
-from dmd2.evaluation import frechet_distance
 from dmd2.fileio import atomic_path, sha256_file
+from dmd2.frechet import frechet_distance
 from dmd2.metrics import (
     NEIGHBOURS,
     SPLITS,

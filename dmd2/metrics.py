@@ -2,7 +2,7 @@
 
 Features come from Inception (a TorchScript file, given by path) or, where none is at hand, from this project's own
 small classifier. Figures of the two cannot be compared, so their names differ: FID is Inception's only; the other is
-FD-small. FID itself is `dmd2.evaluation.frechet_distance` of two `moments`.
+FD-small. FID itself is `dmd2.frechet.frechet_distance` of two `moments`.
 """
 
 from __future__ import annotations

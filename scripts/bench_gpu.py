@@ -181,6 +181,13 @@ def compare(weights: Path, result: dict[str, Any], fits: Callable[[str, float], 
             torch.cuda.reset_peak_memory_stats()
             row(result, size, steps, batch, calls, rounds)
             result["rows"][-1] |= {"stages_s": calls["dmd2"]()}
+    if fits("bf16 beside fp16", 120):
+        brain = Engine(weights, "cuda", dtype=torch.bfloat16, modes=("1", "4"), trace=True)
+        brain.warm_up(("1", "4"), [(1024, 1024)], 1)
+        for steps in STEPS:
+            calls = {"dmd2": ours(engine, 1024, steps, 1), "dmd2_bf16": ours(brain, 1024, steps, 1)}
+            row(result, 1024, steps, 1, calls, rounds)
+        del brain
     if fits("diffusers, compiled", 150):
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)

@@ -24,8 +24,8 @@ from dmd2.edm_weights import load_edm, save_edm
 from dmd2.engine import Engine
 from dmd2.errors import UserError
 from dmd2.evaluate import CLASSIFIER, Place, Settings, collect, evaluate, reference_statistics
-from dmd2.evaluation import frechet_distance
 from dmd2.fileio import sha256_file
+from dmd2.frechet import frechet_distance
 from dmd2.metrics import Inception, SmallFeatures, moments, prdc, resized
 from dmd2.noise import seeded_noise
 from dmd2.samples import DataSet, EdmSamples, TextSamples, open_pictures

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
-from dmd2.evaluation import frechet_distance
 from dmd2.fileio import sha256_file
+from dmd2.frechet import frechet_distance
 from dmd2.metrics import (
     PATCH,
     ClipScore,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dmd2.emoji_judge import EmojiJudge
 from dmd2.errors import UserError
-from dmd2.evaluation import EmojiJudge
 from dmd2.noise import seeded_noise
 from dmd2.recipes import Dmd2Recipe
 from dmd2.sampling import conditioned, few_step

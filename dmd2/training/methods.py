@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from dmd2.edm_recipes import NETWORKS, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe, EdmTeacherRecipe
+from dmd2.emoji_judge import EmojiJudge
 from dmd2.errors import UserError
-from dmd2.evaluation import EmojiJudge
 from dmd2.recipes import (
     AutoencoderRecipe,
     ClassifierRecipe,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmd2.edm import ClassCondition, EdmConfig
-from dmd2.evaluation import EmojiJudge, quick_score
+from dmd2.emoji_judge import EmojiJudge, quick_score
 from dmd2.noise import seeded_noise
 from dmd2.picture import labelled_grid
 from dmd2.training.data import EmojiScenes

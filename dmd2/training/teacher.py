@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.evaluation import EmojiJudge
+from dmd2.emoji_judge import EmojiJudge
 from dmd2.noise import draw_sigma, seeded_noise
 from dmd2.recipes import TeacherRecipe
 from dmd2.sampling import conditioned, dpm_solver_2m, teacher_sigmas

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmd2.evaluation import EmojiJudge
+from dmd2.emoji_judge import EmojiJudge
 from dmd2.recipes import RECIPES, ClassifierRecipe
 from dmd2.training.classifier import augment, blur, build_classifier, train_classifier
 from dmd2.training.data import EmojiScenes

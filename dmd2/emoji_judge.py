@@ -1,4 +1,4 @@
-"""How good generated pictures are: Fréchet distance, and the scores of the embedded emoji model.
+"""How good the pictures of the embedded emoji model are.
 
 Anything that draws pictures for captions and seeds can be scored. What the pictures are held against is
 `RealScenes`, which draws from the data itself: the ceiling of every score.
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmd2.errors import UserError
+from dmd2.frechet import frechet_distance_of
 from dmd2.training.classifier import FORMAT, Classifier
 from dmd2.training.data import BACKGROUNDS, EmojiScenes, Split, with_article
 
@@ -24,45 +25,6 @@ Draw = Callable[[list[str], list[int]], Tensor]
 
 BATCH = 64  # pictures asked of a `Draw` at once, at most
 OPEN_CAPTIONS, SEEDS, REAL_SEEDS = 50, 4, 16  # of the diversity score
-
-
-def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of two Gaussians; what FID is, of Inception features.
-
-    ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½), Dowson and Landau 1982. The last trace is the sum of the
-    singular values of Σ₁^½ Σ₂^½, which needs no root of an ill-conditioned product.
-
-    Args:
-        mean1, mean2: (F,).
-        covariance1, covariance2: (F, F), symmetric and positive semi-definite up to rounding. Any rank.
-
-    Raises:
-        ValueError: the shapes do not match, or something is not finite.
-    """
-    features = len(mean1)
-    for mean, covariance in ((mean1, covariance1), (mean2, covariance2)):
-        if mean.shape != (features,) or covariance.shape != (features, features):
-            raise ValueError(
-                f"expected means ({features},) and covariances ({features}, {features}), "
-                f"not {tuple(mean.shape)} and {tuple(covariance.shape)}"
-            )
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError("a mean or a covariance is not finite")
-    cross = torch.linalg.svdvals(_root(covariance1) @ _root(covariance2)).sum()
-    apart = (mean1.double() - mean2.double()).square().sum()
-    spread = covariance1.double().trace() + covariance2.double().trace() - 2 * cross
-    return max(0.0, float(apart + spread))
-
-
-def frechet_distance_of(features1: Tensor, features2: Tensor) -> float:
-    """`frechet_distance` between Gaussians fitted to features (N, F) and (M, F); N and M at least 2.
-
-    It is biased upwards, the more so the fewer samples there are: compare distances of equal N and M only.
-
-    Raises:
-        ValueError: fewer than two samples, or different F.
-    """
-    return frechet_distance(*_moments(features1), *_moments(features2))
 
 
 class EmojiJudge:
@@ -289,16 +251,3 @@ def _diversity(draw: Draw, real: Draw, scenes: EmojiScenes, judge: EmojiJudge, s
         return float(sum(torch.pdist(group).mean() for group in features.split(pictures)))
 
     return spread(draw, "diversity drawn", SEEDS) / spread(real, "diversity real", REAL_SEEDS)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a (F, F) covariance, in float64."""
-    values, vectors = torch.linalg.eigh((covariance.double() + covariance.double().T) / 2)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"expected at least two samples, (N, F), not {tuple(features.shape)}")
-    features = features.double()
-    return features.mean(0), features.T.cov().reshape(features.shape[1], -1)
