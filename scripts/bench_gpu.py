@@ -19,6 +19,7 @@ from typing import Any
 BEGAN = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 PROMPT = "a red apple on a blue background"
+SHAPES = ((1024, 1), (512, 1), (512, 8), (1024, 4), (512, 4), (1024, 8), (512, 2), (1024, 2))  # (side, batch)
 STEPS = {1: [399], 4: [999, 749, 499, 249]}
 UNET, VAE = {512: 1.59, 1024: 6.76}, {512: 2.52, 1024: 10.47}  # TFLOP of a forward pass, by side
 RATE, TEXT = 790, 0.00034  # of an H200: dense 16-bit TFLOP/s, seconds to read the text encoders' weights
@@ -164,15 +165,18 @@ def gpu(device: str, minutes: float, size: int, rounds: int) -> dict[str, Any]:
     return result
 
 
-def compare(weights: Path, result: dict[str, Any], fits: Callable[[str, float], bool], rounds: int) -> None:
+def compare(
+    weights: Path, result: dict[str, Any], fits: Callable[[str, float], bool], rounds: int, device: str = "cuda"
+) -> None:
     """Rows of times, the most important ones first."""
     import torch
 
     from dmd2.engine import Engine
 
-    engine = Engine(weights, "cuda", modes=("1", "4"), trace=True)
-    pipeline = load_pipeline(weights, torch.float16, "cuda")
-    for size, batch in ((1024, 1), (512, 1), (512, 8), (1024, 4), (512, 4), (1024, 8), (512, 2), (1024, 2)):
+    engine = Engine(weights, device, modes=("1", "4"), trace=True)
+    pipeline = load_pipeline(weights, engine.dtype, device)
+    largest = SHAPES[0][0]
+    for size, batch in SHAPES:
         if not fits(f"{size}², batch {batch}", 90):
             continue
         engine.warm_up(("1", "4"), [(size, size)], batch)
@@ -182,20 +186,23 @@ def compare(weights: Path, result: dict[str, Any], fits: Callable[[str, float], 
             row(result, size, steps, batch, calls, rounds)
             result["rows"][-1] |= {"stages_s": calls["dmd2"]()}
     if fits("bf16 beside fp16", 120):
-        brain = Engine(weights, "cuda", dtype=torch.bfloat16, modes=("1", "4"), trace=True)
-        brain.warm_up(("1", "4"), [(1024, 1024)], 1)
+        other = Engine(weights, device, dtype=torch.bfloat16, modes=("1", "4"), trace=True)
+        other.warm_up(("1", "4"), [(largest, largest)], 1)
         for steps in STEPS:
-            calls = {"dmd2": ours(engine, 1024, steps, 1), "dmd2_bf16": ours(brain, 1024, steps, 1)}
-            row(result, 1024, steps, 1, calls, rounds)
-        del brain
+            calls = {"dmd2": ours(engine, largest, steps, 1), "dmd2_bf16": ours(other, largest, steps, 1)}
+            row(result, largest, steps, 1, calls, rounds)
+        del other
     if fits("diffusers, compiled", 150):
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead", fullgraph=True)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="reduce-overhead", fullgraph=True)
         for steps in STEPS:
-            calls = {"dmd2": ours(engine, 1024, steps, 1), "diffusers_compiled": theirs(pipeline, 1024, steps, 1)}
-            row(result, 1024, steps, 1, calls, rounds)
+            calls = {
+                "dmd2": ours(engine, largest, steps, 1),
+                "diffusers_compiled": theirs(pipeline, largest, steps, 1),
+            }
+            row(result, largest, steps, 1, calls, rounds)
     del engine, pipeline
     gc.collect()
 
