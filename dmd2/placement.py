@@ -17,6 +17,7 @@ from dmd2.loading import parameters_in
 from dmd2.memory import LARGE, MODES, Plan, Turns, free_memory, plan
 
 EVERYTHING = Plan("full")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED = ("text_encoder", "text_encoder_2", "vae")
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,19 @@ def count_parameters(folder: Path, subfolders: Sequence[str]) -> dict[str, int]:
     return {name: parameters_in(paths) for name, paths in files.items() if paths}
 
 
-def default_dtype(device: torch.device, parameters: Mapping[str, int]) -> torch.dtype:
-    """fp16 on a GPU; on a CPU fp32, but bf16 if a network is `LARGE`, for SDXL in fp32 takes 14 GB."""
+def default_dtype(
+    device: torch.device, parameters: Mapping[str, int], environ: Mapping[str, str] = os.environ
+) -> torch.dtype:
+    """What `DMD2_DTYPE` says; else fp16 on a GPU, on a CPU fp32, but bf16 if a network is `LARGE`.
+
+    SDXL in fp32 takes 14 GB. Which of fp16 and bf16 is faster on a GPU, `scripts/bench gpu` measures.
+
+    Raises:
+        UserError: the variable's value is not valid.
+    """
+    wanted = _choice(environ, "DMD2_DTYPE", ("auto", *DTYPES))
+    if wanted != "auto":
+        return DTYPES[wanted]
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if max(parameters.values(), default=0) >= LARGE else torch.float32

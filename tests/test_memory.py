@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dmd2.placement
+from dmd2.engine import Engine
 from dmd2.errors import UserError
 from dmd2.memory import LARGE, Plan, Turns, peak_memory, plan, save_memory
 from dmd2.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
@@ -217,6 +218,17 @@ def test_large_networks_run_in_bf16_on_a_cpu() -> None:
     assert default_dtype(CPU, small) == default_dtype(CPU, {}) == torch.float32
     assert default_dtype(CPU, large) == default_dtype(CPU, {"unet": LARGE}) == torch.bfloat16
     assert default_dtype(GPU, small) == default_dtype(GPU, large) == torch.float16
+
+
+def test_the_operator_may_choose_another_dtype(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
+    assert default_dtype(GPU, {}, {"DMD2_DTYPE": " BF16 "}) == torch.bfloat16
+    assert default_dtype(CPU, {}, {"DMD2_DTYPE": "auto"}) == torch.float32
+    with pytest.raises(UserError, match="DMD2_DTYPE=int8: expected auto, fp16, bf16, fp32"):
+        default_dtype(CPU, {}, {"DMD2_DTYPE": "int8"})
+    monkeypatch.setenv("DMD2_DTYPE", "bf16")
+    engine = Engine(weights, "cpu", modes=("1",))
+    assert engine.dtype == torch.bfloat16
+    assert engine.draw(["an owl"], [0], "1").shape == (1, 3, 64, 64)
 
 
 def test_parameters_are_counted_by_network(weights: Path, tmp_path: Path) -> None:
