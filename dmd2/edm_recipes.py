@@ -183,8 +183,8 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
         optimizer="muon",
         class_names=CIFAR10,
     ),
-    # Students of cifar10-small-teacher, about twelve minutes on one core each. Muon: with a few hundred steps, Adam is
-    # still on its way.
+    # Students of cifar10-small-teacher, about twelve minutes on one core each. Muon: after a few hundred steps, Adam
+    # is still on its way.
     "cifar10-small-dmd": EdmDmdRecipe(
         _small(460), lr=7e-4, lr_critic=2e-3, regression_weight=0.25, pairs_batch=16, optimizer="muon"
     ),
