@@ -1,4 +1,4 @@
-"""The command line: `dmd2 generate`, `dmd2 train`, `dmd2 cog`, `dmd2 convert`. One thin verb each."""
+"""The command line: `dmd2 generate`, `train`, `evaluate`, `cog` and so on. One thin verb each."""
 
 from __future__ import annotations
 

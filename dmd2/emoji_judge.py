@@ -6,18 +6,17 @@ Anything that draws pictures for captions and seeds can be scored. What the pict
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmd2.errors import UserError
 from dmd2.frechet import frechet_distance_of
-from dmd2.training.classifier import FORMAT, Classifier
+from dmd2.training.classifier import Classifier
+from dmd2.training.classifier_file import load_classifier_file
 from dmd2.training.data import BACKGROUNDS, EmojiScenes, Split, with_article
 
 Draw = Callable[[list[str], list[int]], Tensor]
@@ -45,20 +44,12 @@ class EmojiJudge:
         Raises:
             UserError: the file is missing, damaged or something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise UserError(f"{path}: not an emoji classifier (no {FORMAT!r} in its metadata)")
-                config = json.loads(metadata["config"])
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            names, backgrounds = config["emoji"], config["backgrounds"]
-            model = Classifier(len(names), len(backgrounds), tuple(config["widths"]), config["features"])
-            model.load_state_dict(state)
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: not a readable emoji classifier ({error})") from error
+        model, config = load_classifier_file(
+            path,
+            "emoji",
+            lambda c: Classifier(len(c["emoji"]), len(c["backgrounds"]), tuple(c["widths"]), c["features"]),
+        )
+        names, backgrounds = config["emoji"], config["backgrounds"]
         return cls(model.to(device), names, backgrounds, config["size"])
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,6 +53,12 @@ def test_judge_refuses_other_files_and_other_pictures(judge: EmojiJudge, tmp_pat
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not an emoji classifier"):
         EmojiJudge.load(tmp_path / "other.safetensors")
+    with safe_open(WEIGHTS / "classifier.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors", metadata)
+    with pytest.raises(UserError, match=r"not a readable emoji classifier .*Missing key") as error:
+        EmojiJudge.load(tmp_path / "foreign.safetensors")
+    assert "\n" not in str(error.value)
     for images in (torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="expected pictures"):
             judge.features(images)

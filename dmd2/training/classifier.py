@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmd2.fileio import write_atomically
 from dmd2.recipes import ClassifierRecipe
+from dmd2.training.classifier_file import save_classifier_file
 from dmd2.training.data import BACKGROUNDS, EmojiScenes
 from dmd2.training.loop import Batch, Logs, Method, Phase
-
-FORMAT = "dmd2 emoji classifier 1"
 
 
 class Residual(nn.Module):
@@ -134,7 +130,7 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
 
 
 def save_classifier(model: Classifier, recipe: ClassifierRecipe, scenes: EmojiScenes, path: Path) -> None:
-    """Write the weights in fp16, with all that it takes to build the network again in the file's metadata."""
+    """See `dmd2.training.classifier_file`."""
     config = {
         "emoji": scenes.names,
         "backgrounds": list(BACKGROUNDS),
@@ -142,12 +138,7 @@ def save_classifier(model: Classifier, recipe: ClassifierRecipe, scenes: EmojiSc
         "features": recipe.features,
         "size": scenes.size,
     }
-    tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    metadata = {"format": FORMAT, "config": json.dumps(config)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    save_classifier_file(model, "emoji", config, path)
 
 
 def augment(x: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> Tensor:

@@ -6,24 +6,20 @@ called FD-small, never FID: the two have nothing but the formula in common.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
-from dmd2.fileio import write_atomically
 from dmd2.recipes import ImageClassifierRecipe
 from dmd2.training.classifier import Residual, convolution
+from dmd2.training.classifier_file import load_classifier_file, save_classifier_file
 from dmd2.training.images import ImageSet
 from dmd2.training.loop import Batch, Logs, Method, Phase
 
-FORMAT = "dmd2 image classifier 1"
 CROP = 4  # pixels that a crop may be shifted by
 
 
@@ -146,15 +142,9 @@ def flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def save_image_classifier(model: ImageClassifier, recipe: ImageClassifierRecipe, size: int, path: Path) -> None:
-    """Write the weights in fp16, with all that it takes to build the network again in the file's metadata."""
+    """See `dmd2.training.classifier_file`."""
     config = {"classes": recipe.classes, "widths": recipe.widths, "features": recipe.features, "size": size}
-    tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    metadata = {"format": FORMAT, "config": json.dumps(config)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    save_classifier_file(model, "image", config, path)
 
 
 @dataclass(frozen=True)
@@ -174,16 +164,7 @@ def load_image_classifier(path: Path, device: torch.device | str = "cpu") -> Loa
     Raises:
         UserError: the file is missing, damaged or something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path}: not an image classifier (no {FORMAT!r} in its metadata)")
-            config = json.loads(metadata["config"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        classes = config["classes"]
-        model = ImageClassifier(len(classes), tuple(config["widths"]), config["features"])
-        model.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable image classifier ({error})") from error
-    return LoadedClassifier(model.to(device).eval().requires_grad_(False), classes, config["size"])
+    model, config = load_classifier_file(
+        path, "image", lambda c: ImageClassifier(len(c["classes"]), tuple(c["widths"]), c["features"])
+    )
+    return LoadedClassifier(model.to(device).eval().requires_grad_(False), config["classes"], config["size"])
