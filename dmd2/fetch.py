@@ -114,7 +114,7 @@ def _unpack(tar: Path, name: str, folder: Path) -> None:
     """Files and folders only, and only below `folder`, as far as the disk has room."""
     folder.mkdir()
     size, free = 0, shutil.disk_usage(folder).free
-    # Python 3.11.3 and older know no filter. What it refuses is refused below too; it also tames modes and owners.
+    # Python 3.11.3 and older know no filter. What it refuses is refused below too.
     safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(tar) as archive:
         for member in archive:
@@ -125,7 +125,7 @@ def _unpack(tar: Path, name: str, folder: Path) -> None:
                 raise UserError(f"{name}: {member.name}: refused, because it is neither a file nor a folder")
             size += member.size
             _check_room(name, size, free)
-            archive.extract(member, folder, **safely)
+            archive.extract(member, folder, set_attrs=False, **safely)  # modes and owners are our own
 
 
 def _check_room(name: str, size: int, free: int) -> None:
