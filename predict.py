@@ -4,6 +4,7 @@ Cog reads this file without running it: inputs have literal defaults and bounds,
 """
 
 import logging
+import os
 from typing import AsyncIterator, Iterator, Optional
 
 from cog import BaseRunner, Input, Path, concurrent, streaming
@@ -16,10 +17,10 @@ class Predictor(BaseRunner):
     """Draws with the DMD2 students of one folder of weights, in one step or four."""
 
     def setup(self, weights: Optional[Path] = None) -> None:
-        """Loads everything once. `weights`: see `dmd2.weights.locate`."""
+        """Loads everything once. `weights`: what Cog makes of COG_WEIGHTS; DMD2_WEIGHTS comes before it."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
         logging.getLogger("httpx2").setLevel(logging.WARNING)
-        self.service = PictureService(weights)
+        self.service = PictureService(os.environ.get("DMD2_WEIGHTS") or weights)
 
     @streaming
     @concurrent(max=32)

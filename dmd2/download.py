@@ -63,6 +63,7 @@ LICENCES = {
 STUDENTS = {4: "dmd2_sdxl_4step_unet_fp16.safetensors", 1: "dmd2_sdxl_1step_unet_fp16.bin"}
 TIMESTEPS = {4: [999, 749, 499, 249], 1: [399]}
 LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
+OFFICIAL = "https://huggingface.co"
 AGAIN = "run this again, it goes on where it stopped"
 
 
@@ -563,8 +564,13 @@ def _first(error: BaseException) -> str:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Held as long as this process lives. Raises UserError if another one has it, OSError if it cannot be had."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".download-weights.lock").open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".download-weights.lock").open("a")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--dest in {folder}: cannot be written to ({reason}); choose another --dest") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -581,9 +587,12 @@ def _plain_errors(what: str) -> Iterator[None]:
         response = error.response
         if response.status_code in (401, 403, 404):
             code = response.status_code
-            raise UserError(
-                f"{what}: the hub answers {code}: there is none, or it wants a token (HF_TOKEN)"
-            ) from error
+            hub, asked = constants.ENDPOINT, response.request.url
+            if code == 404 and hub != OFFICIAL:  # a mirror: no token would help
+                hint = f"{hub} has no {asked.path}; check HF_ENDPOINT, or unset it for {OFFICIAL}"
+            else:
+                hint = "there is none, or it wants a token (HF_TOKEN)"
+            raise UserError(f"{what}: the hub answers {code}: {hint}") from error
         wait = response.headers.get("Retry-After", "")
         when = f"in {wait} seconds" if wait.isdigit() else "later"
         reason = f"{response.status_code} {response.reason_phrase}"

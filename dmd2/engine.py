@@ -174,6 +174,7 @@ class Engine:
         for mode in modes:
             denoiser = self._denoiser(self._plan(mode)[0])
             for size in sizes:  # "0" is a prompt to any family
+                logger.info("warm-up: %s steps at %dx%d (%.0f s so far)", mode, *size, time.perf_counter() - began)
                 with denoiser.recording():
                     for prompts in self._rehearsal(mode, size, batch):
                         self.draw(prompts, list(range(len(prompts))), mode, size)

@@ -365,6 +365,8 @@ def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, 
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.pop("_name_or_path", None)  # where it was loaded from: of no use elsewhere
+    if "transformers_version" in config:  # else transformers would load in the file's fp16, diffusers in fp32
+        config["dtype"] = "float32"
     atomic_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = {
         name: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()

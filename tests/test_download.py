@@ -420,10 +420,19 @@ def test_missing_things_are_named(hub: Hub, dest: Path, repositories: Mapping[st
     hub.push(DMD2, {name: content for name, content in repositories[DMD2].items() if name != ONE})
     assert f"{DMD2}: has no {ONE} at {hub.branches[DMD2]['main']}" in refused(dest)
     del hub.branches[DMD2]
-    assert f"{DMD2}: the hub answers 404: there is none" in refused(dest)
+    told = refused(dest)
+    assert f"{DMD2}: the hub answers 404: {hub.endpoint} has no /api/models/{DMD2}" in told
+    assert "HF_ENDPOINT" in told and "HF_TOKEN" not in told  # a mirror that lacks it: no token would help
     hub.close()
     huggingface_hub.close_session()
     assert hub.endpoint in refused(dest) and not dest.exists()
+
+
+def test_a_dest_that_cannot_be_written_to_is_named(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    told = refused(tmp_path / "file" / "sdxl", steps=(4,))
+    assert told.startswith(f"--dest in {tmp_path / 'file'}: cannot be written to") and "another --dest" in told
+    assert hub.lines("/resolve/") == []
 
 
 def test_token_goes_to_the_hub_alone(hub: Hub, dest: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,3 +132,17 @@ def test_it_refuses_in_one_line(
     assert "Cog's Python package is not installed; pip install 'dmd2[serve]'" in refused()
     (clone / "predict.py").unlink()
     assert "works from a clone of the repository only" in refused()
+
+
+def test_dmd2_weights_comes_before_cog_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cog hands COG_WEIGHTS to setup; `dmd2 cog --weights` sets DMD2_WEIGHTS."""
+    import predict
+
+    chosen: list[object] = []
+    monkeypatch.setattr(predict, "PictureService", chosen.append)
+    predict.Predictor().setup("cogs")
+    monkeypatch.setenv("DMD2_WEIGHTS", "mine")
+    predict.Predictor().setup("cogs")
+    monkeypatch.setenv("DMD2_WEIGHTS", "")
+    predict.Predictor().setup(None)
+    assert chosen == ["cogs", "mine", None]

@@ -1,0 +1,133 @@
+"""Every code block of the README: run as written, or, where a comment above it says why not, its options checked.
+
+The only word that is changed is the port of the server, which may be taken.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer.main
+from PIL import Image
+
+from dmd2.cli import app
+from dmd2.recipes import resolve
+from tests.service.cog_server import CogServer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    code: str
+    is_run: bool
+
+
+def blocks() -> list[Block]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pattern = r"(?m)^(<!-- not run by a test: \S[^\n]* -->\n)?```(\w*)\n(.*?)^```$"
+    return [
+        Block(text[: match.start(2)].count("\n") + 1, match[2], match[3], match[1] is None)
+        for match in re.finditer(pattern, text, re.DOTALL)
+    ]
+
+
+BLOCKS = blocks()
+TREE = next(block for block in BLOCKS if not block.language)
+SERVED = [block for block in BLOCKS if "localhost:5000" in block.code]
+ALONE = [b for b in BLOCKS if b.is_run and b.language and b not in SERVED and "dmd2 cog" not in b.code]
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """Each command's words: comments and line breaks of the shell are taken out."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+def run(block: Block, folder: Path, port: int = 5000) -> str:
+    """Runs a block as a user would who stands in `folder`, with the environment activated."""
+    code = block.code.replace("localhost:5000", f"localhost:{port}")
+    command = {"sh": ["bash", "-euo", "pipefail", "-c", code], "python": [sys.executable, "-c", code]}[block.language]
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": paths, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"README.md, line {block.line}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the README is read: `weights` is there, and what is written stays out of the repository."""
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    return tmp_path
+
+
+def test_every_block_is_found() -> None:
+    fences = (ROOT / "README.md").read_text(encoding="utf-8").count("\n```")
+    assert fences == 2 * len(BLOCKS)
+    assert {block.language for block in BLOCKS} == {"sh", "python", ""}
+
+
+@pytest.mark.parametrize("block", ALONE, ids=lambda block: f"line {block.line}")
+def test_a_block_runs_as_written(block: Block, folder: Path) -> None:
+    run(block, folder)
+    if "--num-outputs 4 --out images" in block.code:  # what the text promises: two prompts, four seeds each
+        names = [path.stem.split("_")[-2:] for path in (folder / "images").glob("*.png")]
+        assert sorted(names) == sorted([["1", seed] for seed in ("7", "8", "9", "10")] * 2)
+
+
+def test_what_the_service_is_asked_runs_as_written(folder: Path) -> None:
+    (folder / "server").mkdir()
+    server = CogServer(folder / "server")
+    try:
+        server.wait_until_ready()
+        said = [run(block, folder, server.port) for block in SERVED]
+    finally:
+        server.close()
+    assert len(said) >= 4
+    for name in ("apple.png", "owl-0.webp", "owl-1.webp"):
+        with Image.open(folder / name) as image:
+            assert image.size == (64, 64)
+    assert any("event: output" in text for text in said)
+
+
+def parsed(words: list[str]) -> None:
+    """Has the command line's own parser read a command; it raises what a user would see."""
+    command, context = typer.main.get_command(app), None
+    name, rest = words[0], words[1:]
+    while hasattr(command, "resolve_command"):
+        context = command.make_context(name, list(rest), parent=context, resilient_parsing=True)
+        name, command, rest = command.resolve_command(context, list(rest))
+    context = command.make_context(name, list(rest), parent=context)
+    if name == "train":
+        resolve(context.params["recipe"], [])
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"], ids=lambda block: f"line {block.line}")
+def test_commands_and_options_are_there(block: Block) -> None:
+    for words in commands(block.code):
+        if words[0] == "dmd2":
+            parsed(words)
+        elif words[0].startswith("scripts/"):
+            script = ROOT / words[0]
+            assert os.access(script, os.X_OK), words[0]
+            text = script.read_text(encoding="utf-8")
+            for option in (word for word in words[1:] if word.startswith("--")):
+                assert option in text or option[2:].replace("-", "_") in text, f"{words[0]} knows no {option}"
+
+
+def test_the_tree_names_what_is_there() -> None:
+    top = {name.rstrip("/") for name in re.findall(r"^(\S+)", TREE.code, re.MULTILINE)}
+    missing = {name for name in top if not (ROOT / name).exists()}
+    assert not missing
