@@ -122,8 +122,9 @@ class Batcher(Generic[Job, Result]):
         with self._changed:
             if not self.alive:
                 raise Stopped(self._ended or "closed")
-            if len(self._waiting) + len(tickets) > self._max_waiting:
-                raise Busy(f"{len(self._waiting)} pictures are waiting already; try again later")
+            waiting = sum(not ticket.future.cancelled() for ticket in self._waiting)
+            if waiting + len(tickets) > self._max_waiting:
+                raise Busy(f"{waiting} pictures are waiting already; try again later")
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
@@ -144,7 +145,7 @@ class Batcher(Generic[Job, Result]):
         prepared.set_result(None)
         why = "closed"
         try:
-            while batch := self._next_batch():
+            while (batch := self._next_batch()) is not None:
                 self._run_batch(batch)
         except BaseException as error:
             why = f"the device is gone: {type(error).__name__}: {error}"
@@ -157,14 +158,15 @@ class Batcher(Generic[Job, Result]):
             for ticket in left:
                 _fail(ticket, Stopped(why))
 
-    def _next_batch(self) -> list[Ticket[Job, Result]]:
-        """Waits for jobs. Empty when there will be no more."""
+    def _next_batch(self) -> list[Ticket[Job, Result]] | None:
+        """Waits for jobs. None when there will be no more."""
         with self._changed:
             idle = not self._waiting
-            while not self._waiting and not self._closing:
+            while not (batch := self._take()):  # nothing is left in the queue, or all of it was abandoned
+                if self._closing:
+                    return None
                 self._changed.wait()
-            batch = self._take()
-            if batch and not idle and self._linger > 0:
+            if not idle and self._linger > 0:
                 until = time.perf_counter() + self._linger
                 while len(batch) < self._max_batch and (left := until - time.perf_counter()) > 0:
                     if not self._changed.wait(left):

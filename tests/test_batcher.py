@@ -256,3 +256,23 @@ def test_preparation_comes_first_in_the_same_thread_and_its_errors_are_the_calle
 
     with pytest.raises(OSError, match="no weights"):
         Batcher[int, int](draw, lambda job: 0, prepare=broken)
+
+
+def test_a_queue_of_nothing_but_abandoned_jobs_is_no_end() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def draw(jobs: list[str], check: object) -> list[str]:
+        started.set()
+        assert release.wait(60)
+        return jobs
+
+    batcher: Batcher[str, str] = Batcher(draw, lambda job: None, max_batch=1, max_waiting=2)
+    first = batcher.submit("a")
+    assert started.wait(60)
+    for _ in range(5):  # more than may wait: who is gone takes no place
+        batcher.submit("b").abandon()
+    release.set()
+    assert first.future.result(60).result == "a"
+    assert batcher.submit("c").future.result(60).result == "c" and batcher.alive
+    batcher.close()
+    assert not batcher.alive
