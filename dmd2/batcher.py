@@ -210,6 +210,7 @@ class Batcher(Generic[Job, Result]):
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} jobs")
         except Abandoned as error:
+            logger.info("nobody waits any more: stopped before the end of a batch of %d", len(batch))
             for ticket in batch:
                 _fail(ticket, error)
         except Exception as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import secrets
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -177,13 +178,18 @@ def train(
     settled = resolve(recipe, overrides or [])
 
     from dmd2.engine import resolve_device
+    from dmd2.precision import recorded_precision, resolve_precision
     from dmd2.training.loop import train as run
     from dmd2.training.methods import build_method
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dmd2").setLevel(logging.INFO)
     where = resolve_device(device)
+    folder = out or Path("runs") / recipe
+    recorded = recorded_precision(folder) if resume else None
+    settled = replace(settled, precision=resolve_precision(settled.precision, where, recorded))
     paths = {"data": data, "init": init, "judge": judge, "student": student, "pairs": pairs_folder, "lpips": lpips}
     method = build_method(settled, paths, where)
-    folder = out or Path("runs") / recipe
     _make(folder)
     finished = run(method, settled.loop, folder, resume=resume, recipe={"name": recipe, **asdict(settled)})
     if not finished:

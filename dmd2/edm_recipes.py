@@ -8,7 +8,8 @@ from typing import Literal
 from dmd2.cifar10 import CLASSES as CIFAR10
 from dmd2.edm import PUBLISHED, EdmConfig
 from dmd2.errors import UserError
-from dmd2.training.loop import LoopSettings, Precision
+from dmd2.precision import Precision
+from dmd2.training.loop import LoopSettings
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class EdmTeacherRecipe:
     augment: float = 0.0
     """probability of each of EDM's augmentations; more than 0 needs a network with nine augmentation inputs"""
     class_names: tuple[str, ...] = ()
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     compile: bool = False
 
 
@@ -40,7 +41,7 @@ class EdmDmdRecipe:
     """pairs in a step, beside `loop.batch_size` samples"""
     sigmas: tuple[float, ...] = (80.0,)
     optimizer: Literal["adam", "muon"] = "adam"
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     compile: bool = False
     kind = "dmd"
     needs_images = False
@@ -63,7 +64,7 @@ class EdmDmd2Recipe:
     sigmas: tuple[float, ...] = (80.0,)
     """descending; as many as the student has steps"""
     optimizer: Literal["adam", "muon"] = "adam"
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     compile: bool = False
     kind = "dmd2"
 
@@ -88,7 +89,7 @@ class EdmGddRecipe:
     boundary: float = 0.002
     """ε of the preconditioning (GDD, app. C); 0 is EDM's own"""
     sigmas: tuple[float, ...] = (80.0,)
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     compile: bool = False
     needs_images = True
 

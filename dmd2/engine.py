@@ -73,7 +73,7 @@ class Engine:
     Args:
         folder: weights in diffusers' layout with a `dmd2.json`.
         device: "cpu", "cuda" or "auto" (cuda where there is one).
-        dtype: of networks; by default fp16 on a GPU, fp32 on a CPU, bf16 there for networks as large as SDXL's.
+        dtype: of networks; by default see `dmd2.placement.default_dtype`.
         trace: `warm_up` records networks for repeated calls: on a GPU they are compiled (see `dmd2.placement` for
             the variables that say how), on a CPU small ones are traced, which makes them about 1.3 times as fast.
         modes: to load at once, so that a broken file is an error now and the first picture is fast.
@@ -167,7 +167,7 @@ class Engine:
         """Draws once in each mode and size, so that no later call is the first of its kind.
 
         With `trace`, this is where networks are recorded. Calls of other modes and sizes run the networks as they
-        are. On a CPU a record serves every batch size, and a picture is the same to the bit either way. On a GPU
+        are. On a CPU a record serves every batch size, and a picture is the same to ±2 of 255 either way. On a GPU
         networks are compiled for one picture and for `batch` pictures, and other batches are put together from these.
         """
         began = time.perf_counter()

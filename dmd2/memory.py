@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from dmd2.errors import UserError
 
 MODES = ("auto", "full", "12gb", "8gb", "cpu")
-LARGE = 500_000_000  # parameters: networks from this size on run in bf16 on a CPU, and are not traced
+LARGE = 500_000_000  # parameters: networks from this size on may run in bf16 on a CPU, and are not traced
 CONTEXT = 600_000_000  # bytes that CUDA takes for itself on a device of which a part is to be used
 # Bytes beside the weights that a picture of 1024² needs: estimates for SDXL in 16 bits. With `full` a batch of four
 # goes through the UNet at once; the decoder takes one picture at a time, in `8gb` one tile of 512² at a time.
@@ -142,6 +144,15 @@ def save_memory(vae: Any, tiles: bool) -> None:
         vae.enable_tiling()
         vae.tile_sample_min_size = 512
         vae.tile_latent_min_size = 512 // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine, or the container it is, has for processes."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # not Linux, or no limit ("max")
+        return total
 
 
 def free_memory(device: torch.device) -> int:

@@ -64,7 +64,8 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 def seeded_noise(seeds: list[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Unit noise (len(seeds), *shape), float32: image i comes from its own CPU generator seeded `seeds[i]`.
 
-    So a seed gives the same picture whatever batch it rides in and whatever device it is made on.
+    So a seed gives the same noise whatever batch it rides in and whatever device it is made on. What
+    networks make of it still differs in the last bits with the batch size and the device.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)

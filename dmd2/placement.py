@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dmd2 import precision
 from dmd2.compiled import Compiler, cache_path, fuse_projections, has_fp8, quantize_linears, restore_kernels
 from dmd2.errors import UserError
 from dmd2.loading import parameters_in
-from dmd2.memory import LARGE, MODES, Plan, Turns, free_memory, plan
+from dmd2.memory import LARGE, MODES, Plan, Turns, free_memory, host_memory, plan
 
 EVERYTHING = Plan("full")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16} | precision.DTYPES
 SHARED = ("text_encoder", "text_encoder_2", "vae")
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,10 @@ def count_parameters(folder: Path, subfolders: Sequence[str]) -> dict[str, int]:
 def default_dtype(
     device: torch.device, parameters: Mapping[str, int], environ: Mapping[str, str] = os.environ
 ) -> torch.dtype:
-    """What `DMD2_DTYPE` says; else fp16 on a GPU, on a CPU fp32, but bf16 if a network is `LARGE`.
+    """What `DMD2_DTYPE` says; else fp16 on a GPU, on a CPU fp32.
 
-    SDXL in fp32 takes 14 GB. Which of fp16 and bf16 is faster on a GPU, `scripts/bench gpu` measures.
+    If a network is `LARGE`, a CPU uses bf16 where it is faster (see `dmd2.precision`), or where fp32 would not
+    fit: SDXL takes 14 GB of it. Which of fp16 and bf16 is faster on a GPU, `scripts/bench gpu` measures.
 
     Raises:
         UserError: the variable's value is not valid.
@@ -72,7 +74,15 @@ def default_dtype(
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if max(parameters.values(), default=0) >= LARGE else torch.float32
+    if max(parameters.values(), default=0) < LARGE:
+        return torch.float32
+    speeds, needed = precision.measure_cpu(), 4 * sum(parameters.values())
+    name = speeds.fastest
+    if name == "fp32" and needed > (memory := host_memory()):
+        name = "bf16"
+        logger.warning("fp32 is faster here, but takes %.1f GB of %.1f GB: bf16", needed / 1e9, memory / 1e9)
+    logger.info("precision: %s (%s)", name, speeds)
+    return DTYPES[name]
 
 
 def prefers_gpu(environ: Mapping[str, str] = os.environ) -> bool:

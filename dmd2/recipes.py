@@ -11,8 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from dmd2.cifar10 import CLASSES as CIFAR10
 from dmd2.edm_recipes import EDM_RECIPES, EdmRecipe, check_edm
 from dmd2.errors import UserError
+from dmd2.precision import Precision
 from dmd2.stable_diffusion import PredictionType
-from dmd2.training.loop import LoopSettings, Precision
+from dmd2.training.loop import LoopSettings
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class AutoencoderRecipe:
     decoder_blocks: tuple[int, ...]
     latent_noise: float
     """standard deviation of the noise on the latents while training"""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ClassifierRecipe:
     """contrast: largest relative change; the other two: in units of pictures in [−1, 1], at most"""
     blur_pixels: float
     """largest standard deviation of the blur"""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ImageClassifierRecipe:
     """pictures of the data that only score it"""
     classes: tuple[str, ...]
     """what the labels 0, 1, … mean"""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class TeacherRecipe:
     """the step until which scenes have no freedom: what things look like is learned before where they may lie"""
     free_from: int = 0
     """the step from which they have all of it"""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     compile: bool = True
     """whether torch.compile makes the network faster; needs a C++ compiler on a CPU"""
 
@@ -105,7 +106,7 @@ class Dmd2Recipe:
     """weights of the GAN losses; 0 and 0 is no GAN"""
     student_init: str | None = None
     """subfolder of the weights that the student starts from; None: the teacher's"""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     compile: bool = True
 
 

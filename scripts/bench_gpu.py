@@ -48,9 +48,11 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
     else:
         from diffusers import StableDiffusionXLPipeline  # noqa: F401
 
+        from dmd2.precision import DTYPES, fastest
+
         done("imports")
         target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        dtype = torch.float16 if target.type == "cuda" else torch.bfloat16
+        dtype = torch.float16 if target.type == "cuda" else DTYPES[fastest(target)]
         draw = theirs(load_pipeline(weights, dtype, target), size, steps, 1)
         done("load")
     stages = {}

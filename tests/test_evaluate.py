@@ -109,7 +109,8 @@ def test_a_teacher_is_sampled_by_heun_with_its_seeds_and_classes(folder: Path) -
     with torch.inference_mode():
         expected = RgbCodec().decode(heun(lambda x, s: denoiser(x, s, cond), start, sigmas))
         assert torch.equal(samples.draw(rows), expected)
-    assert torch.equal(samples.draw([2]), expected[1:])
+    alone = samples.draw([2])  # kernels for another batch size round in another way
+    assert (alone.int() - expected[1:].int()).abs().max() <= 2
     assert samples.facts["sampler"] == "heun" and samples.facts["sigmas"] == sigmas
     assert len(EdmSamples(folder / "teacher", 1, None, 0, CPU).sigmas) == 18
 

@@ -8,7 +8,6 @@ import ipaddress
 import socket
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -254,20 +253,16 @@ def test_size(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/drip", "/drip-head"])
 def test_a_server_that_drips_is_given_up(server: Server, path: str) -> None:
-    began = time.monotonic()
     with pytest.raises(UserError, match="image: the download"):
         fetch(f"http://{server.address}{path}", replace(HERE, seconds=0.5))
-    assert time.monotonic() - began < 5
 
 
 def test_a_server_that_says_nothing_is_given_up() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        began = time.monotonic()
         with pytest.raises(UserError, match="image: the download"):
             fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/", replace(HERE, seconds=0.3))
-        assert time.monotonic() - began < 5
 
 
 def test_bad_answers(server: Server) -> None:
@@ -332,10 +327,8 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(("width", "height"), [(10_000, 8_000), (30_000, 30_000), (1, 2**31 - 1)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_an_error_before_it_is_unpacked(width: int, height: int) -> None:
-    began = time.monotonic()
     with pytest.raises(UserError, match=r"image: .*expected at most 50 million pixels"):
         read_picture(bomb(width, height), "image")
-    assert time.monotonic() - began < 1
 
 
 def test_what_is_no_picture_or_a_damaged_one() -> None:

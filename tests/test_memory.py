@@ -18,6 +18,7 @@ from dmd2.engine import Engine
 from dmd2.errors import UserError
 from dmd2.memory import LARGE, Plan, Turns, peak_memory, plan, save_memory
 from dmd2.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
+from dmd2.precision import DTYPES, Throughput
 from dmd2.weights import load_text_to_image
 
 CPU = torch.device("cpu")
@@ -213,10 +214,16 @@ def test_a_vae_in_tiles_draws_about_the_same_picture() -> None:
 # What an engine decides
 
 
-def test_large_networks_run_in_bf16_on_a_cpu() -> None:
+@pytest.mark.parametrize("faster", ["bf16", "fp32"])
+def test_large_networks_run_on_a_cpu_in_what_is_faster_there(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = {"unet": 8_000_000}, {"unet": 2_567_463_684, "vae": 83_653_863}
+    speeds = Throughput(*((200.0, 100.0) if faster == "bf16" else (0.7, 31.0)))
+    monkeypatch.setattr("dmd2.precision.measure_cpu", lambda: speeds)
+    monkeypatch.setattr("dmd2.placement.host_memory", lambda: 24 * 10**9)
     assert default_dtype(CPU, small) == default_dtype(CPU, {}) == torch.float32
-    assert default_dtype(CPU, large) == default_dtype(CPU, {"unet": LARGE}) == torch.bfloat16
+    assert default_dtype(CPU, large) == default_dtype(CPU, {"unet": LARGE}) == DTYPES[faster]
+    monkeypatch.setattr("dmd2.placement.host_memory", lambda: 10**10)  # fp32 would take 10.6 GB
+    assert default_dtype(CPU, large) == torch.bfloat16
     assert default_dtype(GPU, small) == default_dtype(GPU, large) == torch.float16
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from dmd2.precision import autocast_dtype
 from dmd2.recipes import AutoencoderRecipe
 from dmd2.training.data import EmojiScenes
 from dmd2.training.loop import Batch, Logs, Method, Phase
@@ -42,8 +43,10 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
         x = data.to(device).float() / 127.5 - 1
         return x.contiguous(memory_format=torch.channels_last)
 
+    autocast = autocast_dtype(recipe.precision, device)
+
     def reconstruct(net: Any, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             z = net.encoder(x).float()
             y = net.decoder(z if noise is None else z + recipe.latent_noise * noise).float()
         return y, z

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmd2.precision import autocast_dtype
 from dmd2.recipes import ClassifierRecipe
 from dmd2.training.classifier_file import save_classifier_file
 from dmd2.training.data import BACKGROUNDS, EmojiScenes
@@ -87,9 +88,11 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
     def images(data: Tensor) -> Tensor:
         return data.to(device).float() / 127.5 - 1
 
+    autocast = autocast_dtype(recipe.precision, device)
+
     def logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             emoji, background = net(x)
         return emoji.float(), background.float()
 

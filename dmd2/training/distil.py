@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dmd2.emoji_judge import EmojiJudge
 from dmd2.errors import UserError
 from dmd2.noise import seeded_noise
+from dmd2.precision import autocast_dtype
 from dmd2.recipes import Dmd2Recipe
 from dmd2.sampling import conditioned, few_step
 from dmd2.stable_diffusion import StableDiffusion
@@ -38,7 +39,7 @@ def distil(
     teacher_folder = manifest.teacher.subfolder
     student_folder = recipe.student_init or teacher_folder
     loaded = load_text_to_image(init, list({teacher_folder, student_folder}), device, torch.float32)
-    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+    autocast = autocast_dtype(recipe.precision, device)
 
     def denoiser(module: nn.Module, compile: bool = recipe.compile) -> StableDiffusion:
         kind = loaded.denoisers[teacher_folder].prediction_type

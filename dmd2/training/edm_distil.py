@@ -16,6 +16,7 @@ from dmd2.edm import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.edm_recipes import EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
 from dmd2.edm_weights import load_edm, save_edm
 from dmd2.errors import UserError
+from dmd2.precision import training_dtype
 from dmd2.sampling import conditioned, few_step
 from dmd2.training.critics import ClassifierHead
 from dmd2.training.discriminator import (
@@ -27,7 +28,6 @@ from dmd2.training.discriminator import (
 )
 from dmd2.training.dmd import DmdSettings, RegressionPairs, dmd_phases
 from dmd2.training.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
-from dmd2.training.edm_teacher import DTYPES
 from dmd2.training.gdd import GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
 from dmd2.training.images import ImageSet
 from dmd2.training.loop import Batch, Method, Phase
@@ -72,7 +72,7 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
     student = _student(recipe, sources, teacher, device)
     fake = deepcopy(teacher.network).requires_grad_(True).train()
     for network in (teacher.network, student, fake):
-        network.dtype = DTYPES[recipe.precision]
+        network.dtype = training_dtype(recipe.precision, device)
     build = {EdmDmdRecipe: _dmd, EdmDmd2Recipe: _dmd2, EdmGddRecipe: _gdd}[type(recipe)]
     parts = _Parts(recipe, sources, teacher, student, fake, device)
     phases = build(parts)
@@ -137,7 +137,7 @@ class _Parts:
 
     def optimizer(self, module: nn.Module, lr: float) -> Optimizer:
         if self.recipe.optimizer == "muon":
-            return Muon(module, lr)
+            return Muon(module, lr, dtype=training_dtype(self.recipe.precision, self.device))
         return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
     def data(self) -> Callable[[int], _Step]:

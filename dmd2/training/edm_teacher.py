@@ -14,6 +14,7 @@ from dmd2.edm_recipes import NETWORKS, EdmTeacherRecipe
 from dmd2.edm_weights import TEACHER_STEPS, save_edm
 from dmd2.errors import UserError
 from dmd2.noise import add_noise, per_image
+from dmd2.precision import training_dtype
 from dmd2.sampling import conditioned, heun, teacher_sigmas
 from dmd2.training.augment import AUGMENT_DIM, augment
 from dmd2.training.images import ImageSet
@@ -23,7 +24,6 @@ from dmd2.training.preview import ClassPreview
 
 P_MEAN, P_STD = -1.2, 1.2  # ln σ ~ N(P_mean, P_std²) (Karras et al. 2022, table 1)
 LICENCE = "not stated: trained on data of your own choice"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def edm_loss(
@@ -57,10 +57,11 @@ def train_edm_teacher(recipe: EdmTeacherRecipe, images: ImageSet, device: torch.
     if recipe.augment > 0 and config.augment_dim != AUGMENT_DIM:
         raise UserError(f"--set augment={recipe.augment}: {recipe.network} has no {AUGMENT_DIM} inputs to be told by")
     torch.manual_seed(recipe.loop.seed)
-    network = EdmNetwork(config, DTYPES[recipe.precision]).to(device)
+    dtype = training_dtype(recipe.precision, device)
+    network = EdmNetwork(config, dtype).to(device)
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "muon":
-        optimizer = Muon(network, recipe.lr, weight_decay=0.0)
+        optimizer = Muon(network, recipe.lr, weight_decay=0.0, dtype=dtype)
     else:
         optimizer = torch.optim.Adam(network.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)
     codec, preview = RgbCodec(), ClassPreview(config, recipe.class_names)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
+from dmd2.precision import autocast_dtype
 from dmd2.recipes import ImageClassifierRecipe
 from dmd2.training.classifier import Residual, convolution
 from dmd2.training.classifier_file import load_classifier_file, save_classifier_file
@@ -83,9 +84,11 @@ def train_image_classifier(recipe: ImageClassifierRecipe, dataset: ImageSet, dev
         rows = kept[shuffled[place * size : (place + 1) * size]]
         return dataset.images(rows), labels[rows]
 
+    autocast = autocast_dtype(recipe.precision, device)
+
     def logits(net: nn.Module, x: Tensor) -> Tensor:
         x = (x.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             return net(x).float()
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:

@@ -16,7 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +28,6 @@ from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
 
 Logs = dict[str, float | Tensor]
-Precision = Literal["bf16", "fp32"]
 EMA_RAMP_UP = 0.05  # a half-life is at most this part of what has been (Karras et al. 2022's code; GDD)
 
 

@@ -20,9 +20,18 @@ class Muon(torch.optim.Optimizer):
         module: whose parameters to train; embeddings, biases, norms and gains are left to AdamW.
         lr: learning rate.
         weight_decay: decoupled, for both.
+        dtype: of the Newton-Schulz steps; bf16 does where the device is fast in it.
     """
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.01, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: float,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         parameters = list(module.parameters())
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
@@ -49,7 +58,7 @@ class Muon(torch.optim.Optimizer):
             update = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # Nesterov
             shapes[(update.shape[0], update.shape[1])].append((p, update))
         for (rows, columns), entries in shapes.items():  # equal shapes in one batch of matrix products
-            updates = orthogonalised(torch.stack([update for _, update in entries]))
+            updates = orthogonalised(torch.stack([update for _, update in entries]).to(self._dtype)).float()
             scale = group["lr"] * 0.2 * max(rows, columns) ** 0.5
             for (p, _), update in zip(entries, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(scale * update.view(p.shape))
@@ -69,12 +78,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(N, rows, columns) → about U·Vᵀ of each one's singular value decomposition, by a quintic Newton-Schulz."""
-    x = matrices.bfloat16()
+    """(N, rows, columns) → about U·Vᵀ of each one's singular value decomposition, by a quintic Newton-Schulz.
+
+    Computed in their own dtype.
+    """
+    x = matrices
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
+    return x if wide else x.mT

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmd2.emoji_judge import EmojiJudge
 from dmd2.noise import draw_sigma, seeded_noise
+from dmd2.precision import autocast_dtype
 from dmd2.recipes import TeacherRecipe
 from dmd2.sampling import conditioned, dpm_solver_2m, teacher_sigmas
 from dmd2.stable_diffusion import LatentCodec, StableDiffusion, TextEncoder
@@ -30,8 +31,8 @@ def train_teacher(
 
     Empty captions become SDXL's all-zero condition, which is what guidance later takes as unconditional.
     """
-    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
-    codec = LatentCodec(load_vae(init / "vae", device, torch.bfloat16 if autocast else torch.float32))
+    autocast = autocast_dtype(recipe.precision, device)
+    codec = LatentCodec(load_vae(init / "vae", device, autocast or torch.float32))
     tokenizer, models = build_models(vocabulary(scenes), recipe.loop.seed)
     if recipe.warm_start:
         loaded = load_text_to_image(init, ["unet_teacher"], device, torch.float32)
@@ -39,7 +40,7 @@ def train_teacher(
         for name, encoder in zip(("text_encoder", "text_encoder_2"), loaded.encode_text.encoders, strict=True):
             models[name].load_state_dict(encoder.state_dict())
     models.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = Muon(models, recipe.lr, recipe.weight_decay)
+    optimizer = Muon(models, recipe.lr, recipe.weight_decay, dtype=autocast or torch.float32)
     size = (scenes.size, scenes.size)
 
     def parts(modules: Any, compile: bool) -> tuple[StableDiffusion, TextEncoder]:

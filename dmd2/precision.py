@@ -1,0 +1,118 @@
+"""Which floating-point type networks compute in where nobody says: measured, for CPUs differ a hundredfold.
+
+With AVX512-BF16 or AMX a CPU is twice as fast in bf16 as in fp32; with AVX2 only it takes ten to forty times as
+long, as every operation is emulated. What is measured follows `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA`, which
+flags of the CPU would not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROUNDS = 3
+SIDE = 384  # of the matrices
+CHANNELS, PIXELS = 64, 32  # of the convolution
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """GFLOP/s of a convolution and a matrix product, one after the other."""
+
+    bf16: float
+    fp32: float
+
+    @property
+    def fastest(self) -> Literal["bf16", "fp32"]:
+        return "bf16" if self.bf16 > self.fp32 else "fp32"
+
+    def __str__(self) -> str:
+        return f"bf16 {self.bf16:.3g} GFLOP/s, fp32 {self.fp32:.3g}"
+
+
+@lru_cache(maxsize=1)
+def measure_cpu() -> Throughput:
+    """Takes milliseconds where both are fast, and about a second where bf16 is emulated.
+
+    The types take turns and the best of three rounds counts, so that what else the machine does falls on both.
+    """
+    work = {name: _work(dtype) for name, dtype in DTYPES.items()}
+    best = dict.fromkeys(work, float("inf"))
+    with torch.inference_mode():
+        for run in work.values():
+            run()  # kernels are chosen, memory is taken
+        for _ in range(ROUNDS):
+            for name, run in work.items():
+                began = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - began)
+    gflop = 2e-9 * (SIDE**3 + CHANNELS * CHANNELS * 9 * PIXELS**2)
+    return Throughput(*(gflop / max(best[name], 1e-9) for name in ("bf16", "fp32")))
+
+
+def _work(dtype: torch.dtype) -> Callable[[], object]:
+    a, b = (torch.ones(SIDE, SIDE, dtype=dtype) for _ in range(2))
+    x, w = torch.ones(1, CHANNELS, PIXELS, PIXELS, dtype=dtype), torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype)
+    return lambda: (a @ b, torch.nn.functional.conv2d(x, w, padding=1))
+
+
+def fastest(device: torch.device) -> Literal["bf16", "fp32"]:
+    """What to compute in on `device`, of the types that fp32 weights need no scaling of losses for."""
+    if device.type == "cpu":
+        return measure_cpu().fastest
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "fp32"
+
+
+def resolve_precision(
+    wanted: Precision, device: torch.device, recorded: str | None = None
+) -> Literal["bf16", "fp32"]:
+    """What a run trains in, with a word in the log.
+
+    Args:
+        wanted: by the recipe; "auto" leaves it to the device.
+        recorded: what the run began with, if it is continued: it keeps that, or its results would change.
+    """
+    if wanted != "auto":
+        return wanted
+    found = fastest(device)
+    speed = f" ({measure_cpu()})" if device.type == "cpu" else ""
+    if recorded in DTYPES and recorded != found:
+        logger.warning("precision: %s, as the run began; on this machine %s is faster%s", recorded, found, speed)
+        return "bf16" if recorded == "bf16" else "fp32"
+    logger.info("precision: %s%s", found, speed)
+    return found
+
+
+def recorded_precision(run: Path) -> str | None:
+    """What the run in this folder computes in; None if there is none, or it does not say."""
+    try:
+        recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the checkpoint has it, too, and is what a damaged file is measured by
+        return None
+    found = recipe.get("precision") if isinstance(recipe, dict) else None
+    return found if found in DTYPES else None
+
+
+def training_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type that forward and backward passes run in; parameters stay fp32."""
+    return DTYPES[fastest(device) if precision == "auto" else precision]
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """`training_dtype` for `torch.autocast`; None where none is needed."""
+    dtype = training_dtype(precision, device)
+    return None if dtype == torch.float32 else dtype
