@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,10 @@ from PIL import Image, ImageDraw
 from dmd2.training.data import SIDE, EmojiScenes, vocabulary
 from dmd2.training.embedded import build_text_encoders, build_tokenizer, build_unet
 from dmd2.weights import Student, Teacher, save_text_to_image, save_vae
+
+# Inductor's cache does not tell apart what was compiled with and without AVX-512, and results are wrong then.
+CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"dmd2-inductor-{CAPABILITY}"))
 
 EMOJI = (
     ("red apple", "fruit", ["apple"], (215, 40, 40, 255)),
