@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
 from dmd2.errors import UserError
+from dmd2.fileio import read_object
+from dmd2.loading import build_network
 from dmd2.lora import Fused, read_lora
 from dmd2.weights import UNET_FILE, Manifest, Student, save_pipeline_configs, swap, write_manifest
 
@@ -65,7 +64,7 @@ def convert_sdxl(source: Path, lora: Path, out: Path, scale: float = 1.0, vae: P
 
 def _check_prediction(source: Path) -> None:
     path = source / "scheduler" / "scheduler_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("prediction_type", "epsilon") if path.is_file() else ""
+    found = read_object(path).get("prediction_type", "epsilon") if path.is_file() else ""
     if found not in ("", "epsilon"):
         raise UserError(f"{path}: predicts {found}; expected epsilon, as DMD2's LoRA was made for")
 
@@ -77,8 +76,7 @@ def _check_lora(source: Path, path: Path) -> None:
     config = source / "unet" / "config.json"
     if not config.is_file():
         raise UserError(f"{config}: missing; expected an SDXL checkpoint in diffusers' layout")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(config.read_text(encoding="utf-8")))
+    unet = build_network(UNet2DConditionModel, config)
     lora = read_lora(path)
     if lora.changes_text:
         raise UserError(f"LoRA {lora.name}: changes text encoders; expected one that makes a UNet a few-step student")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd2.errors import UserError
+from dmd2.errors import UserError, shown
+from dmd2.fileio import read_object
 from dmd2.stable_diffusion import Control, TextCondition
 
 SCALE = 0.8
@@ -107,12 +107,9 @@ def load_control(folder: Path, device: torch.device, dtype: torch.dtype) -> Cont
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"control {folder}: expected a folder with a config.json, a ControlNet's or T2I-Adapter's")
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not a model's configuration") from error
+    name = read_object(path).get("_class_name")
     if name not in KINDS:
-        raise UserError(f"{path}: describes a {name}; expected one of {', '.join(KINDS)}")
+        raise UserError(f"{path}: describes a {shown(name)}; expected one of {', '.join(KINDS)}")
     try:
         network = getattr(diffusers, name).from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from dmd2 import __version__
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_path, atomic_text, sha256_file
+from dmd2.loading import build_network
 from dmd2.weights import (
     MANIFEST,
     UNET_FILE,
@@ -505,8 +506,7 @@ def _check_unet(shapes: Mapping[str, Sequence[int]], config: Path, name: str) ->
     """Raises UserError unless these are the tensors of the UNet that `config` describes."""
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(config.read_text()))
+    unet = build_network(UNet2DConditionModel, config)
     expected = {key: list(value.shape) for key, value in unet.state_dict().items()}
     wrong = {
         "missing": expected.keys() - shapes.keys(),

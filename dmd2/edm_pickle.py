@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dmd2.edm import EdmConfig
-from dmd2.edm_weights import expect_new, first_error, network_of, save_edm
-from dmd2.errors import UserError
+from dmd2.edm_weights import expect_new, network_of, save_edm
+from dmd2.errors import UserError, first_error
 
 MAX_OPCODES = 5_000_000  # ImageNet-64's file has 54,000; each can cost a hundred bytes of memory
 LICENCE = "that of the file they were converted from; EDM's published weights are CC BY-NC-SA 4.0"

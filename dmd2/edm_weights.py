@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmd2.edm import Edm, EdmConfig, EdmNetwork, channels_last
 from dmd2.edm_layers import STYLES, resample_filter
-from dmd2.errors import UserError
+from dmd2.errors import UserError, first_error
 from dmd2.fileio import atomic_text, write_atomically
 from dmd2.weights import Manifest, Student, Teacher, read_manifest, verify, write_manifest
 
@@ -118,13 +118,6 @@ def _read_config(path: Path) -> EdmConfig:
         return EdmConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error)}") from None
-
-
-def first_error(error: ValidationError) -> str:
-    """The first of pydantic's complaints, as part of a line."""
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
 
 
 def network_of(config: EdmConfig, tensors: Mapping[str, Tensor], source: Path) -> EdmNetwork:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from dmd2.edit import PLAIN, Edit
 from dmd2.edm import ClassCondition, Edm
 from dmd2.errors import UserError
 from dmd2.extras import TINY, Extras
+from dmd2.fileio import read_object
 from dmd2.memory import LARGE, peak_memory
 from dmd2.noise import seeded_noise
 from dmd2.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
@@ -392,7 +392,7 @@ def vae_folder(folder: Path, vae: str) -> str:
     if vae == "kl" or (folder / TINY).is_dir():
         return "vae" if vae == "kl" else TINY
     config = folder / "vae" / "config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderTiny":
+    if config.is_file() and read_object(config).get("_class_name") == "AutoencoderTiny":
         return "vae"
     raise UserError(f"vae: tiny, but {folder} has no {TINY}; get it by scripts/download-weights --vae kl,tiny")
 

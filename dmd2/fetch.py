@@ -12,13 +12,23 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
-from dmd2.errors import UserError
+from dmd2.errors import UserError, shown
 from dmd2.fileio import sha256_file
 
 SILENCE = 60.0
 """seconds without a byte after which a download has failed"""
+MOST_MEMBERS = 10_000
+"""files and folders in a tar, at most"""
+MOST_DEPTH = 32
+"""folders within one another, at most"""
+
+MOST_HEADER = 1_000_000
+"""bytes of a member's name and attributes, at most"""
+
+_EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # of POSIX, Solaris and GNU
+_DAMAGED = (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, OverflowError, RecursionError)
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +81,12 @@ def unpacked(source: str, cache: Path, marker: str, check: Callable[[Path], None
                 if not folder.is_dir():  # else another process was faster
                     raise
         return folder
-    except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{name}: no tar, or a damaged one: {str(error).partition(':')[0]}") from error
+    except UserError:
+        raise
+    except _DAMAGED as error:
+        raise UserError(f"{name}: no tar, or a damaged one: {shown(str(error).partition(':')[0])}") from error
     except OSError as error:
-        raise UserError(f"{name}: cannot be unpacked into {cache}: {error}") from error
+        raise UserError(f"{name}: cannot be unpacked into {cache}: {shown(error, 500)}") from error
 
 
 def _without_secrets(url: str) -> str:
@@ -110,19 +122,44 @@ def download_file(url: str, path: Path, advance: Callable[[int, int], object] = 
         raise UserError(f"{name}: the download failed: {str(error) or type(error).__name__}") from error
 
 
+class _WholeTar(tarfile.TarInfo):
+    """A tar's end is two blocks of zeros. tarfile takes a header that is cut or damaged for the end, too."""
+
+    @classmethod
+    def frombuf(cls, *args: Any) -> Self:
+        header = super().frombuf(*args)
+        if header.type in _EXTENDED and header.size > MOST_HEADER:  # is read into memory
+            raise tarfile.ReadError("a header of more than 1 MB")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error) or "cut") from error
+
+
 def _unpack(tar: Path, name: str, folder: Path) -> None:
     """Files and folders only, and only below `folder`, as far as the disk has room."""
     folder.mkdir()
-    size, free = 0, shutil.disk_usage(folder).free
+    size, members, free = 0, 0, shutil.disk_usage(folder).free
     # Python 3.11.3 and older know no filter. What it refuses is refused below too.
     safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-    with tarfile.open(tar) as archive:
+    with tarfile.open(tar, tarinfo=_WholeTar) as archive:
         for member in archive:
-            path = PurePosixPath(member.name)
+            path, members = PurePosixPath(member.name), members + 1
+            refused = f"{name}: {shown(member.name)}: refused, because"
             if path.is_absolute() or ".." in path.parts:
-                raise UserError(f"{name}: {member.name}: refused, because it leads out of the folder")
+                raise UserError(f"{refused} it leads out of the folder")
             if not (member.isfile() or member.isdir()):
-                raise UserError(f"{name}: {member.name}: refused, because it is neither a file nor a folder")
+                raise UserError(f"{refused} it is neither a file nor a folder")
+            if len(path.parts) > MOST_DEPTH:
+                raise UserError(f"{refused} it lies {len(path.parts)} folders deep; expected at most {MOST_DEPTH}")
+            if members > MOST_MEMBERS:
+                raise UserError(f"{name}: more than {MOST_MEMBERS} files and folders; expected fewer")
             size += member.size
             _check_room(name, size, free)
             archive.extract(member, folder, set_attrs=False, **safely)  # modes and owners are our own

@@ -2,11 +2,18 @@
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from dmd2.errors import UserError, shown
+
+MOST_JSON = 16_000_000
+"""bytes of a JSON file that is read, at most"""
 
 
 @contextmanager
@@ -47,6 +54,30 @@ def atomic_bytes(path: Path, content: bytes) -> None:
 def atomic_text(path: Path, content: str) -> None:
     """Replace the content of `path` with `content` in UTF-8, whole or not at all."""
     atomic_bytes(path, content.encode())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file (UTF-8, with or without a byte-order mark).
+
+    Raises:
+        UserError: no such file, larger than `MOST_JSON`, no JSON or nested too deeply, or no object.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path, 500)}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    if len(data) > MOST_JSON:
+        raise UserError(f"{path}: larger than {MOST_JSON // 1_000_000} MB; expected a small JSON file")
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; expected a JSON object") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON ({shown(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
 
 
 def sha256_file(path: Path) -> str:

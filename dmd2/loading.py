@@ -6,7 +6,7 @@ diffusers' and transformers' own loaders are lenient (a key that is missing is d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +17,13 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dmd2.errors import UserError
+from dmd2.errors import UserError, shown
+from dmd2.fileio import read_object
 
 # diffusers up to 0.16 named the attention of VAEs differently. Files of that time are still about.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+MOST_LAYERS, MOST_CHANNELS = 200, 1_000_000
+"""of any number in a config.json, and of the numbers in one list. (CLIP's vocabulary has 49,408 words.)"""
 NAMED = 3  # keys in an error message, at most
 
 
@@ -39,7 +42,7 @@ def load_network(kind: Any, path: Path, device: torch.device, dtype: torch.dtype
     for file in (config, path):
         if not file.is_file():
             raise UserError(f"{file}: missing; expected a {kind.__name__} there")
-    network = _build(kind, config)
+    network = build_network(kind, config)
     network.load_state_dict(_read(network, path, device, dtype), strict=True, assign=True)
     return network.requires_grad_(False).eval().to(device)  # the last for buffers that no file holds
 
@@ -53,12 +56,35 @@ def parameters_in(paths: Iterable[Path]) -> int:
     return total
 
 
-def _build(kind: Any, config: Path) -> Any:
-    # Parameters only: buffers that are in no file (CLIP's position_ids) keep the values they are made with.
-    with init_empty_weights(include_buffers=False):
-        if hasattr(kind, "config_class"):  # transformers
-            return kind(kind.config_class.from_pretrained(config.parent, local_files_only=True))
-        return kind.from_config(kind.load_config(config.parent, local_files_only=True))
+def build_network(kind: Any, config: Path) -> Any:
+    """The network of class `kind` that a `config.json` describes, its parameters without memory (on "meta").
+
+    Raises:
+        UserError: it describes none.
+    """
+    settings = read_object(config)
+    check_counts(config, settings)
+    try:
+        # Parameters only: buffers that are in no file (CLIP's position_ids) keep the values they are made with.
+        with init_empty_weights(include_buffers=False):
+            if hasattr(kind, "config_class"):  # transformers
+                return kind(kind.config_class.from_dict(settings))
+            return kind.from_config(settings)
+    except Exception as error:  # of any kind: what the libraries raise for wrong types and values
+        raise UserError(f"{config}: describes no {kind.__name__} ({shown(error)})") from error
+
+
+def check_counts(config: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for numbers (of layers, channels, …) so large that no network could be built of them."""
+    for name, value in settings.items():
+        flat, left = [], [value]
+        while left:
+            item = left.pop()
+            left += item if isinstance(item, list) else []
+            flat.append(item)
+        largest = MOST_LAYERS if "layers" in name or "blocks" in name else MOST_CHANNELS
+        if len(flat) > MOST_LAYERS or any(isinstance(n, int) and abs(n) > largest for n in flat):
+            raise UserError(f"{config}: {shown(name)}: {shown(value)}; expected numbers of at most {largest}")
 
 
 def _read(network: nn.Module, path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -73,7 +99,7 @@ def _read(network: nn.Module, path: Path, device: torch.device, dtype: torch.dty
             _check(path, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, shapes)
             return {name: _placed(file.get_tensor(key), device, dtype) for name, key in keys.items()}
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: not a whole safetensors file ({shown(error)})") from None
 
 
 def _today(key: str, known: AbstractSet[str]) -> str:
@@ -99,7 +125,7 @@ def _check(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tupl
 
 def _some(names: list[str]) -> str:
     more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(shown(name) for name in names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _size(shape: tuple[int, ...]) -> str:

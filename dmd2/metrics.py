@@ -7,7 +7,6 @@ FD-small. FID itself is `dmd2.frechet.frechet_distance` of two `moments`.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
-from dmd2.fileio import sha256_file
+from dmd2.fileio import read_object, sha256_file
 from dmd2.training.image_classifier import load_image_classifier
 
 INCEPTION_FEATURES = 2048
@@ -279,7 +278,7 @@ class ClipScore:
             raise UserError(f"--clip {folder}: holds no CLIP model; scripts/download-metrics --clip fetches one")
         self.path, self.device = folder, torch.device(device)
         try:
-            kind = json.loads(path.read_bytes()).get("model_type")
+            kind = read_object(path).get("model_type")
             if kind != "clip":
                 raise UserError(f"--clip {folder}: is a model of the type {kind!r}; expected 'clip'")
             model, info = CLIPModel.from_pretrained(

@@ -21,6 +21,17 @@ def sd_sigmas(steps: int = SD_TRAIN_STEPS, beta_start: float = 0.00085, beta_end
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
+def zero_snr_sigmas() -> Tensor:
+    """`sd_sigmas`, rescaled so that the last level is noise alone: Lin et al. 2023 (2305.08891), algorithm 1.
+
+    There ᾱ would be 0 and σ infinite; ᾱ is 2⁻⁴⁰ and σ 2²⁰, so that x0's share in a network's input is 1e-6.
+    """
+    root = (1 + sd_sigmas() ** 2) ** -0.5  # √ᾱ
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = (root**2).clamp(min=2**-40)
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
 def karras_sigmas(steps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """EDM's levels (Karras et al. 2022, eq. 5), ascending, shape (steps,), float64."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)

@@ -11,20 +11,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import nn
 
 from dmd2.checksums import verifying
-from dmd2.errors import UserError
+from dmd2.configs import SCHEDULER, Schedule, judge, read_schedule, read_unet_config, read_vae_config
+from dmd2.errors import UserError, first_error, shown
 from dmd2.fetch import is_url, unpacked
-from dmd2.fileio import atomic_text, sha256_file
+from dmd2.fileio import atomic_text, read_object, sha256_file
 from dmd2.loading import load_network
 from dmd2.memory import save_memory
+from dmd2.noise import zero_snr_sigmas
 from dmd2.placement import Placement
 from dmd2.stable_diffusion import LatentCodec, PredictionType, StableDiffusion, TextEncoder
 
@@ -34,22 +37,40 @@ DEFAULT = ROOT / "weights" / "emoji"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
+def _inside(name: str) -> str:
+    """A path within the folder of weights. Links are looked at by `read_manifest`, which knows the folder."""
+    path = PurePosixPath(name)
+    if not name or not name.isprintable() or "\\" in name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{shown(repr(name))}: leads out of the folder; expected a path in it")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(_inside), Field(max_length=1000)]
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
+Level = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e6)]
+Side = Annotated[int, Field(ge=1, le=16384)]
+
+
 class Student(BaseModel):
     """A distilled network: where it lies and the timesteps, or for EDM the levels, that it was distilled for."""
 
     model_config = ConfigDict(extra="forbid")
-    subfolder: str
-    timesteps: list[int] = []
-    sigmas: list[float] = []
+    subfolder: Inside
+    timesteps: Annotated[list[Annotated[int, Field(ge=0, le=999)]], Field(max_length=1000)] = []
     """descending, one a step"""
-    lora: str = ""
+    sigmas: Annotated[list[Level], Field(max_length=1000)] = []
+    """descending, one a step"""
+    lora: Annotated[str, AfterValidator(lambda name: name and _inside(name)), Field(max_length=1000)] = ""
     """path of a safetensors file in the folder: what makes the network in `subfolder` this student"""
-    lora_scale: float = 1.0
+    lora_scale: Finite = 1.0
 
     @model_validator(mode="after")
     def _check(self) -> Student:
         if bool(self.timesteps) == bool(self.sigmas):
             raise ValueError("expected either timesteps or sigmas")
+        levels = self.timesteps or self.sigmas
+        if any(later >= earlier for earlier, later in pairwise(levels)):
+            raise ValueError("expected timesteps or sigmas in descending order")
         return self
 
 
@@ -57,9 +78,9 @@ class Teacher(BaseModel):
     """The undistilled network and how it is sampled on Karras levels: DPM-Solver++(2M), guided, or for EDM Heun."""
 
     model_config = ConfigDict(extra="forbid")
-    subfolder: str = "unet_teacher"
-    steps: int
-    guidance_scale: float
+    subfolder: Inside = "unet_teacher"
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance_scale: Finite
 
 
 class Source(BaseModel):
@@ -69,7 +90,7 @@ class Source(BaseModel):
     revision: str
     """commit"""
     licence: str
-    files: dict[str, str] = {}
+    files: dict[Inside, str] = {}
     """path in the repository → sha256 of what the hub served"""
 
 
@@ -79,15 +100,15 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
     family: str = "sdxl"
-    native_size: tuple[int, int]
+    native_size: tuple[Side, Side]
     """width and height in pixels"""
     licence: str
     class_names: list[str] = []
     """what the classes 0, 1, … show, if it is conditioned on classes and they have names"""
-    students: dict[int, Student] = {}
+    students: dict[Annotated[int, Field(ge=1, le=1000)], Student] = {}
     """by number of steps"""
     teacher: Teacher | None = None
-    files: dict[str, str] = {}
+    files: dict[Inside, str] = {}
     """path relative to the folder → sha256"""
     sources: dict[str, Source] = {}
     """by repository, if it was downloaded"""
@@ -122,7 +143,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of weights.
 
     Raises:
-        UserError: there is no such folder, or its `dmd2.json` is missing or wrong.
+        UserError: there is no such folder, its `dmd2.json` is missing or wrong, or names what is not in the folder.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -130,11 +151,27 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"{path}: missing; expected a folder of weights with a {MANIFEST}")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate(read_object(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise UserError(f"{path}: {where}: {first['msg']}") from None
+        raise UserError(f"{path}: {first_error(error)}") from None
+    _check_links(folder, manifest)
+    return manifest
+
+
+def _check_links(folder: Path, manifest: Manifest) -> None:
+    """Raises UserError if what the manifest names leads out of the folder by a symbolic link."""
+    named = {f"students.{n}.subfolder": student.subfolder for n, student in manifest.students.items()}
+    named |= {f"students.{n}.lora": student.lora for n, student in manifest.students.items() if student.lora}
+    if manifest.teacher is not None:
+        named["teacher.subfolder"] = manifest.teacher.subfolder
+    named |= {f"files.{name}": name for name in manifest.files}
+    top = os.path.realpath(folder)
+    for field, name in named.items():
+        real = os.path.realpath(folder / name)
+        if os.path.commonpath([top, real]) != top:
+            raise UserError(
+                f"{folder / MANIFEST}: {shown(field)}: a link that leads out of the folder, to {shown(real)}"
+            )
 
 
 def verify(folder: Path, manifest: Manifest, subfolders: set[str] | None = None) -> None:
@@ -178,33 +215,58 @@ def load_text_to_image(
     """
     manifest, placement = read_manifest(folder), placement or Placement()
     classes = {"text_encoder": "CLIPTextModel"}
-    if manifest.family != "sd15":
+    if manifest.family not in ("sdxl", "sd15"):
+        raise UserError(f"{folder / MANIFEST}: family: {shown(manifest.family)}; expected sdxl, sd15 or edm")
+    if manifest.family == "sdxl":
         classes["text_encoder_2"] = "CLIPTextModelWithProjection"
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in classes]
     _check_there(folder, subfolders)
     # UNets are checked first, for that takes longest, and loaded last.
     wanted = [*subfolders, "scheduler", *tokenizers, *classes, vae]
     with verifying(folder, manifest.files, MANIFEST, wanted) as check:
+        try:
+            schedule = judge(folder, subfolders, folder / vae, sdxl=manifest.family == "sdxl")
+        except UserError:
+            check(None)  # a damaged file is that first of all
+            raise
         import transformers  # takes a while, in which other threads hash
 
         for name in tokenizers:
             check(name)
-        words = [transformers.CLIPTokenizer.from_pretrained(folder / n, local_files_only=True) for n in tokenizers]
+        words = [load_tokenizer(folder / name) for name in tokenizers]
         encoders = []
         for name, kind in classes.items():
             check(name)
             file = folder / name / "model.safetensors"
             encoders.append(load_network(getattr(transformers, kind), file, placement.host(device), dtype))
+            window, most = words[len(encoders) - 1].model_max_length, encoders[-1].config.max_position_embeddings
+            if not 3 <= window <= most:
+                raise UserError(f"{folder}: a tokenizer of {window:g} tokens; {name} takes 3 to {most}")
             placement.settle(name, encoders[-1])
         check(vae)
         decoder = load_vae(folder / vae, placement.host(device), dtype)
         placement.settle("vae", decoder)
         if placement.turns is not None:
             save_memory(decoder, placement.plan.tiles)
-        denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, check)
+        denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, schedule, check)
     encode_text = TextEncoder(words, encoders, compiler=placement.compiler, device=device)
     codec = LatentCodec(decoder, compiler=placement.compiler, device=device)
     return TextToImage(manifest, encode_text, codec, denoisers)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer in transformers' layout. Raises UserError if there is none, or a damaged one."""
+    import transformers
+
+    for name in ("tokenizer_config.json", "vocab.json", "tokenizer.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)  # too large or too deep for transformers to be asked
+    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: has neither vocab.json nor tokenizer.json; expected CLIP's tokenizer there")
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind: tokenizers raises plain ones
+        raise UserError(f"{folder}: no tokenizer of CLIP's, or a damaged one ({shown(error)})") from error
 
 
 def load_denoisers(
@@ -220,7 +282,14 @@ def load_denoisers(
     manifest = read_manifest(folder)
     _check_there(folder, subfolders)
     with verifying(folder, manifest.files, MANIFEST, [*subfolders, "scheduler"]) as check:
-        return _load_denoisers(folder, subfolders, device, dtype, trace, placement or Placement(), check)
+        try:
+            for name in subfolders:
+                read_unet_config(folder / name, sdxl=manifest.family == "sdxl")
+            schedule = read_schedule(folder / "scheduler")
+        except UserError:
+            check(None)
+            raise
+        return _load_denoisers(folder, subfolders, device, dtype, trace, placement or Placement(), schedule, check)
 
 
 def _check_there(folder: Path, subfolders: list[str]) -> None:
@@ -236,20 +305,20 @@ def _load_denoisers(
     dtype: torch.dtype,
     trace: bool,
     placement: Placement,
+    schedule: Schedule,
     check: Callable[[str], None],
 ) -> dict[str, StableDiffusion]:
     from diffusers import UNet2DConditionModel
 
     check("scheduler")
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    prediction_type = config.get("prediction_type", "epsilon")
+    sigmas = zero_snr_sigmas() if schedule.zero_snr else None
     denoisers = {}
     for name in subfolders:
         check(name)
         unet = load_network(UNet2DConditionModel, folder / name / UNET_FILE, placement.host(device), dtype)
         placement.settle(name, unet)
         denoisers[name] = StableDiffusion(
-            unet, prediction_type, trace=trace, compiler=placement.compiler, device=device
+            unet, schedule.prediction_type, sigmas, trace=trace, compiler=placement.compiler, device=device
         )
     return denoisers
 
@@ -261,10 +330,7 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """
     import diffusers
 
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"{config}: missing; expected a diffusers VAE there")
-    settings = json.loads(config.read_text())
+    settings = read_vae_config(folder)
     if settings.get("force_upcast") and dtype == torch.float16:
         dtype = torch.float32
     return load_network(getattr(diffusers, settings["_class_name"]), folder / UNET_FILE, device, dtype)
@@ -393,7 +459,7 @@ def save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None
         "_class_name": "StableDiffusionXLPipeline",
         "_diffusers_version": diffusers.__version__,
         "force_zeros_for_empty_prompt": True,
-        "scheduler": ["diffusers", "LCMScheduler"],
+        "scheduler": ["diffusers", SCHEDULER],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -173,7 +173,7 @@ def test_other_folders_are_refused(adapter: ControlModel, tmp_path: Path) -> Non
 
     assert "expected a folder with a config.json" in refused(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    assert "is not a model's configuration" in refused(tmp_path)
+    assert "config.json: holds a list; expected a JSON object" in refused(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     assert "describes a AutoencoderKL; expected one of ControlNetModel, T2IAdapter" in refused(tmp_path)
     adapter.network.save_pretrained(tmp_path)

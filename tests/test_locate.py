@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import threading
@@ -190,6 +191,62 @@ def test_truncated_tar_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError) as error:
         locate(tmp_path / "cut.tar", environ)
     assert one_line(error).startswith(f"{tmp_path / 'cut.tar'}: ")
+    assert kept(environ) == []
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("damage", ["at the header", "within the header", "checksum", "kind of length"])
+def test_tar_cut_or_damaged_in_a_later_header_is_refused(
+    folder: Path, tmp_path: Path, environ: dict[str, str], mode: str, damage: str
+) -> None:
+    (tmp_path / "README.md").write_text("of no matter to the manifest, which every file before it satisfies")
+    tar = pack(folder, tmp_path / "whole.tar")
+    with tarfile.open(tar, "a") as archive:
+        archive.add(tmp_path / "README.md", "README.md")
+    with tarfile.open(tar) as archive:
+        offset = archive.getmember("README.md").offset
+    data = bytearray(tar.read_bytes())
+    match damage:
+        case "at the header":
+            del data[offset:]
+        case "within the header":
+            del data[offset + 100 :]
+        case "checksum":
+            data[offset] ^= 1
+        case _:
+            data[offset + 124 : offset + 136] = b"not a number"
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(gzip.compress(data) if mode == "w:gz" else data)
+    with pytest.raises(UserError) as error:
+        locate(cut, environ)
+    assert one_line(error).startswith(f"{cut}: no tar, or a damaged one: ")
+    assert kept(environ) == []
+
+
+def test_tar_with_extended_headers_without_end_is_one_line(tmp_path: Path, environ: dict[str, str]) -> None:
+    huge = tarfile.TarInfo("././@LongLink")
+    huge.type, huge.size = tarfile.GNUTYPE_LONGNAME, 10**10  # would be read into memory
+    name = tarfile.TarInfo("././@LongLink")
+    name.type = tarfile.GNUTYPE_LONGNAME
+    for path, blocks in ((tmp_path / "huge.tar", [huge]), (tmp_path / "chain.tar", [name] * 3000)):
+        path.write_bytes(tarfile.TarInfo("first").tobuf() + b"".join(info.tobuf() for info in blocks))
+        with pytest.raises(UserError, match="no tar, or a damaged one") as error:
+            locate(path, environ)
+        one_line(error)
+    assert kept(environ) == []
+
+
+def test_tar_of_folders_1200_deep_or_of_too_many_files_is_one_line(
+    tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dmd2.fetch, "MOST_MEMBERS", 100)
+    for names, why in ((["a/" * 1200 + "end"], "1201 folders deep"), ([f"{i}" for i in range(101)], "more than 100")):
+        with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+            for name in names:
+                archive.addfile(member(name), io.BytesIO(b"bad"))
+        with pytest.raises(UserError, match=why) as error:
+            locate(tmp_path / "bad.tar", environ)
+        assert len(one_line(error)) < 500
     assert kept(environ) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -193,6 +194,123 @@ def test_manifest_errors_name_the_field(copy: Path, change: dict[str, Any], name
     with pytest.raises(UserError) as error:
         read_manifest(copy)
     assert f"{path}: {named}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc", "..", "unet/../../other", "a\\..\\b", "", "unet\n", "x" * 9_000_000 + "/.."]
+)
+@pytest.mark.parametrize(
+    "field", ["students.4.subfolder", "students.4.lora", "teacher.subfolder", "files", "sources.a/b.files"]
+)
+def test_manifest_names_nothing_outside_the_folder(copy: Path, field: str, name: str) -> None:
+    path = copy / MANIFEST
+    content = json.loads(path.read_text())
+    content["sources"] = {"a/b": {"revision": "0", "licence": "none", "files": {}}}
+    at = content
+    *parents, last = field.split(".")
+    for key in parents:
+        at = at[key]
+    at[last] = {name: "0" * 64} if last == "files" else name
+    path.write_text(json.dumps(content))
+    if field.endswith("lora") and not name:
+        assert read_manifest(copy).students[4].lora == ""  # none
+        return
+    with pytest.raises(UserError) as error:
+        read_manifest(copy)
+    message = str(error.value)
+    assert message.startswith(f"{path}: {field}") and message.isprintable() and len(message) < 1000
+
+
+@pytest.mark.parametrize("field", ["students.4.subfolder", "students.4.lora", "teacher.subfolder", "files.x"])
+def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(copy: Path, tmp_path: Path, field: str) -> None:
+    path = copy / MANIFEST
+    content = json.loads(path.read_text())
+    at = content
+    *parents, last = field.split(".")
+    for key in parents:
+        at = at[key]
+    at["link/x" if last == "x" else last] = "0" * 64 if last == "x" else "link/x"
+    path.write_text(json.dumps(content))
+    (copy / "link").symlink_to("unet", target_is_directory=True)
+    read_manifest(copy)
+    (copy / "link").unlink()
+    (copy / "link").symlink_to("../..")
+    with pytest.raises(UserError, match=f"{field.removesuffix('.x')}.*a link that leads out of the folder") as error:
+        read_manifest(copy)
+    assert "\n" not in str(error.value)
+    (tmp_path / "linked").symlink_to(DEFAULT)
+    assert read_manifest(tmp_path / "linked").name == read_manifest(DEFAULT).name  # the folder itself may be one
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"native_size": [0, 64]},
+        {"native_size": [64, 10**12]},
+        {"students": {"0": {"subfolder": "unet", "timesteps": [999]}}},
+        {"students": {"1": {"subfolder": "unet", "timesteps": [1000]}}},
+        {"students": {"1": {"subfolder": "unet", "timesteps": [-1]}}},
+        {"students": {"2": {"subfolder": "unet", "timesteps": [249, 499]}}},
+        {"students": {"1": {"subfolder": "unet", "sigmas": [float("nan")]}}},
+        {"students": {"1": {"subfolder": "unet", "sigmas": [0]}}},
+        {"students": {"1": {"subfolder": "unet", "timesteps": [999], "lora_scale": float("inf")}}},
+        {"teacher": {"steps": 0, "guidance_scale": 3}},
+        {"teacher": {"steps": 10**9, "guidance_scale": 3}},
+    ],
+)
+def test_manifest_numbers_have_bounds(copy: Path, change: dict[str, Any]) -> None:
+    path = copy / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        read_manifest(copy)
+    assert str(error.value).startswith(f"{path}: {next(iter(change))}.") and "\n" not in str(error.value)
+
+
+DEEP = "[" * 100_000
+HOSTILE = {
+    "deep": f'{{"a": {DEEP}',
+    "deep and whole": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "list": "[]",
+    "number": "7",
+    "no JSON": "<!doctype html>",
+    "no UTF-8": "\udcff",
+    "digits": '{"block_out_channels": [' + "9" * 10_000 + "]}",
+    "large": '{"a": "' + "x" * 20_000_000 + '"}',
+    "types": json.dumps({key: {"a": []} for key in ("_class_name", "block_out_channels", "hidden_size")}),
+    "layers": json.dumps(
+        {"layers_per_block": 10**9, "num_hidden_layers": 10**9, "decoder_block_out_channels": [4] * 999}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_json_is_one_line_wherever_it_is_read(weights: Path, tmp_path: Path, name: str, kind: str) -> None:
+    refuses_hostile_json(weights, tmp_path, name, kind)
+
+
+@pytest.mark.parametrize(
+    "name", ["text_encoder/config.json", "tokenizer_2/tokenizer.json", "tokenizer/tokenizer_config.json"]
+)
+@pytest.mark.parametrize("kind", ["deep", "list", "no UTF-8", "large"])
+def test_hostile_json_of_text_models_is_one_line(weights: Path, tmp_path: Path, name: str, kind: str) -> None:
+    refuses_hostile_json(weights, tmp_path, name, kind)
+
+
+def refuses_hostile_json(weights: Path, tmp_path: Path, name: str, kind: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(weights, copy, copy_function=os.link)  # of which one is replaced
+    (copy / name).unlink()
+    (copy / name).write_text(HOSTILE[kind], errors="surrogateescape")
+    if name != MANIFEST:  # its maker's checksum is right
+        manifest = read_manifest(weights)
+        sums = manifest.files | {name: sha256_file(copy / name)}
+        (copy / MANIFEST).unlink()
+        (copy / MANIFEST).write_text(manifest.model_copy(update={"files": sums}).model_dump_json())
+    with pytest.raises(UserError) as error:
+        load_text_to_image(copy, ["unet"], CPU, torch.float32)
+    message = str(error.value)
+    assert Path(name).parts[0] in message and message.isprintable() and len(message) < 1000
 
 
 def test_manifest_that_is_no_json_is_one_line(copy: Path) -> None:

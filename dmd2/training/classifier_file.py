@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dmd2.errors import UserError
+from dmd2.errors import UserError, shown
 from dmd2.fileio import write_atomically
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,9 +48,9 @@ def load_classifier_file(
         config = json.loads(metadata["config"])
         model = build(config)
         model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         why = " ".join(str(error).split())  # torch lists tensors that do not fit line by line
-        raise UserError(f"{path}: not a readable {kind} classifier ({why})") from error
+        raise UserError(f"{path}: not a readable {kind} classifier ({shown(why)})") from error
     return model, config
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmd2.edm import ClassCondition, Edm
-from dmd2.edm_weights import WEIGHTS_FILE, first_error, load_edm
-from dmd2.errors import UserError
+from dmd2.edm_weights import WEIGHTS_FILE, load_edm
+from dmd2.errors import UserError, first_error
 from dmd2.fileio import atomic_text, write_atomically
 from dmd2.noise import seeded_noise
 from dmd2.sampling import conditioned, heun, teacher_sigmas
