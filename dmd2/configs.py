@@ -173,8 +173,8 @@ def judge(
             key = "projection_class_embeddings_input_dim"
             if _number(path, unet, key) != wanted:
                 raise UserError(
-                    f"{path}: {key}: {unet[key]}; expected {wanted}, for SDXL's pooled text and six numbers (a refiner "
-                    "has five)"
+                    f"{path}: {key}: {unet[key]}; expected {wanted}, for SDXL's pooled text and six numbers (a "
+                    "refiner has five)"
                 )
     read_vae_config(vae)
     return schedule or read_schedule(folder / "scheduler")
