@@ -792,6 +792,20 @@ def test_wrong_arguments_are_one_line_and_status_2(
     assert capsys.readouterr().err == f"download-weights: {told}\n"
 
 
+def test_the_end_names_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, dest = load_script(), tmp_path / "my weights"
+    monkeypatch.setattr(script, "download", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["download-weights", "--dest", str(dest)])
+    with pytest.raises(SystemExit) as exit:
+        script.main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert exit.value.code in (0, None)
+    assert first == f"next: dmd2 generate \"a lion in the savanna\" --weights '{dest}'"
+    assert second == f"  or: dmd2 cog --weights '{dest}'"
+
+
 def test_ctrl_c_is_one_line_and_status_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -229,3 +230,10 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda: this machine has none"):
             resolve_device("cuda")
+
+
+def test_a_warm_up_says_how_far_it_is(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dmd2"):
+        Engine(weights, "cpu", modes=("1", "4")).warm_up(("1", "4"), [(64, 64), (32, 64)])
+    told = [message.partition(" (")[0] for message in caplog.messages if message.startswith("warm-up: ")]
+    assert told == [f"warm-up: {mode} steps at {size}" for mode in ("1", "4") for size in ("64x64", "32x64")]
