@@ -1,18 +1,24 @@
 """Keeps Cog's server alive: starts it, watches its `/health-check`, replaces it when it has died, stops it well.
 
 When the worker of Cog's server dies, the server itself lives on, unhealthy for ever; and a killed server may leave
-its worker behind. So both run in a process group of their own, which is cleared away whenever the server ends.
+its worker behind. So both run in a process group of their own, which is cleared away whenever the server ends, and
+on a leash (leash.py), which does the same should the supervisor itself be killed. Their temporary files have a folder
+of their own, since Cog leaves there what it downloaded for predictions that failed or were cancelled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +28,8 @@ from typing import Any
 
 from dmd2.errors import UserError
 from dmd2.service.schema import max_concurrency
+
+LEASH = Path(__file__).with_name("leash.py")
 
 
 @dataclass(frozen=True)
@@ -35,14 +43,9 @@ class Limits:
     orphaned: int = 6  # that say "starting" though there is no worker
     start: float = 120.0  # until the first answer
     drain: float = 5.0  # for the predictions under way in a server that is to be replaced
-    stable: float = 10.0  # ready for so long: its end does not count as a crash at once
-    pauses: tuple[float, ...] = (
-        0.0,
-        1.0,
-        2.0,
-        4.0,
-        8.0,
-    )  # before a restart, by crashes at once in a row; then give up
+    pauses: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
+    """before a restart, by starts in a row that did not lead to READY; then give up"""
+    leftover: float = 3600.0  # a temporary file so old belongs to no prediction
 
 
 class Watch:
@@ -84,11 +87,41 @@ class Watch:
         return None
 
 
+class Restarts:
+    """Decides whether a server that ended is followed by another. Knows nothing of processes.
+
+    Only starts that never became ready count: a worker that is killed after that, however soon and however often,
+    says nothing about whether the next one will work.
+    """
+
+    def __init__(self, pauses: Sequence[float]) -> None:
+        self._pauses = pauses
+        self._ever_ready = False
+        self.failed = 0  # starts in a row
+
+    def after(self, was_ready: bool, setup_failed: bool) -> float | None:
+        """Seconds to wait before the next start; None: give up.
+
+        Args:
+            was_ready: whether the server that ended had been ready.
+            setup_failed: whether it ended because the predictor's setup() raised. If none was ever ready, that is
+                final; later it may be a dead worker's memory, not yet free.
+        """
+        self._ever_ready = self._ever_ready or was_ready
+        self.failed = 0 if was_ready else self.failed + 1
+        if self.failed > len(self._pauses) or (setup_failed and not self._ever_ready):
+            return None
+        return self._pauses[max(0, self.failed - 1)]
+
+
 class Supervisor:
     """Runs `command` in `folder` until a signal stops it, or it is beyond repair.
 
     Args:
-        host, port: where the server will answer.
+        host, port: where the server will answer. Port 0: on another free one after each start, told to it by PORT.
+
+    Other threads may read `address`, where the server of now is asked (None: there is none), and `health`, its last
+    answer to a health check.
     """
 
     def __init__(
@@ -101,8 +134,10 @@ class Supervisor:
         limits: Limits | None = None,
     ) -> None:
         self._command, self._folder, self._environment = list(command), folder, dict(environment)
-        self._address = (local_address(host), port)
+        self._host, self._port = local_address(host), port
         self._limits = limits or Limits()
+        self.address: tuple[str, int] | None = None
+        self.health: dict[str, Any] = {"status": "STARTING"}
         self._server: subprocess.Popen[bytes] | None = None
         self._stops = 0  # signals received
         self._setup_log = ""
@@ -114,68 +149,90 @@ class Supervisor:
 
         Returns:
             The exit status: the server's own after a signal; 1 if setup fails at first or the server keeps crashing.
+
+        Raises:
+            UserError: there is no place for temporary files.
         """
+        self._temporary = private_folder()
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return self._keep_alive()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            remove_old(self._temporary)
+            with contextlib.suppress(OSError):  # what could not be deleted was said
+                self._temporary.rmdir()
 
     def _keep_alive(self) -> int:
-        crashes, was_ready = 0, False
+        restarts = Restarts(self._limits.pauses)
         while True:
-            reason, ready_seconds, status = self._serve()
-            if self._interrupted():
+            reason, was_ready, status = self._serve()
+            if self.stopping():
                 return status
-            was_ready = was_ready or ready_seconds is not None
+            remove_old(self._temporary)
             if self._setup_log:
                 say(f"SETUP FAILED\n{self._setup_log.rstrip()}")
-                if not was_ready:  # later it may be the dead worker's memory, not yet free
-                    say("the predictor's setup() failed at its first run; not trying again")
-                    return 1
-            crashes = 1 if ready_seconds is not None and ready_seconds >= self._limits.stable else crashes + 1
-            if crashes > len(self._limits.pauses):
-                say(f"the server {reason}; {crashes} times in a row, giving up")
+            pause = restarts.after(was_ready, bool(self._setup_log))
+            if pause is None and restarts.failed > len(self._limits.pauses):
+                say(f"the server {reason}; {restarts.failed} times in a row, giving up")
                 return 1
-            pause = self._limits.pauses[crashes - 1]
+            if pause is None:
+                say("the predictor's setup() failed at its first run; not trying again")
+                return 1
             say(f"the server {reason}; starting it again" + (f" in {pause:.0f} s" if pause else ""))
             self._sleep(pause)
-            if self._interrupted():
+            if self.stopping():
                 return 0
 
-    def _serve(self) -> tuple[str, float | None, int]:
-        """One server from start to end: why it ended, for how many seconds it was ready (None: never), its status."""
+    def _serve(self) -> tuple[str, bool, int]:
+        """One server from start to end: why it ended, whether it ever was ready, its exit status."""
         self._setup_log = ""
+        address = self._host, self._port or free_port(self._host)
+        if not is_private(self._temporary):  # a cleaner of temporary files may have taken it
+            self._temporary = private_folder()
+        own = {"TMPDIR": str(self._temporary), "PORT": str(address[1])}
         server = subprocess.Popen(
-            self._command, cwd=self._folder, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
+            [sys.executable, "-I", "-S", str(LEASH), str(self._temporary), *self._command],
+            cwd=self._folder,
+            env=self._environment | own,
+            stdin=subprocess.PIPE,  # never written to: its end says that this process has ended
+            start_new_session=True,
         )
-        self._server = server
+        self._server, self.address, self.health = server, address, {"status": "STARTING"}
         try:
             watch = Watch(self._limits, time.monotonic())
-            reason = self._watch(server, watch)
-            ready = None if watch.ready_since is None else time.monotonic() - watch.ready_since
-            if not self._interrupted():
+            reason = self._watch(server, address, watch)
+            self.health = {"status": "STARTING"}
+            if not self.stopping():
                 self._put_down(server)
-            return reason, ready, exit_status(server.wait())
+            return reason, watch.ready_since is not None, exit_status(server.wait())
         finally:
             clear_group(server.pid)
-            self._server = None
+            if server.stdin is not None:
+                server.stdin.close()
+            self._server = self.address = None
 
-    def _watch(self, server: subprocess.Popen[bytes], watch: Watch) -> str:
-        if self._interrupted():  # a signal that came just before there was a server to pass it to
+    def _watch(self, server: subprocess.Popen[bytes], address: tuple[str, int], watch: Watch) -> str:
+        if self.stopping():  # a signal that came just before there was a server to pass it to
             server.send_signal(signal.SIGTERM)
+        swept = time.monotonic()
         while True:
             self._sleep(self._limits.poll)
-            if self._interrupted():
+            if self.stopping():
                 server.wait()  # while it drains it answers nobody
             if server.poll() is not None:
                 return f"exited with status {exit_status(server.returncode)}"
-            health = ask_health(self._address, self._limits.answer) or {}
-            status = health.get("status")
-            has_worker = status != "STARTING" or has_living_child(server.pid)
-            reason = watch.judge(status, has_worker, time.monotonic())
-            if reason is not None and not self._interrupted():
+            health = ask_health(address, self._limits.answer) or {}
+            status, now = health.get("status"), time.monotonic()
+            has_worker = status != "STARTING" or has_grandchild(server.pid)
+            reason = watch.judge(status, has_worker, now)
+            if status is not None:
+                self.health = health
+            if now - swept > self._limits.leftover / 60:
+                swept = now
+                remove_old(self._temporary, self._limits.leftover)
+            if reason is not None and not self.stopping():
                 if status == "SETUP_FAILED":
                     self._setup_log = str(health.get("setup", {}).get("logs") or "(no log)")
                 return reason
@@ -190,10 +247,11 @@ class Supervisor:
     def _sleep(self, seconds: float) -> None:
         """Sleeps, but not on when a signal comes."""
         until = time.monotonic() + seconds
-        while not self._interrupted() and (left := until - time.monotonic()) > 0:
+        while not self.stopping() and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
 
-    def _interrupted(self) -> bool:
+    def stopping(self) -> bool:
+        """Whether a signal has come: predictions under way are finished, new ones not begun."""
         return self._stops > 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -254,9 +312,59 @@ def ask_health(address: tuple[str, int], timeout: float) -> dict[str, Any] | Non
     return answer if isinstance(answer, dict) else None
 
 
-def has_living_child(pid: int) -> bool:
-    """Whether process `pid` has a child that runs. True where the system has no /proc to look it up in."""
-    return not Path("/proc/self").exists() or any(parent == pid for parent, _ in _living())
+def free_port(host: str) -> int:
+    """A port on which nobody listens now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def private_folder() -> Path:
+    """A new temporary folder that only this user may enter.
+
+    Raises:
+        UserError: there is no place for it.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix="dmd2-server-"))  # 0700
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"no folder for temporary files ({reason}); set TMPDIR to one") from error
+
+
+def is_private(folder: Path) -> bool:
+    """Whether it still is what `private_folder` made, and no link or another user's."""
+    try:
+        seen = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid() and not seen.st_mode & 0o077
+
+
+def remove_old(folder: Path, seconds: float | None = None) -> None:
+    """Deletes the plain files in the private `folder` that are older than so many seconds; None: everything in it."""
+    for entry in list(os.scandir(folder)) if is_private(folder) else []:
+        try:
+            if seconds is None and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif seconds is None or (
+                entry.is_file(follow_symlinks=False)
+                and time.time() - entry.stat(follow_symlinks=False).st_mtime > seconds
+            ):
+                Path(entry.path).unlink()
+        except FileNotFoundError:
+            continue  # its owner was faster
+        except OSError as error:
+            say(f"{entry.path}: cannot be deleted ({error.strerror or error})")
+
+
+def has_grandchild(pid: int) -> bool:
+    """Whether a child of process `pid` has a child that runs. True where there is no /proc to look it up in."""
+    if not Path("/proc/self").exists():
+        return True
+    living = list(_living())
+    children = {child for child, parent, _ in living if parent == pid}
+    return any(parent in children for _, parent, _ in living)
 
 
 def clear_group(pid: int, seconds: float = 5.0) -> None:
@@ -266,19 +374,19 @@ def clear_group(pid: int, seconds: float = 5.0) -> None:
     except ProcessLookupError:
         return
     until = time.monotonic() + seconds
-    while time.monotonic() < until and any(group == pid for _, group in _living()):
+    while time.monotonic() < until and any(group == pid for _, _, group in _living()):
         time.sleep(0.02)
 
 
-def _living() -> Iterator[tuple[int, int]]:
-    """(parent, process group) of every process that runs. A zombie, for whose end nobody has asked yet, does not."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def _living() -> Iterator[tuple[int, int, int]]:
+    """(id, parent, process group) of every process that runs; a zombie, whose end nobody asked for yet, does not."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent, group, *_ = stat.read_bytes().rpartition(b")")[2].split()
+            state, parent, group, *_ = file.read_bytes().rpartition(b")")[2].split()
         except OSError:
             continue  # it has just ended
         if state not in (b"Z", b"X"):
-            yield int(parent), int(group)
+            yield int(file.parent.name), int(parent), int(group)
 
 
 def exit_status(returncode: int) -> int:

@@ -95,7 +95,7 @@ class CogServer:
 
     def outbox(self) -> list[Path]:
         """Picture files that are there now."""
-        return [path for folder in self.temporary.glob("dmd2-outbox-*") for path in folder.iterdir()]
+        return [path for folder in self.temporary.rglob("dmd2-outbox-*") for path in folder.iterdir()]
 
     def post(self, headers: dict[str, str] | None = None, **inputs: Any) -> httpx.Response:
         return self.client.post("/predictions", json={"input": inputs}, headers=headers)

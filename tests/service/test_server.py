@@ -627,7 +627,7 @@ def test_a_killed_worker_and_a_dead_device_are_replaced(tmp_path: Path, start: S
     wait_for(answers_again, "an answer", START)
     print(f"kill -9 of the worker: answers again after {time.monotonic() - began:.1f} s")
     assert server.draw(**OWL).pictures == expected
-    assert not list(server.temporary.glob(f"dmd2-outbox-{worker}-*"))  # the dead one's pictures
+    assert not list(server.temporary.rglob(f"dmd2-outbox-{worker}-*"))  # the dead one's pictures
 
     broken = server.post(**OWL | {"prompt": "break the device"}).json()
     assert broken["status"] == "failed"

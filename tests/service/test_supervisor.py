@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +22,14 @@ from hypothesis import strategies as st
 from dmd2.errors import UserError
 from dmd2.service.supervisor import (
     Limits,
+    Restarts,
     Supervisor,
     Watch,
     check_port,
     clear_group,
-    has_living_child,
+    has_grandchild,
     local_address,
+    remove_old,
     server_environment,
 )
 
@@ -138,6 +141,23 @@ def test_ready_counts_from_the_first_time() -> None:
     assert watch.ready_since == 1.0
 
 
+ENDS = st.tuples(st.booleans(), st.booleans()).filter(lambda end: not all(end))  # was ready, setup failed
+
+
+@given(st.lists(ENDS, max_size=40), st.integers(1, 5))
+def test_only_starts_in_a_row_that_never_became_ready_end_it(ends: list[tuple[bool, bool]], most: int) -> None:
+    restarts = Restarts([float(i) for i in range(most)])
+    ever_ready, failed = False, 0
+    for was_ready, setup_failed in ends:
+        ever_ready = ever_ready or was_ready
+        failed = 0 if was_ready else failed + 1
+        pause = restarts.after(was_ready, setup_failed)
+        if failed > most or (setup_failed and not ever_ready):
+            assert pause is None
+            return
+        assert pause == max(0, failed - 1)
+
+
 # Servers that are only commands
 
 
@@ -194,8 +214,22 @@ def test_a_setup_that_fails_after_it_once_worked_is_tried_again(
         statuses=["READY"]
     ).replace("statuses = ['READY']", "statuses = ['READY', 'UNHEALTHY'] if first else ['SETUP_FAILED']")
     assert supervise(tmp_path, code, free_port()) == 1
-    assert (tmp_path / "starts").read_text() == "xxx"
+    assert (tmp_path / "starts").read_text() == "xxxx"  # the first does not count: it had been ready
     assert "entrypoint: SETUP FAILED\nno memory\n" in capfd.readouterr().err
+
+
+def test_a_server_that_dies_soon_after_it_was_ready_is_started_again_and_again(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+starts = pathlib.Path("starts")
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if len(starts.read_text()) > 8:
+    sys.exit(1)
+""" + ANSWERS.format(statuses=["READY"]).replace('open("starts"', 'open("answering"').replace(
+        ".serve_forever()", ".handle_request()"
+    )
+    assert supervise(tmp_path, code, free_port()) == 1
+    assert (tmp_path / "starts").read_text() == "x" * 11  # eight that were ready, three that were not
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
@@ -236,14 +270,15 @@ print(worker.pid, file=open("workers", "a"))
     assert len(pids) == 3 and not any(is_running(pid) for pid in pids)
 
 
-def test_living_children() -> None:
-    parent = """
+def test_a_worker_is_a_grandchild() -> None:
+    family = """
 import subprocess, sys
-print(subprocess.Popen([sys.executable, "-c", "input()"]).pid, flush=True)
+server = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'input()']).pid, flush=True); input()"
+print(subprocess.Popen([sys.executable, "-c", server]).pid, flush=True)
 input()
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", parent],
+        [sys.executable, "-c", family],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -251,15 +286,86 @@ input()
     )
     try:
         assert process.stdout is not None
-        child = int(process.stdout.readline())
-        assert has_living_child(process.pid)
-        os.kill(child, signal.SIGKILL)  # nobody waits for it: a zombie
-        wait_for(lambda: not is_running(child))
-        assert not has_living_child(process.pid)
+        worker = max(int(process.stdout.readline()), int(process.stdout.readline()))
+        assert has_grandchild(process.pid)
+        os.kill(worker, signal.SIGKILL)  # nobody waits for it: a zombie
+        wait_for(lambda: not is_running(worker))
+        assert not has_grandchild(process.pid)
     finally:
         process.kill()
         process.communicate()
         clear_group(process.pid)
+
+
+# What is left
+
+FAMILY = """
+import os, pathlib, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(os.environ["TMPDIR"], "left").write_text("by a prediction that failed")
+pathlib.Path("family.new").write_text(f"{os.getpid()} {worker.pid} {os.environ['TMPDIR']}")
+os.replace("family.new", "family")
+time.sleep(600)
+"""
+RUN = """
+import os, pathlib, sys
+from dmd2.service.supervisor import Supervisor
+command = [sys.executable, "-c", sys.argv[1]]
+sys.exit(Supervisor(command, pathlib.Path.cwd(), os.environ, "127.0.0.1", 0).run())
+"""
+
+
+def test_a_killed_supervisor_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    supervisor = subprocess.Popen([sys.executable, "-c", RUN, FAMILY], cwd=tmp_path, env=environment)
+    try:
+        wait_for((tmp_path / "family").exists)
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+    *pids, temporary = (tmp_path / "family").read_text().split()
+    assert Path(temporary).parent == tmp_path
+    wait_for(lambda: not any(is_running(int(pid)) for pid in pids))
+    wait_for(lambda: not Path(temporary).exists())
+
+
+def test_a_servers_temporary_files_are_private_and_gone_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = """
+import os, pathlib
+folder = pathlib.Path(os.environ["TMPDIR"])
+print(oct(folder.stat().st_mode & 0o777), sorted(path.name for path in folder.iterdir()), file=open("seen", "a"))
+(folder / "file").write_text("x")
+(folder / "folder").mkdir()
+(folder / "folder" / "link").symlink_to(pathlib.Path.cwd())
+"""
+    assert supervise(tmp_path, code, free_port()) == 1
+    assert (tmp_path / "seen").read_text() == "0o700 []\n" * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["seen"]
+
+
+def test_old_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    folder.mkdir(mode=0o700)
+    outside.mkdir(mode=0o700)
+    (outside / "letter").write_text("mine")
+    (folder / "link").symlink_to(outside)
+    (folder / "inner").mkdir()
+    for path in (folder / "old", folder / "new", folder / "inner" / "old", outside / "letter"):
+        path.write_text("x")
+        if path.name != "new":
+            os.utime(path, (0, 0))
+    remove_old(folder, 3600)
+    assert sorted(path.name for path in folder.iterdir()) == ["inner", "link", "new"]
+    assert (folder / "inner" / "old").exists() and (outside / "letter").exists()
+    remove_old(folder)
+    assert not list(folder.iterdir()) and (outside / "letter").exists()
+    folder.rmdir()
+    folder.symlink_to(outside)  # put in the place of one that was lost
+    remove_old(folder)
+    assert (outside / "letter").exists()
 
 
 # Cog's own server, through the script
