@@ -15,11 +15,8 @@ from typing import Any, cast
 from dmd2.errors import UserError, shown
 from dmd2.fileio import read_object
 from dmd2.loading import check_counts
-from dmd2.stable_diffusion import PredictionType
+from dmd2.stable_diffusion import INPAINTING_CHANNELS, LATENT_CHANNELS, PredictionType
 
-LATENT_CHANNELS = 4
-INPAINTING_CHANNELS = 9
-"""latents to denoise, the mask, the latents of what is not masked"""
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 SCHEDULER = "LCMScheduler"
 """what few-step students are sampled with, in diffusers' terms"""

@@ -17,6 +17,7 @@ from dmd2.errors import UserError
 from dmd2.lora import Lora
 from dmd2.noise import add_noise
 from dmd2.sampling import Denoise, few_step, image_to_image, inpaint
+from dmd2.stable_diffusion import LatentCodec
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +89,34 @@ class Edit:
         noise: Iterable[Tensor],
         sigmas: Sequence[float],
         device: torch.device,
+        *,
+        inpaints: bool = False,
     ) -> Tensor:
-        """x0 (B, C, h, w) by the sampler that fits. Arguments as of `dmd2.sampling.few_step`."""
-        if self.image is None or (self.mask is None and self.strength == 1):
+        """x0 (B, C, h, w) by the sampler that fits. Arguments as of `dmd2.sampling.few_step`.
+
+        A network that `inpaints` is told what is known at each step (see `known`), and nothing is put back between.
+        """
+        free = self.mask is None or inpaints
+        if self.image is None or (free and self.strength == 1):
             return few_step(denoise, start, noise, sigmas)
         image = codec.encode(self.image[None]).to(device)
-        if self.mask is None:
+        if free:
             return image_to_image(denoise, image, noise, sigmas)
         if self.strength < 1:
             return inpaint(denoise, lambda n, s: add_noise(image, s, n), image, self._cells(image), noise, sigmas)
         return inpaint(denoise, start, image, self._cells(image), noise, sigmas)
+
+    def known(self, codec: LatentCodec, size: tuple[int, int]) -> Tensor:
+        """(1, 5, h, w) what a network that inpaints is told of a picture of `size`: see `StableDiffusion.features`.
+
+        Without a mask all is masked: the picture then counts through what is denoised, or not at all.
+        """
+        width, height = size
+        mask = torch.ones(height, width, dtype=torch.bool) if self.mask is None else self.mask
+        image = torch.zeros(3, height, width, dtype=torch.uint8) if self.image is None else self.image
+        latents = codec.encode(image[None], ~mask)
+        # Nearest neighbours, as these networks were trained and as diffusers does.
+        return torch.cat([F.interpolate(mask[None, None].to(latents), latents.shape[-2:]), latents], dim=1)
 
     def _cells(self, image: Tensor) -> Tensor:
         """bool (1, 1, h, w): the latents of which any pixel is painted anew."""

@@ -266,7 +266,7 @@ class Engine:
     ) -> tuple[Tensor, Timings]:
         subfolder, student = self._plan(mode)
         denoiser: Any = self._denoiser(subfolder)
-        codec = self.model.codec
+        codec: Any = self.model.codec
         timesteps = [] if student is None else last_steps(student.timesteps, edit.strength)
         sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
         if student is not None and student.sigmas:
@@ -280,23 +280,24 @@ class Engine:
                 check()
                 yield step_noise
 
+        inpaints = isinstance(denoiser, StableDiffusion) and denoiser.inpaints
+        network: Any = partial(denoiser, known=edit.known(codec, size)) if inpaints else denoiser
         if mode == "teacher":
-            x0 = self._teach(denoiser, cond, self._no_text(cond, size), noise[:, 0])
+            x0 = self._teach(denoiser, network, cond, self._no_text(cond, size), noise[:, 0])
         else:
             scale = 1.0
             if mode.startswith("teacher"):
                 assert self.manifest.teacher is not None
                 scale = self.manifest.teacher.guidance_scale
-            network = denoiser
             if edit.control is not None and edit.control_image is not None:
                 model = self.extras.control(edit.control)
                 control = model.guide(edit.control_image, timesteps, edit.control_scale)
-                network = partial(denoiser, control=control)
+                network = partial(network, control=control)
             uncond = None if scale == 1 else self._no_text(cond, size)
             denoise = conditioned(network, cond, uncond, scale)
             if preview is not None:
                 denoise = self._shown(denoise, len(sigmas), preview)
-            x0 = edit.sample(denoise, denoiser.start, codec, each_step(), sigmas, denoiser.device)
+            x0 = edit.sample(denoise, denoiser.start, codec, each_step(), sigmas, denoiser.device, inpaints=inpaints)
         denoised = self._clock()
         images = edit.finish(codec.decode(x0).cpu())
         return images, Timings(0.0, denoised - began, time.perf_counter() - denoised)
@@ -328,12 +329,12 @@ class Engine:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
-    def _teach(self, denoiser: StableDiffusion | Edm, cond: Any, uncond: Any, noise: Tensor) -> Tensor:
+    def _teach(self, denoiser: StableDiffusion | Edm, network: Any, cond: Any, uncond: Any, noise: Tensor) -> Tensor:
         assert self.manifest.teacher is not None
         sigmas = teacher_sigmas(denoiser, self.manifest.teacher.steps)
         start = denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
         scale = self.manifest.teacher.guidance_scale
-        return self._solve(conditioned(denoiser, cond, uncond, scale), start, sigmas)
+        return self._solve(conditioned(network, cond, uncond, scale), start, sigmas)
 
     def _clock(self) -> float:
         if isinstance(self.device, torch.device) and self.device.type == "cuda":

@@ -191,6 +191,9 @@ def heun(
 
 
 def teacher_sigmas(denoiser: Denoiser, steps: int) -> list[float]:
-    """`steps` descending levels between the ends of the denoiser's table, spaced as Karras et al. 2022, eq. 5."""
-    low, high = float(denoiser.sigmas[0]), float(denoiser.sigmas[-1])
+    """`steps` descending levels between the ends of the denoiser's table, spaced as Karras et al. 2022, eq. 5.
+
+    The first is at most 4096, where diffusers cuts the infinite level of zero-terminal-SNR schedules, too.
+    """
+    low, high = float(denoiser.sigmas[0]), min(float(denoiser.sigmas[-1]), 4096.0)
     return list(karras_sigmas(steps, low, high).flip(0).tolist())

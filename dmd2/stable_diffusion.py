@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.compiled import Compiler
+from dmd2.errors import UserError
 from dmd2.noise import per_image, sd_sigmas
+
+LATENT_CHANNELS = 4
+INPAINTING_CHANNELS = 9
+"""latents to denoise, the mask, the latents of what is not masked"""
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -136,6 +141,8 @@ class StableDiffusion:
             self._network = compiler(self._plain)
         elif trace:
             self._network = _Traced(self._network)
+        self.inpaints: bool = unet.config.in_channels == INPAINTING_CHANNELS
+        """whether each call needs what is known of the picture, see `features`"""
         self.weights_changed = False
         """set by who changes the UNet's weights for a while: records of it, which hold the old ones, are not used"""
 
@@ -160,19 +167,40 @@ class StableDiffusion:
         # σ arrives in float32: what is within its rounding of a table entry is that entry.
         return torch.where((index - nearest).abs() < 1e-3, nearest, index).float().to(sigma.device)
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition, control: Control | None = None) -> Tensor:
-        return self.features(x, sigma, cond, control)[0]
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: TextCondition,
+        control: Control | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        return self.features(x, sigma, cond, control, known)[0]
 
     def features(
-        self, x: Tensor, sigma: Tensor, cond: TextCondition, control: Control | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: TextCondition,
+        control: Control | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `dmd2.denoiser.Denoiser`. With `control` the network runs as it is, neither compiled nor replayed."""
+        """See `dmd2.denoiser.Denoiser`. With `control` the network runs as it is, neither compiled nor replayed.
+
+        `known` (1, 5, h, w) is for a network that inpaints (Rombach et al. 2022, sec. 4.5): the mask, 1 where to
+        generate, and the latents of the image with that part grey. Its input are x's 4 channels and these.
+        """
+        if self.inpaints and known is None:
+            raise UserError("an inpainting UNet (9 channels), and no mask: it can only be sampled, not trained")
         variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
         scaled = (x / variance.sqrt()).to(self.dtype)
         condition = cond if self.autocast else cond._map(lambda value: value.to(self.dtype))
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             timestep = self.timestep(sigma)
-            inputs = (scaled, timestep, condition.context, condition.pooled, condition.time_ids)
+            full = scaled
+            if known is not None:
+                full = torch.cat([scaled, known.to(scaled).expand(len(x), -1, -1, -1)], dim=1)
+            inputs = (full, timestep, condition.context, condition.pooled, condition.time_ids)
             if control is not None:
                 output, bottleneck = self._plain(*inputs, **control(scaled, timestep, condition))
             elif self.weights_changed and isinstance(self._network, _Traced):
@@ -361,15 +389,26 @@ class LatentCodec:
         channels = config.get("decoder_block_out_channels", config.get("block_out_channels"))
         self.factor: int = 2 ** (len(channels) - 1)
         """pixels per latent, along each side"""
-        self.channels: int = config.get("latent_channels", 4)
+        self.channels: int = config.get("latent_channels", LATENT_CHANNELS)
+        # x = (z - mean) / std, of each channel. Most VAEs have one scaling factor, Playground 2.5's the others, too.
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        normalised = mean is not None and std is not None
+        self._mean = torch.tensor(mean if normalised else [0.0], device=self.device).float().view(1, -1, 1, 1)
+        self._std = torch.tensor(std if normalised else [1.0], device=self.device).float().view(1, -1, 1, 1)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) → fp32 (B, 4, H/f, W/f), scaled to about unit variance."""
-        x = (images.to(self.device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    def encode(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
+        """uint8 (B, 3, H, W) → fp32 (B, 4, H/f, W/f), scaled to about unit variance.
+
+        Where bool (H, W) `shown` is false, images are taken to be mid-grey.
+        """
+        x = images.to(self.device).float() / 127.5 - 1
+        if shown is not None:
+            x = x * shown.to(x)
+        x = x.contiguous(memory_format=torch.channels_last)
         encoded = self.vae.encode(x.to(self.dtype))
         z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (z * self.vae.config.scaling_factor).float()
+        return (z.float() - self._mean) * self.vae.config.scaling_factor / self._std
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -378,7 +417,8 @@ class LatentCodec:
         Raises:
             ArithmeticError: the pictures, or the latents, are not finite; in bytes they would be black.
         """
-        z = (x / self.vae.config.scaling_factor).to(self.device, self.dtype)
+        x = x.to(self.device)
+        z = (x * self._std / self.vae.config.scaling_factor + self._mean).to(self.dtype)
         images = self._decode(z.contiguous(memory_format=torch.channels_last)).float()
         if not images.isfinite().all():
             raise ArithmeticError(f"the decoded picture is not finite ({self.dtype}): a number was too large for it")
