@@ -13,6 +13,7 @@ from torch import Tensor
 
 AUGMENT_DIM = 9
 SCALE, ANISOTROPY, TRANSLATION = 2**0.2, 2**0.2, 1 / 8  # (Karras et al. 2022, table 6)
+OBLIQUE = 0.5  # probability that stretching is along another direction than the axes, as in EDM's released code
 
 # The least asymmetric orthogonal low-pass filter with six vanishing moments (Daubechies 1992, table 6.3: "sym6")
 LOW_PASS = (
@@ -60,22 +61,22 @@ def _draw(n: int, probability: float, generator: torch.Generator) -> tuple[Tenso
     def normal() -> Tensor:
         return torch.randn(n, generator=generator)
 
-    # a0 … a7 of Karras et al. 2022, table 6
+    # a0 … a7 of Karras et al. 2022, table 6. Angles count against the image's y axis, which points down.
     a0 = (uniform() < 0.5).float()
     a1 = enabled((uniform() < 0.5).float())
     a2 = enabled(normal())
     a3 = enabled((2 * uniform() - 1) * math.pi)
-    a4, a5 = (2 * uniform() - 1) * math.pi, enabled(normal())
+    a4, a5 = (2 * uniform() - 1) * math.pi * (uniform() < OBLIQUE), enabled(normal())
     moved = uniform() < probability
     a6, a7 = normal() * moved, normal() * moved
 
     steps = [
         _scaling(1 - 2 * a0, 1 - 2 * a1),
         _scaling(SCALE**a2, SCALE**a2),
-        _rotation(a3),
-        _rotation(-a4),
-        _scaling(ANISOTROPY**a5, ANISOTROPY**-a5),
+        _rotation(-a3),
         _rotation(a4),
+        _scaling(ANISOTROPY**a5, ANISOTROPY**-a5),
+        _rotation(-a4),
         _translation(2 * TRANSLATION * a6, 2 * TRANSLATION * a7),
     ]
     forward = torch.eye(3).repeat(n, 1, 1)

@@ -58,9 +58,28 @@ def test_labels_say_what_was_done() -> None:
     assert torch.allclose(forward[:, :2, 2], torch.stack([a6, a7], 1) / 4, atol=1e-6)
     assert torch.allclose((cosine + 1) ** 2 + sine**2, torch.ones(4000), atol=1e-5)
     plain = (stretch_x == 0) & (stretch_y == 0) & (a2 == 0) & (a0 == 0) & (a1 == 0)
-    assert torch.allclose(forward[plain, 1, 0], sine[plain], atol=1e-6) and int(plain.sum()) > 100
+    assert torch.allclose(forward[plain, 1, 0], -sine[plain], atol=1e-6) and int(plain.sum()) > 100
     for happens, share in ((a0 != 0, 0.5), (a1 != 0, 0.25), (a2 != 0, 0.5), (sine != 0, 0.5), (a6 != 0, 0.5)):
         assert abs(float(happens.float().mean()) - share) < 0.03
+
+
+def test_pictures_are_stretched_along_the_labelled_direction_half_of_them_along_an_axis() -> None:
+    forward, labels = _draw(4000, 0.5, generator())
+    a0, a1, a2, cosine, _, stretch_x, stretch_y = labels.unbind(1)[:7]
+    alone = (a0 == 0) & (a1 == 0) & (a2 == 0) & (cosine == 0) & (stretch_x.hypot(stretch_y) > 0.1)
+    assert int(alone.sum()) > 100
+    linear, labelled = forward[alone, :2, :2], torch.stack([stretch_x, -stretch_y], 1)[alone]  # y down
+    amount = labelled.norm(dim=1)
+    along = labelled / amount[:, None]
+    moved = torch.einsum("nij,nj->ni", linear, along)
+    # a5 may be negative: then it is turned by half a turn, and shrinks.
+    factors = (moved * along).sum(1)
+    assert torch.allclose(moved, factors[:, None] * along, atol=1e-5)  # an eigenvector
+    assert torch.allclose(factors.log2().abs(), 0.2 * amount, atol=1e-4)
+    straight = float((stretch_y[alone] == 0).float().mean())
+    assert abs(straight - 0.5) < 0.1
+    positive = stretch_x[alone][stretch_y[alone] == 0] > 0
+    assert torch.equal(linear[stretch_y[alone] == 0, 0, 0] > 1, positive)
 
 
 def test_nothing_done_is_labelled_zero_and_leaves_the_picture_alone() -> None:
