@@ -47,16 +47,24 @@ class Drawn(Generic[Result]):
 class Ticket(Generic[Job, Result]):
     """A job in the queue: `future` gives its `Drawn`; `abandon()` says that nobody waits for it any more."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, key: Hashable = None) -> None:
+        self.job, self.key = job, key
         self.future: Future[Drawn[Result]] = Future()
         self.submitted = time.perf_counter()
         self.abandoned = False
+        self._lock = threading.RLock()  # what is called back when a future ends may abandon it again
 
     def abandon(self) -> None:
         """A job that waits is dropped; a running batch stops at its next step if all of its jobs are abandoned."""
-        self.abandoned = True
-        self.future.cancel()
+        with self._lock:
+            self.abandoned = True
+            if not self.future.cancelled() and self.future.cancel():
+                self.future.set_running_or_notify_cancel()  # without this `concurrent.futures.wait` waits for ever
+
+    def begin(self) -> bool:
+        """For the batcher: from now on it is drawn. False if it was cancelled before."""
+        with self._lock:
+            return not self.future.cancelled() and self.future.set_running_or_notify_cancel()
 
 
 class Batcher(Generic[Job, Result]):
@@ -69,7 +77,7 @@ class Batcher(Generic[Job, Result]):
     Args:
         draw: (jobs of one key, check) → their results, in order. It should call `check` now and then: that raises
             `Abandoned` once nobody waits for any of the jobs.
-        key: of a job.
+        key: of a job; asked by `submit`, which raises what it raises.
         max_batch: jobs in one batch, at most.
         max_waiting: jobs in the queue, at most.
         prepare: called first of all. The constructor waits for it, and raises what it raises. What loads and warms up
@@ -118,13 +126,14 @@ class Batcher(Generic[Job, Result]):
             Busy: the queue has not room for all of them; none is queued.
             Stopped: closed, or the device is gone.
         """
-        tickets: list[Ticket[Job, Result]] = [Ticket(job) for job in jobs]
+        tickets: list[Ticket[Job, Result]] = [Ticket(job, self._key(job)) for job in jobs]
         with self._changed:
             if not self.alive:
                 raise Stopped(self._ended or "closed")
-            waiting = sum(not ticket.future.cancelled() for ticket in self._waiting)
-            if waiting + len(tickets) > self._max_waiting:
-                raise Busy(f"{waiting} pictures are waiting already; try again later")
+            # Who is gone takes no place, and holds nothing in memory however long the present batch takes.
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.future.cancelled())
+            if len(self._waiting) + len(tickets) > self._max_waiting:
+                raise Busy(f"{len(self._waiting)} pictures are waiting already; try again later")
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
@@ -162,7 +171,7 @@ class Batcher(Generic[Job, Result]):
         """Waits for jobs. None when there will be no more."""
         with self._changed:
             idle = not self._waiting
-            while not (batch := self._take()):  # nothing is left in the queue, or all of it was abandoned
+            while not (batch := self._take(self._max_batch)):  # the queue is empty, or all in it are abandoned
                 if self._closing:
                     return None
                 self._changed.wait()
@@ -171,24 +180,23 @@ class Batcher(Generic[Job, Result]):
                 while len(batch) < self._max_batch and (left := until - time.perf_counter()) > 0:
                     if not self._changed.wait(left):
                         break
-                    batch += self._take(self._key(batch[0].job), self._max_batch - len(batch))
+                    batch += self._take(self._max_batch - len(batch), company=batch[0])
             return batch
 
-    def _take(self, key: Hashable = None, most: int | None = None) -> list[Ticket[Job, Result]]:
-        """Out of the queue: the oldest jobs of `key`, or of the oldest job's own key."""
+    def _take(self, most: int, company: Ticket[Job, Result] | None = None) -> list[Ticket[Job, Result]]:
+        """Out of the queue: the oldest jobs that may ride with `company`, or else with the oldest job."""
         taken: list[Ticket[Job, Result]] = []
         left: deque[Ticket[Job, Result]] = deque()
         for ticket in self._waiting:
             if ticket.future.cancelled():
                 continue
-            key = self._key(ticket.job) if key is None else key
-            fits = self._key(ticket.job) == key and len(taken) < (self._max_batch if most is None else most)
-            (taken if fits else left).append(ticket)
+            company = company or ticket
+            (taken if ticket.key == company.key and len(taken) < most else left).append(ticket)
         self._waiting = left
         return taken
 
     def _run_batch(self, batch: list[Ticket[Job, Result]]) -> None:
-        batch = [ticket for ticket in batch if ticket.future.set_running_or_notify_cancel()]
+        batch = [ticket for ticket in batch if ticket.begin()]
         try:
             if batch:
                 self._attempt(batch)
@@ -213,15 +221,17 @@ class Batcher(Generic[Job, Result]):
             logger.info("nobody waits any more: stopped before the end of a batch of %d", len(batch))
             for ticket in batch:
                 _fail(ticket, error)
-        except Exception as error:
+        except BaseException as error:  # in this thread even SystemExit is one job's error: all the others wait
             self._after(error, batch)
         else:
             for ticket, result in zip(batch, results, strict=True):
                 ticket.future.set_result(Drawn(result, began - ticket.submitted, len(batch)))
 
-    def _after(self, error: Exception, batch: list[Ticket[Job, Result]]) -> None:
-        # A traceback keeps the frames of `draw` alive, and with them the memory that there was too little of.
-        error.__traceback__ = None
+    def _after(self, error: BaseException, batch: list[Ticket[Job, Result]]) -> None:
+        # Tracebacks keep the frames of `draw` alive, and with them the memory that there was too little of.
+        link: BaseException | None = error
+        while link is not None and link.__traceback__ is not None:
+            link.__traceback__, link = None, link.__cause__ or link.__context__
         self._recover()
         if len(batch) == 1:
             _fail(batch[0], error)
@@ -231,6 +241,8 @@ class Batcher(Generic[Job, Result]):
         self._attempt(batch[half:])
 
 
-def _fail(ticket: Ticket[Job, Result], error: Exception) -> None:
+def _fail(ticket: Ticket[Job, Result], error: BaseException) -> None:
+    if not isinstance(error, Exception) or isinstance(error, StopIteration):  # these would end the waiting coroutine
+        error = RuntimeError(f"{type(error).__name__}: {error}")
     if not ticket.future.done():
         ticket.future.set_exception(error)
