@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dmd2.edm import Edm, EdmConfig, EdmNetwork, channels_last
 from dmd2.edm_layers import STYLES, resample_filter
 from dmd2.errors import UserError, first_error
-from dmd2.fileio import atomic_text, write_atomically
+from dmd2.fileio import atomic_text
+from dmd2.tensors import save_tensors
 from dmd2.weights import Manifest, Student, Teacher, read_manifest, verify, write_manifest
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -55,8 +56,7 @@ def save_edm(
         new = Path(temporary) / folder.name
         new.mkdir()
         atomic_text(new / CONFIG_FILE, network.config.model_dump_json(indent=2) + "\n")
-        write_atomically(new / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-        (new / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
+        save_tensors(tensors, new / WEIGHTS_FILE, metadata)
         write_manifest(new, _manifest(network.config, name, licence, class_names))
         new.rename(folder)
 

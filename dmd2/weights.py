@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors.torch import save_file
 from torch import nn
 
 from dmd2.checksums import verifying
@@ -30,6 +29,7 @@ from dmd2.memory import save_memory
 from dmd2.noise import zero_snr_sigmas
 from dmd2.placement import Placement
 from dmd2.stable_diffusion import LatentCodec, PredictionType, StableDiffusion, TextEncoder
+from dmd2.tensors import save_tensors
 
 MANIFEST = "dmd2.json"
 ROOT = Path(__file__).resolve().parent.parent
@@ -438,8 +438,7 @@ def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, 
         name: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
         for name, value in module.state_dict().items()
     }
-    save_file(tensors, folder / filename, metadata={"format": "pt", "recipe": json.dumps(recipe)})
-    (folder / filename).chmod(0o644)  # safetensors makes files that only their owner can read
+    save_tensors(tensors, folder / filename, {"format": "pt", "recipe": json.dumps(recipe)})
 
 
 def save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None:

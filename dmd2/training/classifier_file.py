@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from dmd2.errors import UserError, shown
-from dmd2.fileio import write_atomically
+from dmd2.tensors import save_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,8 +23,7 @@ def save_classifier_file(model: nn.Module, kind: str, config: Mapping[str, Any],
         for name, tensor in model.state_dict().items()
     }
     metadata = {"format": _format(kind), "config": json.dumps(config)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    save_tensors(tensors, path, metadata)
 
 
 def load_classifier_file(

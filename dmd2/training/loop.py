@@ -7,25 +7,31 @@ step comes from (seed, step), so a resumed run continues exactly as if it had ne
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
+from dmd2.training.checkpoints import (
+    Checkpoints,
+    check_inputs,
+    check_module,
+    check_optimizer,
+    check_recipe,
+    first_not_finite,
+)
+from dmd2.training.divergence import Guard, TrainingDiverged
+from dmd2.training.logs import RunLogs, say
+from dmd2.training.run_folder import open_run
+from dmd2.training.signals import stop_signals
 
 Logs = dict[str, float | Tensor]
 EMA_RAMP_UP = 0.05  # a half-life is at most this part of what has been (Karras et al. 2022's code; GDD)
@@ -81,7 +87,7 @@ class LoopSettings:
     clip_norm: float = 1.0
     """largest norm of a phase's gradient; 0 for no limit"""
     zero_nans: bool = False
-    """whether a gradient's NaNs count as zero; otherwise a gradient that is not finite is not used at all"""
+    """whether a gradient's NaNs count as zero, if the loss is finite; otherwise such a gradient is not used at all"""
     accumulate: int = 1
     """batches of `batch_size` that make one update: what does not fit into memory at once"""
     ema_decay: float = 0.999
@@ -100,87 +106,248 @@ def train(
     *,
     resume: bool = False,
     recipe: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> bool:
     """Runs `method` to `settings.iterations`. Returns False if a signal stopped it early (after a checkpoint).
 
-    Writes into `out`: `recipe.json`, `log.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt` and, at the end,
-    whatever `method.export` writes.
+    Writes into `out`: `recipe.json`, `log.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt`,
+    `checkpoint.previous.pt` and, at the end, whatever `method.export` writes.
+
+    Args:
+        recipe: the numbers. A run goes on with the same ones only, but for how long it is and what it shows.
+        inputs: hashes of the files that the results depend on, by option; a run goes on with the same ones only.
+        origin: what else `recipe.json` is to say: where the run came from.
 
     Raises:
-        UserError: `out` holds a run already and `resume` is off, or a checkpoint of another recipe.
+        UserError: `out` holds a run already and `resume` is off, or none and it is on; a checkpoint of another
+            recipe, or none that is whole; another trainer is at work in `out`; it cannot be written to.
+        TrainingDiverged: the run no longer learns.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not resume:
-        raise UserError(f"--out {out}: holds a run already; add --resume to continue it, or name another folder")
-    images = settings.batch_size * settings.accumulate
-    half_life = settings.ema_half_life / images
-    average = Average(method.averaged, settings.ema_decay, half_life) if method.averaged is not None else None
-    first = _restore(checkpoint, method, average, recipe) if checkpoint.exists() else 0
-    with atomic_path(out / "recipe.json") as temporary:
-        temporary.write_text(json.dumps(recipe or {}, indent=2) + "\n")
-
-    logs = _Logs(out, first, settings)
-    averaged = average.module if average else None
-    last_saved = time.monotonic()
-    with logs, _stop_signals() as stopped:
-        for step in range(first, settings.iterations):
-            parts = range(step * settings.accumulate, (step + 1) * settings.accumulate)
-            first_part, *rest = (
-                Batch(step, method.data(part), torch.Generator().manual_seed(_mix(settings.seed, part)))
-                for part in parts
+    with open_run(out, resume):
+        checkpoints = Checkpoints(out)
+        try:
+            run = _Run(method, settings, checkpoints, {"recipe": recipe, "inputs": inputs})
+            if resume:
+                run.restore()
+            with atomic_path(out / "recipe.json") as temporary:
+                known = (recipe or {}) | (origin or {}) | ({"inputs": inputs} if inputs is not None else {})
+                temporary.write_text(json.dumps(known, indent=2) + "\n")
+            finished = run.go(out)
+            if finished and method.export:
+                method.export(run.averaged, out)
+            return finished
+        except OSError as error:
+            kept = (
+                "its checkpoint is whole: --resume goes on from there" if checkpoints.exist() else "nothing is kept"
             )
-            figures = training_step(method.phases, first_part, settings, rest)
-            if average:
-                average.update(step)
-            logs.step(step, figures)
-
-            done = step + 1
-            if done % settings.sample_every == 0 or done == settings.iterations:
-                if method.sample:
-                    logs.picture(done, method.sample(averaged))
-                if method.score:
-                    logs.score(done, method.score(averaged))
-            # Ten minutes are the most that a crash may cost, however slow the steps are.
-            late = time.monotonic() - last_saved > 600
-            if done % settings.checkpoint_every == 0 or done == settings.iterations or stopped() or late:
-                _save(checkpoint, done, method, average, recipe)
-                last_saved = time.monotonic()
-            if stopped() and done < settings.iterations:
-                tqdm.write(f"stopped at step {done}; continue with --resume (checkpoint: {checkpoint})")
-                return False
-    if method.export:
-        method.export(averaged, out)
-    return True
+            raise UserError(f"{error.filename or out}: {error.strerror or error}; {kept}") from error
 
 
-def training_step(phases: Iterable[Phase], batch: Batch, settings: LoopSettings, rest: Sequence[Batch] = ()) -> Logs:
+class _Run:
+    """One call of `train`: what changes as it goes on.
+
+    `about` goes into every checkpoint, and must be in the one that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        settings: LoopSettings,
+        checkpoints: Checkpoints,
+        about: dict[str, dict[str, Any] | None],
+    ) -> None:
+        self.method, self.settings, self.checkpoints, self.about = method, settings, checkpoints, about
+        self.guard, self.first, self.sums = Guard(), 0, dict[str, list[float]]()
+        half_life = settings.ema_half_life / (settings.batch_size * settings.accumulate)
+        averaged = method.averaged
+        self.average = Average(averaged, settings.ema_decay, half_life) if averaged is not None else None
+        self.averaged = self.average.module if self.average else None
+        self.networks = [p.module for p in method.phases] + ([averaged] if averaged is not None else [])
+
+    def go(self, out: Path) -> bool:
+        """All steps that are left. False if a signal stopped it early."""
+        settings, images = self.settings, self.settings.batch_size * self.settings.accumulate
+        logs = RunLogs(out, self.first, settings.iterations, settings.log_every, images, self.sums)
+        last_saved = time.monotonic()
+        with stop_signals() as stopped, logs:
+            if self.first:
+                self._show(logs, self.first)
+            for step in range(self.first, settings.iterations):
+                logs.add(self._step(step))
+                done = step + 1
+                # Ten minutes are the most that a crash may cost, however slow the steps are.
+                late = time.monotonic() - last_saved > 600
+                if done % settings.checkpoint_every == 0 or done == settings.iterations or stopped() or late:
+                    self._save(done, logs)  # before anything else, for all else may fail, or take long
+                    last_saved = time.monotonic()
+                if stopped() and done < settings.iterations:
+                    logs.line(done)
+                    say(f"stopped at step {done}; continue with --resume (checkpoint: {self.checkpoints.path})")
+                    return False
+                self._show(logs, done)
+        self.guard.check(settings.iterations, finished=True)
+        return True
+
+    def _step(self, step: int) -> Logs:
+        settings = self.settings
+        batches = [
+            Batch(step, self.method.data(part), torch.Generator().manual_seed(_mix(settings.seed, part)))
+            for part in range(step * settings.accumulate, (step + 1) * settings.accumulate)
+        ]
+        figures = training_step(self.method.phases, batches[0], settings, batches[1:], self.networks)
+        if self.average:
+            self.average.update(step)
+        self.guard.note(step + 1, {name: figures.get(f"{name}/skipped") for name in self._names()})
+        self.guard.check(step + 1)
+        return figures
+
+    def _names(self) -> list[str]:
+        return [phase.name for phase in self.method.phases]
+
+    def _show(self, logs: RunLogs, done: int) -> None:
+        """What is due after `done` steps: a line of the log, a picture, a score."""
+        logs.line(done)
+        if done % self.settings.sample_every == 0 or done == self.settings.iterations:
+            if self.method.sample and (done != self.first or not logs.picture_path(done).exists()):
+                logs.picture(done, self.method.sample(self.averaged))
+            if self.method.score and logs.lacks(done, "score"):
+                logs.score(done, self.method.score(self.averaged))
+
+    def _save(self, done: int, logs: RunLogs) -> None:
+        networks = [(phase.name, phase.module) for phase in self.method.phases]
+        bad = first_not_finite(networks + ([("average", self.averaged)] if self.averaged else []))
+        if bad:
+            raise TrainingDiverged(
+                f"step {done}: weights are no longer finite ({bad}); the checkpoint before is kept"
+            )
+        phases = {
+            p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()}
+            for p in self.method.phases
+        }
+        average = self.averaged.state_dict() if self.averaged else None
+        state = {"step": done, **self.about, "phases": phases, "average": average}
+        self.checkpoints.save(state | {"guard": self.guard.state(), "log": logs.sums})
+
+    def restore(self) -> None:
+        """Loads the newest checkpoint, once all of it is known to fit."""
+        path = self.checkpoints.path
+        try:
+            self._restore(path, self.checkpoints.load())
+        except UserError:
+            raise
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # a structure of another kind
+            raise UserError(f"{path}: not a checkpoint of this run ({' '.join(str(error).split())[:300]})") from error
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        check_recipe(path, self.about["recipe"], state.get("recipe"))
+        check_inputs(self.about["inputs"], state.get("inputs"))
+        phases = state["phases"]
+        if phases.keys() != set(self._names()):
+            raise UserError(f"{path}: trains {', '.join(map(str, phases))}; this run {', '.join(self._names())}")
+        for p in self.method.phases:
+            check_module(f"{path}: {p.name}", p.module, phases[p.name].get("module"))
+            check_optimizer(f"{path}: {p.name}", p.optimizer, phases[p.name].get("optimizer"))
+        if self.averaged:
+            check_module(f"{path}: average", self.averaged, state["average"])
+        self.first, self.guard = int(state["step"]), Guard.of(state["guard"])
+        self.sums = {name: [float(value) for value in values] for name, values in state["log"].items()}
+        for p in self.method.phases:
+            p.module.load_state_dict(phases[p.name]["module"])
+            p.optimizer.load_state_dict(phases[p.name]["optimizer"])
+        if self.averaged:
+            self.averaged.load_state_dict(state["average"])
+        self._check_length(state)
+
+    def _check_length(self, state: dict[str, Any]) -> None:
+        """The learning rate may depend on how long a run is; it is always that of the length asked for last."""
+        path, now = self.checkpoints.path, self.settings.iterations
+        if self.first > now:
+            raise UserError(f"{path}: has done {self.first} steps already; expected iterations of at least that")
+        then = ((state.get("recipe") or {}).get("loop") or {}).get("iterations", now)
+        if then != now and self.settings.decay and self.first < now:
+            old, new = (schedule(self.first, replace(self.settings, iterations=n)) for n in (then, now))
+            say(
+                f"{now} steps instead of {then}: from here on the learning rate falls to zero at step {now}, as if it"
+            )
+            say(f"had been so from the start ({max(old, 0):.3g} → {new:.3g} of lr); decay=false would have kept it")
+
+
+def training_step(
+    phases: Iterable[Phase],
+    batch: Batch,
+    settings: LoopSettings,
+    rest: Sequence[Batch] = (),
+    networks: Iterable[nn.Module] = (),
+) -> Logs:
     """Every phase whose turn it is: loss, gradient, clipping, optimizer. Returns what there is to log.
 
-    The gradient is the mean over `batch` and the `rest` of the step's batches.
+    The gradient is the mean over `batch` and the `rest` of the step's batches. Where the loss, the gradient or a
+    buffer that a forward pass changed (batch normalisation's averages) is not finite, the phase leaves no trace: no
+    update, and the buffers of the phases' modules and of `networks` are what they were. "NAME/skipped" is then 1.
     """
     phases = list(phases)
     figures: Logs = {}
-    for phase in phases:
+    for index, phase in enumerate(phases):
         if batch.step % phase.every:
             continue
         for other in phases:  # a loss may run through another phase's network, but never trains it
             other.module.requires_grad_(other is phase)
+        buffers = _buffers([*(p.module for p in phases), *networks])
+        losses = []
         for part in (batch, *rest):
+            # What is drawn without `part.generator`, dropout above all: from (seed, step, part, phase), too.
+            torch.manual_seed(_mix(part.generator.initial_seed(), 1 + index))
             loss, logs = phase.loss(part)
             (loss / (1 + len(rest))).backward()
-        parameters = [p for group in phase.optimizer.param_groups for p in group["params"]]
-        if settings.zero_nans:
-            for gradient in (p.grad for p in parameters if p.grad is not None):
-                torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
-        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
+            losses.append(loss.detach())
+        norm, finite = _gradient(phase, settings)
+        finite = finite and bool(torch.isfinite(torch.stack(losses)).all()) and _still_finite(buffers)
         for group in phase.optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * schedule(batch.step, settings)
-        if torch.isfinite(norm):  # one bad batch must not poison the weights; it shows in the log
+        if finite:
             phase.optimizer.step()
+        else:  # one bad batch must not poison the weights; it shows in the log
+            for buffer, before in buffers:
+                buffer.copy_(before)
         phase.optimizer.zero_grad(set_to_none=True)
-        figures |= {phase.name: loss.detach(), f"{phase.name}/gradient_norm": norm, **logs}
+        figures |= {phase.name: torch.stack(losses).mean(), f"{phase.name}/gradient_norm": norm}
+        figures |= {f"{phase.name}/skipped": float(not finite), **logs}
     return figures
+
+
+def _gradient(phase: Phase, settings: LoopSettings) -> tuple[Tensor, bool]:
+    """Clips. Returns the gradient's norm before that, and whether there is anything to learn from it."""
+    parameters = [p for group in phase.optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    zeroed = False
+    if settings.zero_nans:
+        zeroed = not bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        for gradient in gradients:
+            torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
+    return norm, bool(torch.isfinite(norm)) and not (zeroed and float(norm) == 0)
+
+
+Buffers = list[tuple[Tensor, Tensor]]
+
+
+def _buffers(modules: Iterable[nn.Module]) -> Buffers:
+    """Each buffer once, with a copy."""
+    found = {id(buffer): buffer for module in modules for buffer in module.buffers()}
+    return [(buffer, buffer.clone()) for buffer in found.values()]
+
+
+def _still_finite(buffers: Buffers) -> bool:
+    """What was infinite before may stay so: masks are."""
+    checks = [(b.isfinite() | (b == old)).all() for b, old in buffers if b.is_floating_point()]
+    return bool(torch.stack(checks).all()) if checks else True
 
 
 def schedule(step: int, settings: LoopSettings) -> float:
@@ -219,149 +386,3 @@ class Average:
 def _mix(seed: int, step: int) -> int:
     """One 63-bit seed from two numbers, without the correlations that seed + step would bring."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**63
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask the loop to stop after the step at hand; a second one ends the process at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked = True
-        tqdm.write("stopping after this step, with a checkpoint (once more to stop at once)")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _save(path: Path, step: int, method: Method, average: Average | None, recipe: dict[str, Any] | None) -> None:
-    state = {
-        "step": step,
-        "recipe": recipe,
-        "phases": {
-            p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()} for p in method.phases
-        },
-        "average": average.module.state_dict() if average else None,
-    }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _restore(path: Path, method: Method, average: Average | None, recipe: dict[str, Any] | None) -> int:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
-    # The number of iterations may change between two parts of a run; anything else would be another run.
-    if not isinstance(state, dict) or not {"step", "recipe", "phases", "average"} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of a training run")
-    mine, theirs = (_without_length(r or {}) for r in (recipe, state["recipe"]))
-    if mine != theirs:
-        changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        raise UserError(f"{path}: made by another recipe (different: {', '.join(changed)})")
-    for phase in method.phases:
-        phase.module.load_state_dict(state["phases"][phase.name]["module"])
-        phase.optimizer.load_state_dict(state["phases"][phase.name]["optimizer"])
-    if average:
-        average.module.load_state_dict(state["average"])
-    return int(state["step"])
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the log; infinity for a line that a crash cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def _without_length(recipe: dict[str, Any]) -> dict[str, Any]:
-    loop = {f"loop.{k}": v for k, v in recipe.get("loop", {}).items() if k != "iterations"}
-    return {k: v for k, v in recipe.items() if k != "loop"} | loop
-
-
-@dataclass
-class _Logs:
-    """JSON lines, TensorBoard (where installed), pictures, and a progress bar with rate and ETA."""
-
-    out: Path
-    first: int
-    settings: LoopSettings
-    sums: dict[str, list[float]] = field(default_factory=dict)
-
-    def __enter__(self) -> None:
-        path = self.out / "log.jsonl"
-        if path.exists():  # what came after the checkpoint is going to happen again
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.first]
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept))
-        self.file = path.open("a")
-        self.board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.first)
-        except ImportError:
-            tqdm.write("no TensorBoard log: pip install 'dmd2[train]' brings it")
-        terminal = os.isatty(2)
-        self.bar = tqdm(
-            total=self.settings.iterations,
-            initial=self.first,
-            unit="step",
-            mininterval=0.5 if terminal else 30,
-            dynamic_ncols=terminal,
-        )
-        self.clock, self.clock_step = time.monotonic(), self.first
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.file.close()
-        if self.board:
-            self.board.close()
-
-    def step(self, step: int, figures: Logs) -> None:
-        for name, value in figures.items():
-            self.sums.setdefault(name, []).append(float(value))
-        done = step + 1
-        if done % self.settings.log_every == 0 or done == self.settings.iterations:
-            now = time.monotonic()
-            rate = (
-                (done - self.clock_step)
-                * self.settings.batch_size
-                * self.settings.accumulate
-                / max(now - self.clock, 1e-9)
-            )
-            means = {name: sum(values) / len(values) for name, values in self.sums.items()}
-            self._write(done, means | {"images_per_second": rate})
-            short = {k: f"{v:.3g}" for k, v in means.items() if "/" not in k}
-            self.bar.set_postfix(short | {"img/s": f"{rate:.0f}"}, refresh=False)
-            self.sums, self.clock, self.clock_step = {}, now, done
-        self.bar.update(1)
-
-    def score(self, done: int, scores: dict[str, float]) -> None:
-        self._write(done, {f"score/{k}": v for k, v in scores.items()})
-        tqdm.write(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-
-    def picture(self, done: int, picture: Tensor) -> None:
-        path = self.out / "samples" / f"{done:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        with atomic_path(path) as temporary:
-            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
-        if self.board:
-            self.board.add_image("samples", picture, done)
-        tqdm.write(f"step {done}: {path}")
-
-    def _write(self, done: int, figures: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": done} | {k: round(v, 6) for k, v in figures.items()}) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in figures.items():
-                self.board.add_scalar(name, value, done)

@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from dmd2.edm import ClassCondition, Edm
 from dmd2.edm_weights import WEIGHTS_FILE, load_edm
 from dmd2.errors import UserError, first_error
-from dmd2.fileio import atomic_text, write_atomically
+from dmd2.fileio import atomic_text
 from dmd2.noise import seeded_noise
 from dmd2.sampling import conditioned, heun, teacher_sigmas
+from dmd2.tensors import save_tensors
 from dmd2.training.dmd import RegressionPairs
 from dmd2.weights import read_manifest
 
@@ -130,21 +131,13 @@ def make_pairs(
                 images.append(_draw(teacher, config, part).half().cpu())
                 bar.update(len(part))
             tensors = {"images": torch.cat(images), "labels": config.labels(pairs), "seeds": config.seeds(pairs)}
-            _save(out / name, tensors)
+            save_tensors(tensors, out / name)
 
 
 def _is_there(path: Path, config: PairsConfig, pairs: range) -> bool:
     if path.exists():
         _load(path, config, pairs)
     return path.exists()
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    def write(temporary: Path) -> None:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-
-    write_atomically(path, write)
 
 
 @torch.no_grad()

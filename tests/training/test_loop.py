@@ -160,7 +160,13 @@ def test_a_bad_batch_shows_in_the_log_and_leaves_the_weights() -> None:
 def test_zeroed_nans_leave_what_is_finite() -> None:
     module = nn.Linear(2, 1, bias=False)
     before = module.weight.detach().clone()
-    phase = single(module, lambda batch: ((module.weight * torch.tensor([float("nan"), 3.0])).sum(), {}))
+    zero = torch.zeros(())
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        # finite, but the first weight's gradient is 0 times infinity
+        return (zero * module.weight[0, 0]).sqrt() + 3 * module.weight[0, 1], {}
+
+    phase = single(module, loss)
     settings = replace(TOY, warmup=0, decay=False, clip_norm=0, zero_nans=True)
     logs = training_step([phase], Batch(0, None, torch.Generator()), settings)
     assert float(logs["only/gradient_norm"]) == 3  # and nothing clips it
@@ -324,7 +330,7 @@ def stopped_early(out: Path, steps: int) -> None:
         train(replace(method, data=data), TOY, out, recipe={"name": "toy", "loop": asdict(TOY)})
 
 
-@pytest.mark.parametrize("steps", [3, 7, 8, 20, 27, 59])
+@pytest.mark.parametrize("steps", [7, 8, 20, 27, 59])
 def test_a_run_that_broke_off_continues_to_the_bit(whole: Path, tmp_path: Path, steps: int) -> None:
     out = tmp_path / "run"
     stopped_early(out, steps)
@@ -345,11 +351,6 @@ def test_a_finished_run_may_be_resumed_and_made_longer(whole: Path, tmp_path: Pa
     assert train(toy(TOY), longer, tmp_path / "run", resume=True, recipe={"loop": asdict(longer)})
     a, b = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "at-once")
     assert a["step"] == 80 and differences(a, b) == []
-
-
-def test_resuming_nothing_is_starting(whole: Path, tmp_path: Path) -> None:
-    train(toy(TOY), TOY, tmp_path / "run", resume=True, recipe={"name": "toy", "loop": asdict(TOY)})
-    assert_same_runs(whole, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -517,5 +518,7 @@ def test_dmd2_train_killed_and_resumed_is_bit_identical(weights: Path, emoji_zip
 if __name__ == "__main__":
     torch.set_num_threads(1)
     method = toy(TOY, *map(float, sys.argv[2:]))
-    whole_run = train(method, TOY, Path(sys.argv[1]), resume=True, recipe={"name": "toy", "loop": asdict(TOY)})
+    out = Path(sys.argv[1])
+    begun = (out / "checkpoint.pt").exists()
+    whole_run = train(method, TOY, out, resume=begun, recipe={"name": "toy", "loop": asdict(TOY)})
     sys.exit(0 if whole_run else 130)

@@ -1,0 +1,191 @@
+"""What a run says of itself: JSON lines, TensorBoard, pictures, a progress bar; and a terminal that may go away."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dmd2.fileio import atomic_path
+
+Logs = Mapping[str, float | Tensor]
+
+
+class Terminal:
+    """A text stream that falls silent where it would fail: a reader that went away never ends a run.
+
+    After an error its file descriptor leads to the null device, so that nothing else stumbles over it either,
+    Python's own flush at the end included.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream  # None: Python was started with this stream closed
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+                self.stream.flush()
+        except (OSError, ValueError) as error:  # a broken pipe, a terminal that hung up; a closed stream
+            self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        self.write("")
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, OSError) or isinstance(error, BlockingIOError) or self.stream is None:
+            return
+        with suppress(OSError, ValueError, AttributeError):  # it has no descriptor: then there is nothing to mend
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+    def __eq__(self, other: object) -> bool:
+        """All alike: output and errors share a terminal as a rule, so tqdm clears its bar before other text."""
+        return isinstance(other, Terminal)
+
+    __hash__ = object.__hash__
+
+
+def say(text: str) -> None:
+    """One line on standard output, above the progress bar. Never fails (see `Terminal`)."""
+    tqdm.write(text, file=Terminal(sys.stdout))
+
+
+class RunLogs:
+    """The logs of one run, from step `first` on.
+
+    `add` only remembers; `line`, `score` and `picture` write. A step's checkpoint comes between the two and holds
+    `sums`, so that a run that is killed in between loses nothing: when it goes on, it writes what is missing of
+    step `first` (see `lacks`).
+
+    Args:
+        out: the run's folder: `log.jsonl`, `tensorboard/` and `samples/` are in it.
+        first: steps done already.
+        iterations: of the whole run.
+        every: steps between two lines.
+        images: of one step.
+        sums: figures since the last line, as the checkpoint has them.
+    """
+
+    def __init__(
+        self, out: Path, first: int, iterations: int, every: int, images: int, sums: dict[str, list[float]]
+    ) -> None:
+        self.out, self.first, self.iterations, self.every, self.images = out, first, iterations, every, images
+        self.sums = {name: list(values) for name, values in sums.items()}
+        self._there: set[str] = set()  # names of figures that the log holds of step `first`
+        self.board: Any = None
+
+    def __enter__(self) -> RunLogs:
+        path = self.out / "log.jsonl"
+        if path.exists() and not self.first:  # of a run that left no checkpoint
+            path.replace(self.out / "log.previous.jsonl")
+        if path.exists():  # what came after the checkpoint is going to happen again
+            lines = [(step, line) for line in path.read_text(errors="replace").splitlines() for step in [_step(line)]]
+            kept = [line for step, line in lines if step <= self.first]
+            self._there = {name for step, line in lines if step == self.first for name in json.loads(line)}
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.first + 1)
+        except ImportError:
+            say("no TensorBoard log: pip install 'dmd2[train]' brings it")
+        terminal = os.isatty(2)
+        self.bar = tqdm(
+            total=self.iterations,
+            initial=self.first,
+            unit="step",
+            mininterval=0.5 if terminal else 30,
+            dynamic_ncols=terminal,
+            file=Terminal(sys.stderr),
+        )
+        self._clock, self._clock_step = time.monotonic(), self.first
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        try:
+            self.file.close()
+        finally:
+            if self.board:
+                self.board.close()
+
+    def add(self, figures: Logs) -> None:
+        """Remembers the figures of a step."""
+        for name, value in figures.items():
+            self.sums.setdefault(name, []).append(float(value))
+
+    def lacks(self, done: int, what: str) -> bool:
+        """Whether the log has yet to be told `what` ("line" or "score") of step `done`. Only `first` may have it."""
+        scored = {name for name in self._there if name.startswith("score/")}
+        return done != self.first or not (scored if what == "score" else self._there - scored - {"step"})
+
+    def line(self, done: int) -> None:
+        """Means since the last line, where one is due. A mean is over what was finite; null if nothing was."""
+        due = (done % self.every == 0 or done == self.iterations) and self.sums
+        if due and self.lacks(done, "line"):
+            means = {name: _mean(values) for name, values in self.sums.items()}
+            now, steps = time.monotonic(), done - self._clock_step
+            rate = steps * self.images / max(now - self._clock, 1e-9)
+            self._write(done, means | ({"images_per_second": rate} if steps else {}))
+            short = {k: f"{v:.3g}" for k, v in means.items() if "/" not in k}
+            self.bar.set_postfix(short | {"img/s": f"{rate:.0f}"}, refresh=False)
+            self._clock, self._clock_step = now, done
+        if due:
+            self.sums = {}
+        self.bar.update(done - self.bar.n)
+
+    def score(self, done: int, scores: dict[str, float]) -> None:
+        if scores:
+            self._write(done, {f"score/{k}": v for k, v in scores.items()})
+            say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+    def picture_path(self, done: int) -> Path:
+        return self.out / "samples" / f"{done:07d}.png"
+
+    def picture(self, done: int, picture: Tensor) -> None:
+        """Writes uint8 (3, H, W)."""
+        path = self.picture_path(done)
+        path.parent.mkdir(exist_ok=True)
+        with atomic_path(path) as temporary:
+            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
+        if self.board:
+            self.board.add_image("samples", picture, done)
+        say(f"step {done}: {path}")
+
+    def _write(self, done: int, figures: dict[str, float]) -> None:
+        rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in figures.items()}
+        self.file.write(json.dumps({"step": done} | rounded, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in figures.items():
+                if math.isfinite(value):
+                    self.board.add_scalar(name, value, done)
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _step(line: str) -> float:
+    """The step of a line of the log; infinity for a line that a crash cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return float("inf")

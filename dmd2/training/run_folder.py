@@ -1,0 +1,100 @@
+"""The folder of a run: one trainer at a time, checked before the first step, without what killed ones left."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dmd2.errors import UserError
+from dmd2.training.checkpoints import Checkpoints
+from dmd2.training.logs import say
+
+LOCK = ".lock"
+EXPORTS = ("model", "classifier.safetensors")
+"""what `Method.export` may write"""
+STALE = re.compile(
+    r"\.(checkpoint\.pt|recipe\.json|log\.jsonl|classifier\.safetensors|\d{7,}\.png)\.[0-9a-f]{8}\.tmp"
+)
+STALE_FOLDER = re.compile(r"\.model\.[a-z0-9_]{8}")  # by tempfile: an export that was cut short
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """What can be known of `out` before anything is loaded.
+
+    Raises:
+        UserError: there is nothing to resume; there is something, and `resume` is off; or it is no place for a run.
+    """
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {out}: {folder} is a file; expected a folder")
+    there = Checkpoints(out).exist()
+    if resume and not there:
+        raise UserError(f"--out {out}: holds no checkpoint to --resume from; without --resume, a run begins there")
+    if there and not resume:
+        raise UserError(f"--out {out}: holds a run already; add --resume to continue it, or name another folder")
+    model, classifier = (out / name for name in EXPORTS)
+    if not resume:
+        for path in (model, classifier):
+            if path.exists():
+                raise UserError(
+                    f"--out {out}: holds {path.name} already, of no run that is there; name another folder"
+                )
+    if (model.exists() and not model.is_dir()) or classifier.is_dir():
+        wrong = classifier if classifier.is_dir() else model
+        raise UserError(f"{wrong}: in the way of what the run is going to write there; move it")
+
+
+@contextmanager
+def open_run(out: Path, resume: bool) -> Iterator[None]:
+    """`out`, made if need be, checked, locked against other trainers, and freed of what killed ones left half done.
+
+    Raises:
+        UserError: see `check_out`; another trainer is at work there; nothing can be written there.
+    """
+    check_out(out, resume)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+    try:
+        _lock(descriptor, out)
+        check_out(out, resume)  # another trainer may have written there until now
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            _tidy(out)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+        yield
+    finally:
+        os.close(descriptor)  # and the lock with it, as it would be with the process
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+        who = f"process {owner}" if owner.isdigit() else "another process"
+        raise UserError(f"--out {out}: {who} is training there; wait for it, or name another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise UserError(f"--out {out}: cannot be locked ({error.strerror})") from error
+        say(f"--out {out}: this file system knows no locks; start no second run there")
+
+
+def _tidy(out: Path) -> None:
+    """Removes what only a killed trainer can have left: the lock says that there is none now."""
+    for folder in (out, out / "samples"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if STALE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink()
+            elif STALE_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
