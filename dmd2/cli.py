@@ -231,18 +231,24 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 64,
     resize: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to first.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    churn: Annotated[
+        str | None,
+        typer.Option(metavar="S_CHURN[,S_TMIN,S_TMAX,S_NOISE]", help="Noise that an EDM teacher's sampler adds."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the result there.")] = None,
 ) -> None:
     """Judge what weights draw. Prints JSON with all that it takes to repeat it. For several GPUs, run by torchrun."""
     from dmd2.evaluate import CLASSIFIER, INCEPTION, Settings
     from dmd2.evaluate import evaluate as run
     from dmd2.fileio import atomic_text
+    from dmd2.sampling import Churn
 
     if out is not None:
         _make(out.parent)
     metrics = tuple(dict.fromkeys(name for name in metric.split(",") if name))
+    noise = None if churn is None else Churn.parse(churn)
     networks = (features, inception or INCEPTION, classifier or CLASSIFIER, clip)
-    result = run(Settings(weights, metrics, ref, n, *networks, prompts, steps, seed, batch, resize, device))
+    result = run(Settings(weights, metrics, ref, n, *networks, prompts, steps, seed, batch, resize, device, noise))
     if result is not None:  # else another process has it
         text = json.dumps(result, indent=2) + "\n"
         print(text, end="")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from dmd2.edm_layers import ADM_HEAD_CHANNELS, STYLES, Block, Conv, Fourier, Norm, Sinusoids, linear
+from dmd2.edm_layers import STYLES, Block, Conv, Fourier, Norm, Sinusoids, adm_heads, linear
 from dmd2.errors import UserError
 from dmd2.noise import karras_sigmas, per_image
 
@@ -68,8 +68,9 @@ class EdmConfig(BaseModel):
         if any((a + b) % min(32, (a + b) // 4) for a in (0, self.model_channels, *widths) for b in widths):
             raise ValueError(f"model_channels {self.model_channels}: cannot be split into groups of normalisation")
         attending = [w for i, w in enumerate(widths) if self.resolution >> i in self.attention] + widths[-1:]
-        if self.architecture == "adm" and any(w % ADM_HEAD_CHANNELS for w in attending):
-            raise ValueError(f"model_channels {self.model_channels}: cannot be split into heads of 64 channels")
+        for w in attending if self.architecture == "adm" else ():
+            if w % max(1, adm_heads(w)):
+                raise ValueError(f"model_channels {self.model_channels}: {w} do not make {adm_heads(w)} equal heads")
         return self
 
 

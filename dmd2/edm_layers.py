@@ -17,6 +17,12 @@ MAX_POSITIONS = 10_000  # longest period of the sinusoidal embedding (Vaswani et
 FOURIER_SCALE = 16.0  # standard deviation of the random frequencies (Song et al. 2021, app. C)
 ADM_HEAD_CHANNELS = 64  # Dhariwal & Nichol 2021, sec. 3
 
+
+def adm_heads(channels: int) -> int:
+    """Of ADM's attention, as EDM's code counts them: 96 channels make one head of 96; fewer than 64 none."""
+    return channels // ADM_HEAD_CHANNELS
+
+
 Resample = Literal["up", "down"]
 
 
@@ -167,7 +173,7 @@ class Block(nn.Module):
         self.skip = None
         if inputs != outputs or resample:
             self.skip = Conv(style, inputs, outputs, 0 if style.adm and inputs == outputs else 1, resample=resample)
-        self.heads = (outputs // ADM_HEAD_CHANNELS if style.adm else 1) if attention else 0
+        self.heads = (adm_heads(outputs) if style.adm else 1) if attention else 0
         if self.heads:
             self.norm2 = Norm(outputs, style.eps)
             self.qkv = Conv(style, outputs, 3 * outputs, 1, gain=1.0 if style.adm else math.sqrt(0.2))

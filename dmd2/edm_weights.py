@@ -22,7 +22,6 @@ from dmd2.tensors import save_tensors
 from dmd2.weights import Manifest, Student, Teacher, read_manifest, verify, write_manifest
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-TEACHER_STEPS = 18  # of Heun's method (Karras et al. 2022, table 2, CIFAR-10)
 
 
 def expect_new(folder: Path) -> None:
@@ -61,6 +60,11 @@ def save_edm(
         new.rename(folder)
 
 
+def heun_steps(config: EdmConfig) -> int:
+    """Of Heun's method, as Karras et al. 2022 sample: 18 (35 calls) for 32×32, 40 (79 calls) for the 64×64 sets."""
+    return 18 if config.resolution <= 32 else 40
+
+
 def _manifest(config: EdmConfig, name: str, licence: str, class_names: Sequence[str]) -> Manifest:
     sigmas = list(config.sigmas)
     return Manifest(
@@ -70,7 +74,7 @@ def _manifest(config: EdmConfig, name: str, licence: str, class_names: Sequence[
         licence=licence,
         class_names=list(class_names),
         students={len(sigmas): Student(subfolder=".", sigmas=sigmas)} if sigmas else {},
-        teacher=None if sigmas else Teacher(subfolder=".", steps=TEACHER_STEPS, guidance_scale=1.0),
+        teacher=None if sigmas else Teacher(subfolder=".", steps=heun_steps(config), guidance_scale=1.0),
     )
 
 

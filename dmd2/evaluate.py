@@ -46,6 +46,7 @@ from dmd2.metrics import (
     resized,
 )
 from dmd2.samples import DataSet, Pictures, open_pictures
+from dmd2.sampling import Churn
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIFIER = ROOT / "weights" / "cifar10-classifier.safetensors"
@@ -77,6 +78,8 @@ class Settings:
     resize: int | None = None
     """side in pixels that pictures, and the reference's, are brought to before all but patch-FID"""
     device: str = "auto"
+    churn: Churn | None = None
+    """of an EDM teacher's sampler"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
             settings.seed,
             place.device,
             None if "patch-fid" in settings.metrics else settings.resize,
+            settings.churn,
         )
         _check_pictures(settings, pictures, judges)
         compared = set(settings.metrics) & set(REFERENCED)

@@ -6,6 +6,7 @@ Picture i is the same whatever batch, process or order it is drawn in.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,16 +14,15 @@ import torch
 from torch import Tensor
 
 from dmd2.edm import ClassCondition, RgbCodec
-from dmd2.edm_weights import load_edm
+from dmd2.edm_weights import heun_steps, load_edm
 from dmd2.engine import Engine
 from dmd2.errors import UserError
 from dmd2.fileio import sha256_file
 from dmd2.noise import seeded_noise
-from dmd2.sampling import conditioned, few_step, heun, teacher_sigmas
+from dmd2.sampling import Churn, conditioned, few_step, heun, teacher_sigmas
 from dmd2.training.images import ImageSet
 from dmd2.weights import MANIFEST, Manifest, read_manifest
 
-HEUN_STEPS = 18  # Karras et al. 2022, table 2, CIFAR-10
 TEXT_FAMILIES = "sdxl", "sd15"
 DEFAULT_N = 50_000  # what FID is usually measured with
 
@@ -50,24 +50,31 @@ class EdmSamples:
 
     Args:
         steps: of the teacher's sampler, or which student; None for what the manifest says.
+        churn: of the teacher's sampler. Its noise comes from the same seeds.
 
     Raises:
         UserError: the weights are broken, or know no such steps.
     """
 
-    def __init__(self, folder: Path, n: int, steps: str | None, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, n: int, steps: str | None, seed: int, device: torch.device, churn: Churn | None = None
+    ) -> None:
         manifest = read_manifest(folder)
+        self.churn = churn
         self.n, self.seed, self.device = n, seed, device
         self.denoiser = load_edm(folder, device)
         config = self.denoiser.config
         self.side = config.resolution
         self.student, self.sigmas = self._plan(manifest, steps)
+        if self.student and churn is not None:
+            raise UserError("--churn: only of a teacher's sampler; these weights are a student")
         self.prompts: list[str] | None = None
         self.labels = [i % config.classes for i in range(n)] if config.classes else None
         self.facts: dict[str, Any] = {
             "family": "edm",
             "sampler": "few-step" if self.student else "heun",
             "sigmas": self.sigmas,
+            **({} if churn is None else {"churn": asdict(churn)}),
             "classes": config.classes,
             "dtype": "float32",
             "seeds": [seed, seed + n - 1],
@@ -82,7 +89,7 @@ class EdmSamples:
             if chosen is None or not chosen.sigmas:
                 raise UserError(f"--steps {steps}: this student has {', '.join(students)}")
             return True, list(chosen.sigmas)
-        count = steps or str(manifest.teacher.steps if manifest.teacher else HEUN_STEPS)
+        count = steps or str(manifest.teacher.steps if manifest.teacher else heun_steps(self.denoiser.config))
         if count == "teacher" and manifest.teacher:
             count = str(manifest.teacher.steps)
         if not count.isdecimal() or not 2 <= int(count) <= 10_000:
@@ -94,14 +101,16 @@ class EdmSamples:
         config = self.denoiser.config
         classes = [-1] * len(rows) if self.labels is None else [self.labels[i] for i in rows]
         denoise = conditioned(self.denoiser, ClassCondition.of(torch.tensor(classes), config.classes).to(self.device))
-        count = len(self.sigmas) if self.student else 1
+        count = len(self.sigmas) if self.student else 1 if self.churn is None else 1 + len(self.sigmas)
         shape = (count, config.channels, config.resolution, config.resolution)
         noise = seeded_noise([self.seed + i for i in rows], shape, self.device)
         if self.student:
             x0 = few_step(denoise, self.denoiser.start, noise.unbind(1), self.sigmas)
         else:
             highest = torch.full((len(rows),), self.sigmas[0], device=self.device)
-            x0 = heun(denoise, self.denoiser.start(noise[:, 0], highest), self.sigmas)
+            x0 = heun(
+                denoise, self.denoiser.start(noise[:, 0], highest), self.sigmas, noise[:, 1:].unbind(1), self.churn
+            )
         return RgbCodec().decode(x0)
 
 
@@ -184,6 +193,7 @@ def open_pictures(
     seed: int,
     device: torch.device,
     side: int | None = None,
+    churn: Churn | None = None,
 ) -> Pictures:
     """What `dmd2 evaluate` judges: a folder of weights, or pictures in a folder or a zip.
 
@@ -191,12 +201,13 @@ def open_pictures(
         n: how many; None for all that the data set or the prompts have, else 50,000.
         prompts: text, one prompt a line; for text-to-image weights only.
         side: see `DataSet`.
+        churn: of an EDM teacher's sampler.
 
     Raises:
         UserError: it is none of these, or an option does not fit it.
     """
     if not (source / MANIFEST).is_file():
-        for option, value in (("--steps", steps), ("--prompts", prompts)):
+        for option, value in (("--steps", steps), ("--prompts", prompts), ("--churn", churn)):
             if value is not None:
                 raise UserError(f"{option}: expected weights to draw with; {source} has no {MANIFEST}")
         return DataSet(source, n, side)
@@ -206,7 +217,9 @@ def open_pictures(
     if family == "edm":
         if prompts is not None:
             raise UserError(f"--prompts: {source} draws classes, not prompts")
-        return EdmSamples(source, n or DEFAULT_N, steps, seed, device)
+        return EdmSamples(source, n or DEFAULT_N, steps, seed, device, churn)
+    if churn is not None:
+        raise UserError(f"--churn: only of an EDM teacher's sampler; {source} is of the family {family!r}")
     if prompts is None:
         raise UserError(f"--prompts: missing; {source} draws prompts: expected a text file with one a line")
     lines = read_prompts(prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmd2.denoiser import Cond, Denoiser, guided
+from dmd2.errors import UserError
 from dmd2.noise import add_noise, karras_sigmas
 
 T = TypeVar("T")
@@ -137,16 +139,42 @@ def dpm_solver_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tenso
     raise ValueError("sigmas: expected at least one level")
 
 
+@dataclass(frozen=True)
+class Churn:
+    """Noise added on the way (Karras et al. 2022, algorithm 2)."""
+
+    amount: float
+    """S_churn, over all steps; ImageNet-64's best is 40 in 256 steps"""
+    lowest: float = 0.0
+    highest: float = math.inf
+    """S_tmin and S_tmax, the levels between which noise is added (ImageNet-64: 0.05, 50)"""
+    noise: float = 1.0
+    """S_noise, standard deviation of the added noise (ImageNet-64: 1.003)"""
+
+    @staticmethod
+    def parse(text: str) -> Churn:
+        """S_churn[,S_tmin,S_tmax,S_noise].
+
+        Raises:
+            UserError: it is not that.
+        """
+        try:
+            values = [float(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        found = Churn(*values) if len(values) in (1, 4) else Churn(math.nan)
+        if not (0 <= found.amount < math.inf and 0 <= found.lowest <= found.highest and 0 <= found.noise < math.inf):
+            expected = "S_churn or S_churn,S_tmin,S_tmax,S_noise, such as 40,0.05,50,1.003"
+            raise UserError(f"--churn {text[:100]}: expected {expected}")
+        return found
+
+
 def heun(
     denoise: Denoise,
     x: Tensor,
     sigmas: Sequence[float],
     noise: Iterable[Tensor] | None = None,
-    *,
-    churn: float = 0.0,
-    churn_min: float = 0.0,
-    churn_max: float = math.inf,
-    churn_noise: float = 1.0,
+    churn: Churn | None = None,
 ) -> Tensor:
     """EDM's second-order sampler (Karras et al. 2022): algorithm 1, or with `churn` algorithm 2, which adds noise.
 
@@ -157,18 +185,15 @@ def heun(
         x: (B, C, H, W) start at sigmas[0]: unit noise times sigmas[0].
         sigmas: descending levels; the step from the last one goes to 0.
         noise: for algorithm 2, unit noise (B, C, H, W) for each level, whether it is added there or not; read
-            lazily. Not read where `churn` is 0.
-        churn: S_churn, over all steps; ImageNet-64's best is 40 in 256 steps.
-        churn_min, churn_max: S_tmin and S_tmax, the levels between which noise is added (ImageNet-64: 0.05, 50).
-        churn_noise: S_noise, standard deviation of the added noise (ImageNet-64: 1.003).
+            lazily. Not read without `churn`.
 
     Returns:
         x0 (B, C, H, W) in x's dtype.
     """
     if not sigmas:
         raise ValueError("sigmas: expected at least one level")
-    if churn and noise is None:
-        raise ValueError("noise: expected unit noise for each level, as churn is not 0")
+    if churn is not None and noise is None:
+        raise ValueError("noise: expected unit noise for each level, as there is churn")
     dtype, x = x.dtype, x.double()
 
     def slope(x: Tensor, t: float) -> Tensor:
@@ -176,11 +201,11 @@ def heun(
         level = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         return (x - denoise(x.to(dtype), level).double()) / t
 
-    fresh = noise if churn and noise is not None else repeat(None, len(sigmas))
+    fresh = noise if churn is not None and noise is not None else repeat(None, len(sigmas))
     for (t, t_next), n in zip(pairwise([*sigmas, 0.0]), fresh, strict=True):
-        if n is not None and churn_min <= t <= churn_max:
-            t_hat = t + min(churn / len(sigmas), math.sqrt(2) - 1) * t
-            x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * n.double()
+        if churn is not None and n is not None and churn.lowest <= t <= churn.highest:
+            t_hat = t + min(churn.amount / len(sigmas), math.sqrt(2) - 1) * t
+            x = x + math.sqrt(t_hat**2 - t**2) * churn.noise * n.double()
             t = t_hat
         d = slope(x, t)
         ahead = x + (t_next - t) * d

@@ -25,11 +25,12 @@ from dmd2.edm import (
     RgbCodec,
     published,
 )
-from dmd2.edm_weights import load_edm, save_edm
+from dmd2.edm_layers import Block
+from dmd2.edm_weights import heun_steps, load_edm, save_edm
 from dmd2.errors import UserError
 from dmd2.fileio import sha256_file
 from dmd2.noise import seeded_noise
-from dmd2.sampling import conditioned, heun, teacher_sigmas
+from dmd2.sampling import Churn, conditioned, heun, teacher_sigmas
 from dmd2.weights import read_manifest, write_manifest
 
 Array = NDArray[np.float64]
@@ -397,7 +398,7 @@ def test_heun_samples_from_a_network_and_each_picture_keeps_its_seed() -> None:
     def draw(seeds: list[int], cond: ClassCondition) -> Tensor:
         noise = seeded_noise(seeds, (6, 3, 8, 8)).unbind(1)
         start = sigmas[0] * noise[0]
-        return heun(conditioned(denoiser, cond), start, sigmas, noise[1:], churn=4.0)
+        return heun(conditioned(denoiser, cond), start, sigmas, noise[1:], Churn(4.0))
 
     both = draw([1, 2], cond)
     assert both.dtype == torch.float32 and both.isfinite().all()
@@ -446,6 +447,31 @@ def test_codec_keeps_every_byte_and_clips() -> None:
 # Configurations and folders
 
 
+@pytest.mark.parametrize(("channels", "heads"), [(32, 0), (64, 1), (96, 1), (128, 2), (160, 2)])
+def test_adm_attends_with_a_head_for_each_whole_64_channels(channels: int, heads: int) -> None:
+    config = EdmConfig(
+        architecture="adm",
+        resolution=8,
+        channels=3,
+        classes=0,
+        model_channels=channels,
+        channel_mult=(1,),
+        blocks=1,
+        attention=(8,),
+    )
+    network = EdmNetwork(config)
+    attending = [m for m in network.modules() if isinstance(m, Block) and m.heads]
+    assert {block.heads for block in attending} == ({heads} if heads else set())
+    x = torch.randn(2, 3, 8, 8)
+    assert Edm(network)(x, torch.ones(2), ClassCondition.of(torch.tensor([-1, -1]), 0)).shape == x.shape
+
+
+def test_teachers_are_sampled_in_as_many_steps_as_edm_s() -> None:
+    counts = {name: heun_steps(config) for name, config in PUBLISHED.items()}
+    assert set(counts.values()) == {18, 40}
+    assert all(count == (18 if "cifar10" in name else 40) for name, count in counts.items())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -458,7 +484,7 @@ def test_codec_keeps_every_byte_and_clips() -> None:
         ({"blocks": 10**9}, "blocks: Input should be less than or equal to 16"),
         ({"model_channels": 6}, "model_channels: Input should be a multiple of 4"),
         ({"model_channels": 132}, "model_channels 132: cannot be split into groups of normalisation"),
-        ({"architecture": "adm", "model_channels": 16}, "model_channels 16: cannot be split into heads of 64"),
+        ({"architecture": "adm", "model_channels": 224}, "model_channels 224: 224 do not make 3 equal heads"),
         ({"sigma_min": 90.0}, "sigma_min 90.0 is not below sigma_max 80.0"),
         ({"sigma_data": 0.0}, "sigma_data: Input should be greater than 0"),
         ({"sigmas": [1.0, 2.0]}, "sigmas: expected descending levels"),

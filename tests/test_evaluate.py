@@ -29,7 +29,7 @@ from dmd2.frechet import frechet_distance
 from dmd2.metrics import Inception, SmallFeatures, moments, prdc, resized
 from dmd2.noise import seeded_noise
 from dmd2.samples import DataSet, EdmSamples, TextSamples, open_pictures
-from dmd2.sampling import heun, teacher_sigmas
+from dmd2.sampling import Churn, heun, teacher_sigmas
 from tests.test_metrics import pictures, stand_in
 
 CPU = torch.device("cpu")
@@ -113,6 +113,20 @@ def test_a_teacher_is_sampled_by_heun_with_its_seeds_and_classes(folder: Path) -
     assert (alone.int() - expected[1:].int()).abs().max() <= 2
     assert samples.facts["sampler"] == "heun" and samples.facts["sigmas"] == sigmas
     assert len(EdmSamples(folder / "teacher", 1, None, 0, CPU).sigmas) == 18
+
+
+def test_a_teacher_may_be_sampled_with_churn(folder: Path) -> None:
+    plain = EdmSamples(folder / "teacher", 4, "3", 7, CPU)
+    samples = EdmSamples(folder / "teacher", 4, "3", 7, CPU, Churn(2.0, 0.05, 50.0, 1.003))
+    assert samples.facts["churn"] == {"amount": 2.0, "lowest": 0.05, "highest": 50.0, "noise": 1.003}
+    rows = [0, 1]
+    assert not torch.equal(samples.draw(rows), plain.draw(rows)) and torch.equal(
+        samples.draw(rows), samples.draw(rows)
+    )
+    none = EdmSamples(folder / "teacher", 4, "3", 7, CPU, Churn(0.0))
+    assert (none.draw(rows).int() - plain.draw(rows).int()).abs().max() <= 2
+    with pytest.raises(UserError, match="--churn: only of a teacher's sampler"):
+        EdmSamples(folder / "student", 4, None, 7, CPU, Churn(2.0))
 
 
 def test_a_student_is_sampled_in_one_step_from_sigma_80(folder: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
+from dmd2.errors import UserError
 from dmd2.noise import karras_sigmas, sd_sigmas, seeded_noise
-from dmd2.sampling import conditioned, dpm_solver_2m, few_step, heun, teacher_sigmas
+from dmd2.sampling import Churn, conditioned, dpm_solver_2m, few_step, heun, teacher_sigmas
 from dmd2.stable_diffusion import PredictionType, StableDiffusion, TextEncoder
 from dmd2.training.embedded import build_unet
 
@@ -260,7 +261,7 @@ def test_stochastic_heun_is_algorithm_2() -> None:
     levels = [4.0, 2.0, 1.0, 0.5]
     x = 4 * torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = [n.double() for n in seeded_noise([3, 4], (4, 3, 2, 2)).unbind(1)]
-    settings: dict[str, float] = {"churn": 1.2, "churn_min": 0.7, "churn_max": 3.0, "churn_noise": 1.1}
+    churn = Churn(1.2, 0.7, 3.0, 1.1)
     given = x
     for i, t in enumerate(levels):  # Karras et al. 2022, algorithm 2, line by line
         t_next = [*levels, 0.0][i + 1]
@@ -272,24 +273,32 @@ def test_stochastic_heun_is_algorithm_2() -> None:
         if t_next:
             d_next = (x - gaussian(x, torch.full((2,), t_next))) / t_next
             x = x_hat + (t_next - t_hat) * (d / 2 + d_next / 2)
-    assert torch.allclose(heun(gaussian, given, levels, noise, **settings), x, atol=1e-6)
+    assert torch.allclose(heun(gaussian, given, levels, noise, churn), x, atol=1e-6)
     assert not torch.allclose(heun(gaussian, given, levels), x, atol=0.1)
     # γ is never above √2 − 1, which doubles the variance.
-    much = heun(gaussian, given, levels, noise, churn=99.0)
-    assert torch.allclose(much, heun(gaussian, given, levels, noise, churn=4 * (2**0.5 - 1)))
+    much = heun(gaussian, given, levels, noise, Churn(99.0))
+    assert torch.allclose(much, heun(gaussian, given, levels, noise, Churn(4 * (2**0.5 - 1))))
     with pytest.raises(ValueError, match="noise: expected unit noise"):
-        heun(gaussian, given, levels, churn=1.0)
+        heun(gaussian, given, levels, churn=Churn(1.0))
     with pytest.raises(ValueError, match="shorter"):
-        heun(gaussian, given, levels, noise[:2], churn=1.0)
+        heun(gaussian, given, levels, noise[:2], Churn(1.0))
 
 
 def test_stochastic_heun_keeps_the_distribution() -> None:
     shape, steps = (64, 3, 8, 8), 40
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(shape, generator=generator) for _ in range(steps + 1)]
-    x0 = heun(gaussian, 80 * noise[0], edm_levels(steps), noise[1:], churn=20.0)
+    x0 = heun(gaussian, 80 * noise[0], edm_levels(steps), noise[1:], Churn(20.0))
     assert float(x0.mean()) == pytest.approx(MEAN, abs=0.03) and float(x0.std()) == pytest.approx(SPREAD, abs=0.03)
     # What it started from is forgotten in part: deterministic sampling keeps it to the bit.
     plain = heun(gaussian, 80 * noise[0], edm_levels(steps))
     assert abs(float(torch.corrcoef(torch.stack([x0.flatten(), noise[0].flatten()]))[0, 1])) < 0.3
     assert float(torch.corrcoef(torch.stack([plain.flatten(), noise[0].flatten()]))[0, 1]) > 0.999
+
+
+def test_churn_is_one_number_or_four() -> None:
+    assert Churn.parse("40") == Churn(40.0)
+    assert Churn.parse("40,0.05,50,1.003") == Churn(40.0, 0.05, 50.0, 1.003)
+    for text in ("", "x", "-1", "nan", "inf", "1,2", "1,3,2,1", "1,0,50,nan", "1,0,50,1,1"):
+        with pytest.raises(UserError, match=r"--churn .*: expected S_churn or S_churn,S_tmin,S_tmax,S_noise"):
+            Churn.parse(text)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmd2.edm import Edm, EdmNetwork, RgbCodec
 from dmd2.edm_recipes import NETWORKS, EdmTeacherRecipe
-from dmd2.edm_weights import TEACHER_STEPS, save_edm
+from dmd2.edm_weights import heun_steps, save_edm
 from dmd2.errors import UserError
 from dmd2.noise import add_noise, per_image
 from dmd2.precision import training_dtype
@@ -82,7 +82,7 @@ def train_edm_teacher(recipe: EdmTeacherRecipe, images: ImageSet, device: torch.
     def sample(averaged: nn.Module | None) -> Tensor:
         denoiser = Edm(_edm(averaged or network))
         noise, cond = preview.inputs(device)
-        sigmas = teacher_sigmas(denoiser, TEACHER_STEPS)
+        sigmas = teacher_sigmas(denoiser, heun_steps(config))
         x = denoiser.start(noise[:, 0], torch.full((len(noise),), sigmas[0], device=device))
         return preview.grid(codec.decode(heun(conditioned(denoiser, cond), x, sigmas)))
 

@@ -40,7 +40,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     monkeypatch.setattr(dmd2.edm_recipes, "NETWORKS", tiny)
     monkeypatch.setattr("dmd2.training.edm_teacher.NETWORKS", tiny)
     monkeypatch.setattr("dmd2.training.methods.NETWORKS", tiny)
-    monkeypatch.setattr("dmd2.training.edm_teacher.TEACHER_STEPS", 2)
+    monkeypatch.setattr("dmd2.training.edm_teacher.heun_steps", lambda config: 2)
     return ImageSet(write_set(tmp_path / "set.zip"), 8, 2)
 
 
