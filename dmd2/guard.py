@@ -11,6 +11,7 @@ import binascii
 import ipaddress
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ import httpx2
 from dmd2.errors import UserError
 
 REDIRECTS = 5
+SILENCE = 30.0
+"""seconds without a byte, or to connect, after which a server is given up"""
+GLANCE = 0.25
+"""seconds that pass at most until a download that waits notices that nobody waits for it"""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -54,13 +59,35 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+class Patience:
+    """How long downloads may go on, all of those together that it is given to.
+
+    Args:
+        seconds: from now on.
+        gone: set once nobody waits for them any more. From any thread.
+    """
+
+    def __init__(self, seconds: float, gone: threading.Event | None = None) -> None:
+        self._until = time.monotonic() + seconds
+        self._gone = gone or threading.Event()
+
+    def left(self, field: str) -> float:
+        """Seconds. Raises UserError once there are none, or nobody waits."""
+        left = self._until - time.monotonic()
+        if self._gone.is_set():
+            raise UserError(f"{field}: the download was given up: nobody waits for it")
+        if left <= 0:
+            raise UserError(f"{field}: the download took too long; expected a faster server or a smaller file")
+        return left
+
+
 @dataclass(frozen=True)
 class Guard:
     """What may be fetched, and how much of it.
 
     Args:
         most_bytes: of the file.
-        seconds: from the first connection to the last byte.
+        seconds: from the first connection to the last byte, unless `fetch` is told otherwise.
         resolve: host → addresses.
         allowed: networks that are reached though they are not public. For tests.
     """
@@ -70,7 +97,7 @@ class Guard:
     resolve: Callable[[str], Sequence[Address]] = look_up
     allowed: tuple[Network, ...] = ()
 
-    def fetch(self, url: str, file: BinaryIO, field: str) -> None:
+    def fetch(self, url: str, file: BinaryIO, field: str, patience: Patience | None = None) -> None:
         """Writes what an http, https or data URL stands for into `file`.
 
         Args:
@@ -84,8 +111,7 @@ class Guard:
             self._check_size(len(content), field)
             file.write(content)
             return
-        until = time.monotonic() + self.seconds
-        backend = _Backend(self, field, until)
+        backend = _Backend(self, field, patience or Patience(self.seconds))
         try:
             with httpcore2.ConnectionPool(network_backend=backend, max_connections=1) as pool:
                 for _ in range(REDIRECTS + 1):
@@ -107,8 +133,7 @@ class Guard:
         """Writes the answer. Or, without reading it, returns where it redirects to."""
         raw = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         headers = {"Accept-Encoding": "identity", "User-Agent": "dmd2"}
-        timeout = dict.fromkeys(("connect", "read", "write", "pool"), self.seconds)
-        with pool.stream("GET", raw, headers=headers, extensions={"timeout": timeout}) as response:
+        with pool.stream("GET", raw, headers=headers) as response:  # its streams have timeouts of their own
             told = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status in (301, 302, 303, 307, 308) and "location" in told:
                 return told["location"]
@@ -169,10 +194,10 @@ def _data(url: str, field: str, most_bytes: int) -> bytes:
 
 
 class _Backend(httpcore2.NetworkBackend):
-    """Connects to checked addresses only, and lets nothing outlast the deadline."""
+    """Connects to checked addresses only, and lets nothing outlast patience."""
 
-    def __init__(self, guard: Guard, field: str, until: float) -> None:
-        self._guard, self._field, self._until = guard, field, until
+    def __init__(self, guard: Guard, field: str, patience: Patience) -> None:
+        self._guard, self._field, self._patience = guard, field, patience
         self._sockets = httpcore2.SyncBackend()
 
     def connect_tcp(
@@ -185,10 +210,10 @@ class _Backend(httpcore2.NetworkBackend):
     ) -> httpcore2.NetworkStream:
         failed: Exception | None = None
         for address in self._guard.addresses(host, self._field):
-            left = _left(self._until, self._field)
+            left = min(self._patience.left(self._field), SILENCE)
             try:
                 stream = self._sockets.connect_tcp(str(address), port, left, local_address, socket_options)
-                return _Stream(stream, self._field, self._until)
+                return _Stream(stream, self._field, self._patience)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failed = error
         assert failed is not None
@@ -196,16 +221,26 @@ class _Backend(httpcore2.NetworkBackend):
 
 
 class _Stream(httpcore2.NetworkStream):
-    """A connection on which every wait ends at the deadline."""
+    """A connection on which every wait ends with patience, and soon after nobody waits any more."""
 
-    def __init__(self, stream: httpcore2.NetworkStream, field: str, until: float) -> None:
-        self._stream, self._field, self._until = stream, field, until
+    def __init__(self, stream: httpcore2.NetworkStream, field: str, patience: Patience) -> None:
+        self._stream, self._field, self._patience = stream, field, patience
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, _left(self._until, self._field))
+        silent = time.monotonic() + SILENCE
+        while True:
+            left = self._patience.left(self._field)
+            try:
+                return self._stream.read(max_bytes, min(left, GLANCE))
+            except httpcore2.ReadTimeout:
+                if time.monotonic() > silent:
+                    raise
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, _left(self._until, self._field))
+        self._stream.write(buffer, self._wait())
+
+    def _wait(self) -> float:
+        return min(self._patience.left(self._field), SILENCE)
 
     def close(self) -> None:
         self._stream.close()
@@ -213,15 +248,9 @@ class _Stream(httpcore2.NetworkStream):
     def start_tls(
         self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
-        secure = self._stream.start_tls(ssl_context, server_hostname, _left(self._until, self._field))
-        return _Stream(secure, self._field, self._until)
+        return _Stream(
+            self._stream.start_tls(ssl_context, server_hostname, self._wait()), self._field, self._patience
+        )
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-def _left(until: float, field: str) -> float:
-    left = until - time.monotonic()
-    if left <= 0:
-        raise UserError(f"{field}: the download took too long; expected a faster server or a smaller file")
-    return left

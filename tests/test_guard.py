@@ -16,9 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
+import dmd2.guard
 from dmd2.errors import UserError
 from dmd2.given import MOST_BYTES, fitted, fitted_mask, read_picture
-from dmd2.guard import REDIRECTS, Address, Guard, is_public, look_up
+from dmd2.guard import REDIRECTS, Address, Guard, Patience, is_public, look_up
 
 LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
 
@@ -263,6 +264,48 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
         silent.listen()
         with pytest.raises(UserError, match="image: the download"):
             fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/", replace(HERE, seconds=0.3))
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nx"])
+def test_a_download_ends_once_nobody_waits_for_it(answer: bytes) -> None:
+    """Though its server would never say anything more, and the guard has an hour."""
+    gone, ended = threading.Event(), threading.Event()
+    patience = Patience(3600, gone)
+
+    def download(port: int) -> None:
+        with pytest.raises(UserError, match="image: the download was given up: nobody waits for it"):
+            HERE.fetch(f"http://127.0.0.1:{port}/", io.BytesIO(), "image", patience)
+        ended.set()
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        thread = threading.Thread(target=download, args=(silent.getsockname()[1],), daemon=True)
+        thread.start()
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(1000).startswith(b"GET / HTTP/1.1")
+            connection.sendall(answer)
+            assert not ended.is_set()
+            gone.set()
+            connection.settimeout(120)
+            assert connection.recv(1000) == b""  # it hangs up
+    assert ended.wait(120)
+
+
+def test_a_download_that_begins_late_does_not_begin(server: Server) -> None:
+    with pytest.raises(UserError, match="image: the download took too long"):
+        HERE.fetch(f"http://{server.address}/picture", io.BytesIO(), "image", Patience(0))
+    assert not server.paths
+
+
+def test_a_server_that_falls_silent_is_given_up_before_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmd2.guard, "SILENCE", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(UserError, match="image: the download failed: timed out"):
+            fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/", replace(HERE, seconds=3600))
 
 
 def test_bad_answers(server: Server) -> None:

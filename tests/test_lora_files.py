@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import ipaddress
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from safetensors.torch import save
 
 import dmd2.lora_files
 from dmd2.errors import UserError
+from dmd2.guard import Guard, Patience
 from dmd2.lora_files import GUARD, LoraFiles, split_scale
 from tests.hub import Hub, sha256
 
@@ -177,6 +181,61 @@ def test_several_with_their_scales(files: LoraFiles) -> None:
     assert files.find_all("") == ()
     with pytest.raises(UserError, match="LoRA: 6 at once; expected at most 5"):
         files.find_all("own " * 6)
+
+
+def test_all_of_a_request_have_one_deadline_and_end_with_their_client(
+    files: LoraFiles, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five slow ones do not take five times as long as may be."""
+    hub.push("me/style", {"a.safetensors": content(1), "b.safetensors": content(2)})
+    begun: list[Patience] = []
+    real = Guard.fetch
+
+    def fetch(self: Guard, url: str, file: BinaryIO, field: str, patience: Patience) -> None:
+        begun.append(patience)
+        real(self, url, file, field, patience)
+
+    monkeypatch.setattr(Guard, "fetch", fetch)
+    gone = threading.Event()
+    url = f"{hub.endpoint}/me/style/resolve/main"
+    assert len(files.find_all(f"{url}/a.safetensors {url}/b.safetensors", gone=gone)) == 2
+    assert begun[0] is begun[1]
+    gone.set()
+    for source in (f"{url}/a.safetensors?new", "me/style/a.safetensors"):
+        with pytest.raises(UserError, match="the download was given up: nobody waits for it"):
+            files.find_all(source, gone=gone)
+    assert len(list(files.cache.iterdir())) == 2  # nothing half-written is left
+
+
+def test_a_download_from_the_hub_ends_with_its_client_and_has_the_size_it_should_have(hub: Hub) -> None:
+    """Asked at every block: not only once all of it, or 10 MB, are here."""
+    hub.push("me/slow", {"a.safetensors": content(1)})
+    url, size, gone = f"{hub.endpoint}/me/slow/resolve/main/a.safetensors", len(content(1)), threading.Event()
+
+    def download(size: int) -> bytes:
+        file = io.BytesIO()
+        dmd2.lora_files._download(url, file, {}, size, "LoRA", Patience(3600, gone))
+        return file.getvalue()
+
+    assert download(size) == content(1)
+    for wrong in (size - 1, size + 1):
+        with pytest.raises(UserError, match="LoRA: came cut or too long"):
+            download(wrong)
+    gone.set()
+    with pytest.raises(UserError, match="LoRA: the download was given up"):
+        download(size)
+
+
+def test_a_repository_of_endless_files_is_given_up(
+    files: LoraFiles, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("me/many", {f"{i}.txt": b"" for i in range(40)} | {"z.safetensors": content(1)})
+    assert files.find("me/many").sha256 == sha256(content(1))
+    monkeypatch.setattr(dmd2.lora_files, "MOST_LISTED", 15)
+    before = len(hub.lines("/tree/"))
+    with pytest.raises(UserError, match="LoRA me/many: more than 15 files; expected a repository of a LoRA"):
+        files.find("me/many")
+    assert len(hub.lines("/tree/")) == before + 2  # pages of ten
 
 
 @pytest.mark.parametrize(

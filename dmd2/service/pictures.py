@@ -12,10 +12,11 @@ import logging
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from dmd2.edit import PLAIN, Edit
 from dmd2.engine import Engine, Timings
 from dmd2.errors import UserError
 from dmd2.given import Given, aspect_size
+from dmd2.lora import Lora
 from dmd2.lora_files import LoraFiles, cache_folder
 from dmd2.picture import encode_picture
 from dmd2.safety import FOLDER as SAFETY
@@ -34,7 +36,8 @@ from dmd2.safety import SafetyChecker, may_be_disabled
 from dmd2.service.outbox import Outbox
 from dmd2.weights import Manifest, locate, read_manifest
 
-WAITING = 128  # pictures in the queue, at most: four of each of the 32 predictions that Cog lets in
+SLOTS = 32  # predictions that Cog lets in (see predict.py)
+WAITING = 4 * SLOTS  # pictures in the queue, at most: as many as all of these may ask for
 LARGE = 1024 * 1024  # pixels of a picture that any weights may be asked for; more only if their own size is large
 
 NOTHING = Given()
@@ -166,7 +169,10 @@ class PictureService:
             recover=lambda: self.engine.recover(),
         )
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
-        self._readers = ThreadPoolExecutor(4, "read")  # of what callers give: they may wait for slow servers
+        self._readers = ThreadPoolExecutor(4, "read")  # of images that callers give
+        # Downloads have a thread for each prediction, so that nobody waits for somebody else's slow server.
+        self._downloads = ThreadPoolExecutor(SLOTS, "download")
+        self._downloading: set[threading.Event] = set()
         self.loras = LoraFiles(folder, cache_folder(environ))
         self._outbox = Outbox()
         atexit.register(self._outbox.close)
@@ -208,6 +214,9 @@ class PictureService:
 
     def close(self) -> None:
         """Finishes what is queued and deletes the files."""
+        for gone in list(self._downloading):
+            gone.set()
+        self._downloads.shutdown(cancel_futures=True)
         self._batcher.close()
         self._readers.shutdown(cancel_futures=True)
         self._encoders.shutdown()
@@ -256,6 +265,8 @@ class PictureService:
         else:
             loop = asyncio.get_running_loop()
             size, steps, seed, edit = await loop.run_in_executor(self._readers, self._read, request)
+            if loras := await self._find_loras(request):
+                edit = replace(edit, loras=loras)
         check_safety = not (request.disable_safety_checker and self._unsafe_allowed)
         tickets: list[Ticket[_Job, _Picture]] = []
         files: list[asyncio.Task[PictureFile]] = []
@@ -287,7 +298,7 @@ class PictureService:
             await asyncio.gather(*files, return_exceptions=True)
 
     def _read(self, request: PictureRequest) -> tuple[tuple[int, int], int, int, Edit]:
-        """As `settle`, and what the caller gives besides the prompt, read from its files and fetched."""
+        """As `settle`, and the images that the caller gives, read and fitted."""
         if not self.engine.draws_prompts:
             raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
         given = Given.read(
@@ -297,8 +308,20 @@ class PictureService:
             raise UserError("control: given without a control_image; expected the image to follow")
         size, steps, seed = self.settle(request, given)
         control = None if given.control_image is None else self._control(request.control)
-        loras = self.loras.find_all(request.lora_weights or "", request.lora_scale)
-        return size, steps, seed, given.edit(size, control, loras)
+        return size, steps, seed, given.edit(size, control)
+
+    async def _find_loras(self, request: PictureRequest) -> tuple[tuple[Lora, float], ...]:
+        """The request's LoRAs. Their download ends with the request."""
+        if not request.lora_weights:
+            return ()
+        gone, loop = threading.Event(), asyncio.get_running_loop()
+        self._downloading.add(gone)
+        find = partial(self.loras.find_all, request.lora_weights, request.lora_scale, gone)
+        try:
+            return await loop.run_in_executor(self._downloads, find)
+        finally:
+            gone.set()
+            self._downloading.discard(gone)
 
     def _control(self, name: str | None) -> Path:
         if name is None and len(self.controls) == 1:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+import ipaddress
 import json
 import logging
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,14 @@ from dmd2.edit import Edit
 from dmd2.engine import Engine
 from dmd2.errors import UserError
 from dmd2.given import fitted, fitted_mask
+from dmd2.guard import Guard
 from dmd2.lora import Factors
-from dmd2.service.pictures import WAITING, PictureFile, PictureRequest, PictureService, aspect_size
+from dmd2.service.pictures import SLOTS, WAITING, PictureFile, PictureRequest, PictureService, aspect_size
 from dmd2.weights import MANIFEST
 from tests.test_lora import ATTENTION, kohya_style
 from tests.tiny_sdxl import photograph
 
+PATIENCE = 120.0  # seconds, for what takes few on any machine
 OWL = PictureRequest("an owl", seed=5, output_format="png")
 
 
@@ -372,6 +376,45 @@ def test_everyone_gets_the_picture_of_his_own_image_and_loras(extended: PictureS
 def test_what_is_wrong_with_what_is_given(extended: PictureService, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         draw(extended, dataclasses.replace(OWL, **change))
+
+
+def test_the_service_has_as_many_slots_as_cog_lets_in() -> None:
+    predictor = (Path(__file__).parents[2] / "predict.py").read_text(encoding="utf-8")
+    assert f"@concurrent(max={SLOTS})" in predictor  # which Cog wants to be a literal
+
+
+def test_slow_loras_hold_nobody_up_and_end_with_their_clients(
+    extended: PictureService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each names a server that says nothing for an hour; images are read and drawn meanwhile."""
+    guard = Guard(1000, 3600, allowed=(ipaddress.ip_network("127.0.0.0/8"),))
+    monkeypatch.setattr(extended.loras, "guard", guard)
+    silent = socket.create_server(("127.0.0.1", 0), backlog=64)
+    silent.settimeout(PATIENCE)
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+    async def main() -> list[socket.socket]:
+        slow = [
+            asyncio.create_task(collect(extended, dataclasses.replace(OWL, lora_weights=f"{url}/{i}")))
+            for i in range(SLOTS - 1)
+        ]
+        connections = [(await asyncio.to_thread(silent.accept))[0] for _ in slow]  # none waits for another
+        for change in ({"image": png(photograph())}, {"lora_weights": "style"}):
+            request = dataclasses.replace(OWL, num_inference_steps=1, **change)
+            assert len(await asyncio.wait_for(collect(extended, request), PATIENCE)) == 1
+        assert not any(task.done() for task in slow)
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        return connections
+
+    for connection in asyncio.run(main()):
+        with connection:
+            connection.settimeout(PATIENCE)
+            while connection.recv(1000):  # up to the end: it hangs up
+                pass
+    silent.close()
+    assert not extended._downloading and extended.alive
 
 
 def test_a_lora_for_another_model_fails_alone_and_the_next_request_works(extended: PictureService) -> None:
