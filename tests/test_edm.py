@@ -484,7 +484,10 @@ def test_teachers_are_sampled_in_as_many_steps_as_edm_s() -> None:
         ({"blocks": 10**9}, "blocks: Input should be less than or equal to 16"),
         ({"model_channels": 6}, "model_channels: Input should be a multiple of 4"),
         ({"model_channels": 132}, "model_channels 132: cannot be split into groups of normalisation"),
-        ({"architecture": "adm", "model_channels": 224}, "model_channels 224: 224 do not make 3 equal heads"),
+        (
+            {"architecture": "adm", "model_channels": 224, "attention": [8]},
+            "model_channels 224: 224 do not make 3 equal heads",
+        ),
         ({"sigma_min": 90.0}, "sigma_min 90.0 is not below sigma_max 80.0"),
         ({"sigma_data": 0.0}, "sigma_data: Input should be greater than 0"),
         ({"sigmas": [1.0, 2.0]}, "sigmas: expected descending levels"),
