@@ -152,7 +152,10 @@ def generate(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A name from dmd2/recipes.py, such as emoji-dmd2-1step.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A name from dmd2/recipes.py, such as emoji-dmd2-1step; --resume --out knows it."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Zip or folder of images; the emoji for recipes of the embedded model.")
     ] = None,
@@ -167,34 +170,58 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE unless given.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out, with its own --set and inputs.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
     ] = None,
 ) -> None:
     """Train one of the named recipes. Ctrl-C stops it after a checkpoint; --resume continues it exactly."""
+    if recipe is None and not (resume and out):
+        raise UserError("RECIPE: missing; expected a name from dmd2/recipes.py, or --resume with --out")
+
     from dmd2.recipes import resolve
 
-    settled = resolve(recipe, overrides or [])
+    settings = overrides or []
+    settled = resolve(recipe, settings) if recipe is not None else None
 
     from dmd2.engine import resolve_device
     from dmd2.precision import recorded_precision, resolve_precision
+    from dmd2.terminal import say
+    from dmd2.training.inputs import begun, continued, hashes, origin
     from dmd2.training.loop import train as run
-    from dmd2.training.methods import build_method
+    from dmd2.training.methods import build_method, inputs_of
+    from dmd2.training.run_folder import check_out
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dmd2").setLevel(logging.INFO)
     where = resolve_device(device)
-    folder = out or Path("runs") / recipe
+    folder = out or Path("runs") / str(recipe)
+    check_out(folder, resume)
+    paths = {"data": data, "init": init, "judge": judge, "student": student, "pairs": pairs_folder, "lpips": lpips}
+    if resume:
+        record = begun(recipe, folder)
+        recipe = record.name
+        settled, settings = continued(record, settings)
+        known = record.paths
+        paths = {name: path or (Path(known[name]) if name in known else None) for name, path in paths.items()}
+    assert recipe is not None and settled is not None
     recorded = recorded_precision(folder) if resume else None
     settled = replace(settled, precision=resolve_precision(settled.precision, where, recorded))
-    paths = {"data": data, "init": init, "judge": judge, "student": student, "pairs": pairs_folder, "lpips": lpips}
     method = build_method(settled, paths, where)
-    _make(folder)
-    finished = run(method, settled.loop, folder, resume=resume, recipe={"name": recipe, **asdict(settled)})
+    finished = run(
+        method,
+        settled.loop,
+        folder,
+        resume=resume,
+        recipe={"name": recipe, **asdict(settled)},
+        inputs=hashes(inputs_of(settled, paths)),
+        origin=origin(settings, paths),
+    )
     if not finished:
         raise typer.Exit(130)
-    print(f"done: {folder}")
+    say(f"done: {folder}")
 
 
 @app.command()
@@ -392,10 +419,13 @@ def _size(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """The console script: a `UserError` is one line on stderr and exit status 2."""
+    from dmd2.terminal import Terminal, occupy_standard_streams
+
+    occupy_standard_streams()
     try:
         app()
     except UserError as error:
-        print(f"dmd2: {error}", file=sys.stderr)
+        Terminal(sys.stderr).write(f"dmd2: {error}\n")
         sys.exit(2)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dmd2.edm_layers import STYLES, resample_filter
 from dmd2.errors import UserError, first_error
 from dmd2.fileio import atomic_text
 from dmd2.tensors import save_tensors
-from dmd2.weights import Manifest, Student, Teacher, read_manifest, verify, write_manifest
+from dmd2.weights import Manifest, Student, Teacher, read_manifest, verify, whole_folder, write_manifest
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -38,26 +37,27 @@ def save_edm(
     licence: str,
     recipe: Mapping[str, Any],
     class_names: Sequence[str] = (),
+    card: str | None = None,
 ) -> None:
     """Writes a new `folder`: the network's `config.json`, its weights in their own dtype, and `dmd2.json`.
 
     The manifest has a student if the network's `config.sigmas` names its levels, and else a teacher. The folder
-    appears whole or not at all. `recipe` goes into the safetensors metadata.
+    appears whole or not at all. `recipe` goes into the safetensors metadata. With a model `card`, by which it is a
+    run's export, it may take the place of the same run's export before.
 
     Raises:
-        UserError: `folder` is a file, or a folder that is not empty.
+        UserError: `folder` is a file, or (without a card) a folder that is not empty; a weight is not finite.
     """
-    expect_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if card is None or not folder.is_dir():
+        expect_new(folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     metadata = {"format": "pt", "recipe": json.dumps(recipe)}
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        new = Path(temporary) / folder.name
-        new.mkdir()
+    with whole_folder(folder) as new:
+        if card is not None:
+            atomic_text(new / "README.md", card)
         atomic_text(new / CONFIG_FILE, network.config.model_dump_json(indent=2) + "\n")
         save_tensors(tensors, new / WEIGHTS_FILE, metadata)
         write_manifest(new, _manifest(network.config, name, licence, class_names))
-        new.rename(folder)
 
 
 def heun_steps(config: EdmConfig) -> int:

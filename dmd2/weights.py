@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -32,9 +33,12 @@ from dmd2.stable_diffusion import LatentCodec, PredictionType, StableDiffusion, 
 from dmd2.tensors import save_tensors
 
 MANIFEST = "dmd2.json"
+LICENCE = "Apache-2.0; the emoji it learned are Noto Color Emoji, SIL OFL 1.1"
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "weights" / "emoji"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
+PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", "vae_tiny", "LICENSE", "LICENSE.md")
+"""what a text-to-image model has besides UNets"""
 
 
 def _inside(name: str) -> str:
@@ -359,15 +363,22 @@ def save_text_to_image(
     student: tuple[int, Student] | None = None,
     teacher: Teacher | None = None,
     native_size: tuple[int, int] = (64, 64),
+    card: str | None = None,
 ) -> None:
     """Writes `folder`: everything of `init`, with one UNet (and perhaps the text encoders) new, in fp16.
 
-    The folder appears whole or not at all. `recipe` goes into the safetensors metadata.
+    With a model `card`, only what belongs to the new network: of `init` its teacher, text encoders and VAEs, but no
+    other students, data or card. The folder appears whole or not at all, in the place of one that is there. `recipe`
+    goes into the safetensors metadata.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        new = Path(temporary) / folder.name
-        shutil.copytree(init, new, ignore=shutil.ignore_patterns(MANIFEST, unet_subfolder))
+    old = read_manifest(init) if (init / MANIFEST).exists() else None
+    with whole_folder(folder) as new:
+        left_out = {MANIFEST, unet_subfolder}
+        if card is not None:
+            belongs = {*PARTS, old.teacher.subfolder if old and old.teacher else "vae"}
+            left_out |= {path.name for path in init.iterdir() if path.name not in belongs}
+            atomic_text(new / "README.md", card)
+        shutil.copytree(init, new, ignore=lambda at, _: left_out if Path(at) == init else (), dirs_exist_ok=True)
         _save_module(unet, new / unet_subfolder, UNET_FILE, recipe)
         if text is not None:
             tokenizer, *encoders = text
@@ -375,15 +386,25 @@ def save_text_to_image(
                 tokenizer.save_pretrained(new / f"tokenizer{suffix}")
                 _save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
         save_pipeline_configs(new, prediction_type)
-        old = read_manifest(init) if (init / MANIFEST).exists() else None
+        others = old.students if old and card is None else {}
         manifest = Manifest(
             name=old.name if old else "dmd2-emoji",
             native_size=native_size,
-            licence=old.licence if old else "Apache-2.0; the emoji it learned are Noto Color Emoji, SIL OFL 1.1",
-            students=(old.students if old else {}) | (dict([student]) if student else {}),
+            licence=old.licence if old else LICENCE,
+            students=others | (dict([student]) if student else {}),
             teacher=teacher or (old.teacher if old else None),
         )
         write_manifest(new, manifest)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new, empty folder; when the block ends well, it takes the place of `folder`, whatever is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        yield new
         swap(new, folder, Path(temporary) / "old")
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dmd2.weights
-from dmd2.engine import Engine
+from dmd2.engine import Engine, default_mode
 from dmd2.errors import UserError
 from dmd2.fileio import sha256_file
 from dmd2.noise import seeded_noise
@@ -101,6 +101,35 @@ def test_saved_networks_are_the_ones_given_in_half_precision_with_their_recipe(w
     assert differing == {f"unet_1step/{UNET_FILE}", "scheduler/scheduler_config.json"}
     loaded = load_text_to_image(tmp_path / "new", ["unet_1step"], CPU, torch.float32)
     assert loaded.denoisers["unet_1step"].prediction_type == "epsilon"
+
+
+def test_an_export_with_a_card_holds_the_new_student_and_its_teacher_alone(weights: Path, tmp_path: Path) -> None:
+    """`generate --weights` then draws with the student just trained, whatever else there was to begin with."""
+    init = tmp_path / "init"
+    shutil.copytree(weights, init)
+    for name in ("README.md", "emoji.zip", "classifier.safetensors"):
+        (init / name).write_text("of another model")
+    for _ in range(2):  # the second takes the place of the first
+        save_text_to_image(
+            tmp_path / "run" / "model",
+            init,
+            unet_subfolder="unet_1step",
+            unet=build_unet((32, 32, 128)),
+            prediction_type="v_prediction",
+            recipe={},
+            student=(1, Student(subfolder="unet_1step", timesteps=[999])),
+            card="# Mine\n",
+        )
+    model = tmp_path / "run" / "model"
+    manifest = read_manifest(model)
+    assert default_mode(manifest) == "1" and list(manifest.students) == [1]
+    assert manifest.teacher == read_manifest(weights).teacher
+    verify(model, manifest)
+    before = {path.name for path in weights.iterdir()}
+    assert {path.name for path in model.iterdir()} == before - {"unet"} | {"README.md"}
+    assert (model / "README.md").read_text() == "# Mine\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+    load_text_to_image(model, ["unet_1step", "unet_teacher"], CPU, torch.float32)
 
 
 def test_loaded_networks_are_frozen_and_of_the_asked_type(weights: Path) -> None:

@@ -10,11 +10,13 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from dmd2.fileio import atomic_text
 from dmd2.precision import autocast_dtype
 from dmd2.recipes import AutoencoderRecipe
+from dmd2.training.card import model_card
 from dmd2.training.data import EmojiScenes
 from dmd2.training.loop import Batch, Logs, Method, Phase
-from dmd2.weights import save_vae
+from dmd2.weights import LICENCE, save_vae, whole_folder
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
@@ -78,7 +80,12 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
     def export(averaged: nn.Module | None, out: Path) -> None:
         net = averaged or model
         assert isinstance(net, AutoencoderTiny)
-        save_vae(net, out / "model" / "vae", asdict(recipe))
+        with whole_folder(out / "model") as new:
+            save_vae(net, new / "vae", asdict(recipe))
+            text = (
+                "The autoencoder of the embedded model: 64×64 pixels to 16×16×4 latents, in AutoencoderTiny's layout."
+            )
+            atomic_text(new / "README.md", model_card("VAE", LICENCE, text, recipe))
 
     return Method(
         phases=[Phase("autoencoder", 1, model, optimizer, loss)],

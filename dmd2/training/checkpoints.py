@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
-from dmd2.training.logs import say
+from dmd2.terminal import say
 
 FORMAT = 2
 FREE = {f"loop.{name}" for name in ("iterations", "log_every", "sample_every", "checkpoint_every")}

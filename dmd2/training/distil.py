@@ -16,6 +16,7 @@ from dmd2.precision import autocast_dtype
 from dmd2.recipes import Dmd2Recipe
 from dmd2.sampling import conditioned, few_step
 from dmd2.stable_diffusion import StableDiffusion
+from dmd2.training.card import model_card, name_of
 from dmd2.training.critics import ClassifierHead
 from dmd2.training.data import EmojiScenes
 from dmd2.training.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
@@ -100,6 +101,14 @@ def distil(
             recipe=asdict(recipe),
             student=(len(sigmas), Student(subfolder=subfolder, timesteps=list(recipe.timesteps))),
             native_size=size,
+            card=model_card(
+                f"{len(sigmas)}-step student",
+                manifest.licence,
+                f"Distilled by DMD2 from the teacher of {name_of(init)}, which is in `{teacher_folder}`. The student "
+                f"is in `{subfolder}`, for the timesteps {', '.join(map(str, recipe.timesteps))}; it began as "
+                f"`{student_folder}`.",
+                recipe,
+            ),
         )
 
     preview = Preview(scenes, judge)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dmd2.errors import UserError
-from dmd2.training.logs import say
+from dmd2.terminal import say
 
 IN_A_ROW = 50
 WINDOW = 100

@@ -18,6 +18,7 @@ from dmd2.edm_weights import load_edm, save_edm
 from dmd2.errors import UserError
 from dmd2.precision import training_dtype
 from dmd2.sampling import conditioned, few_step
+from dmd2.training.card import model_card, name_of
 from dmd2.training.critics import ClassifierHead
 from dmd2.training.discriminator import (
     Backbone,
@@ -96,6 +97,13 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
             licence=manifest.licence,
             recipe=asdict(recipe),
             class_names=manifest.class_names,
+            card=model_card(
+                f"{len(recipe.sigmas)}-step student",
+                manifest.licence,
+                f"Distilled by {recipe.kind.upper()} from {name_of(sources.teacher)}, for the levels "
+                f"{', '.join(f'{sigma:g}' for sigma in recipe.sigmas)}.",
+                recipe,
+            ),
         )
 
     return Method(phases, parts.data(), student, sample, None, export)

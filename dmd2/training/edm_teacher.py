@@ -17,6 +17,7 @@ from dmd2.noise import add_noise, per_image
 from dmd2.precision import training_dtype
 from dmd2.sampling import conditioned, heun, teacher_sigmas
 from dmd2.training.augment import AUGMENT_DIM, augment
+from dmd2.training.card import model_card
 from dmd2.training.images import ImageSet
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.muon import Muon
@@ -94,6 +95,7 @@ def train_edm_teacher(recipe: EdmTeacherRecipe, images: ImageSet, device: torch.
             licence=LICENCE,
             recipe=asdict(recipe),
             class_names=recipe.class_names,
+            card=model_card("teacher", LICENCE, f"EDM's network {recipe.network}, trained from scratch.", recipe),
         )
 
     network.train()

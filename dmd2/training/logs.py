@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON lines, TensorBoard, pictures, a progress bar; and a terminal that may go away."""
+"""What a run says of itself: JSON lines, TensorBoard, pictures, a progress bar."""
 
 from __future__ import annotations
 
@@ -8,60 +8,17 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dmd2.fileio import atomic_path
+from dmd2.terminal import Terminal, say
 
 Logs = Mapping[str, float | Tensor]
-
-
-class Terminal:
-    """A text stream that falls silent where it would fail: a reader that went away never ends a run.
-
-    After an error its file descriptor leads to the null device, so that nothing else stumbles over it either,
-    Python's own flush at the end included.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream  # None: Python was started with this stream closed
-        self.encoding = getattr(stream, "encoding", None) or "utf-8"
-
-    def write(self, text: str) -> int:
-        try:
-            if self.stream is not None:
-                self.stream.write(text)
-                self.stream.flush()
-        except (OSError, ValueError) as error:  # a broken pipe, a terminal that hung up; a closed stream
-            self._fail(error)
-        return len(text)
-
-    def flush(self) -> None:
-        self.write("")
-
-    def _fail(self, error: Exception) -> None:
-        if not isinstance(error, OSError) or isinstance(error, BlockingIOError) or self.stream is None:
-            return
-        with suppress(OSError, ValueError, AttributeError):  # it has no descriptor: then there is nothing to mend
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())
-            os.close(null)
-
-    def __eq__(self, other: object) -> bool:
-        """All alike: output and errors share a terminal as a rule, so tqdm clears its bar before other text."""
-        return isinstance(other, Terminal)
-
-    __hash__ = object.__hash__
-
-
-def say(text: str) -> None:
-    """One line on standard output, above the progress bar. Never fails (see `Terminal`)."""
-    tqdm.write(text, file=Terminal(sys.stdout))
 
 
 class RunLogs:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
+from dmd2.terminal import say
 from dmd2.training.checkpoints import (
     Checkpoints,
     check_inputs,
@@ -29,7 +30,7 @@ from dmd2.training.checkpoints import (
     first_not_finite,
 )
 from dmd2.training.divergence import Guard, TrainingDiverged
-from dmd2.training.logs import RunLogs, say
+from dmd2.training.logs import RunLogs
 from dmd2.training.run_folder import open_run
 from dmd2.training.signals import stop_signals
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,6 +31,24 @@ from dmd2.training.teacher import train_teacher
 from dmd2.weights import ROOT
 
 EMOJI = ROOT / "weights" / "emoji"
+
+
+INPUTS: dict[type, tuple[str, ...]] = {
+    TeacherRecipe: ("data", "init"),
+    Dmd2Recipe: ("data", "init"),
+    EdmDmdRecipe: ("init", "data", "student", "pairs", "lpips"),
+    EdmDmd2Recipe: ("init", "data", "student", "pairs", "lpips"),
+    EdmGddRecipe: ("init", "data", "student", "pairs", "lpips"),
+}
+"""what the results of a recipe depend on; of others, the data alone"""
+
+
+def inputs_of(recipe: Recipe, paths: Mapping[str, Path | None]) -> dict[str, Path]:
+    """Option → path of everything that the results depend on; see `build_method`. The judge only looks on."""
+    emoji = isinstance(recipe, AutoencoderRecipe | ClassifierRecipe | TeacherRecipe | Dmd2Recipe)
+    defaults = {"data": EMOJI / "emoji.zip", "init": EMOJI} if emoji else {}
+    names = INPUTS.get(type(recipe), ("data",))
+    return {name: path for name in names if (path := paths.get(name) or defaults.get(name))}
 
 
 def build_method(recipe: Recipe, paths: dict[str, Path | None], device: torch.device) -> Method:

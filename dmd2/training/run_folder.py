@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dmd2.errors import UserError
+from dmd2.terminal import say
 from dmd2.training.checkpoints import Checkpoints
-from dmd2.training.logs import say
 
 LOCK = ".lock"
 EXPORTS = ("model", "classifier.safetensors")

@@ -15,13 +15,14 @@ from dmd2.precision import autocast_dtype
 from dmd2.recipes import TeacherRecipe
 from dmd2.sampling import conditioned, dpm_solver_2m, teacher_sigmas
 from dmd2.stable_diffusion import LatentCodec, StableDiffusion, TextEncoder
+from dmd2.training.card import model_card, name_of
 from dmd2.training.data import EmojiScenes, Scenes, vocabulary
 from dmd2.training.embedded import build_models
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.losses import denoising
 from dmd2.training.muon import Muon
 from dmd2.training.preview import Preview
-from dmd2.weights import Teacher, load_text_to_image, load_vae, save_text_to_image
+from dmd2.weights import LICENCE, MANIFEST, Teacher, load_text_to_image, load_vae, read_manifest, save_text_to_image
 
 
 def train_teacher(
@@ -86,6 +87,13 @@ def train_teacher(
             recipe=asdict(recipe),
             teacher=Teacher(steps=recipe.sample_steps, guidance_scale=recipe.guidance_scale),
             native_size=size,
+            card=model_card(
+                "teacher",
+                read_manifest(init).licence if (init / MANIFEST).exists() else LICENCE,
+                f"A text-to-image teacher: {recipe.sample_steps} steps, guidance {recipe.guidance_scale:g}. "
+                f"Its VAE is that of {name_of(init)}.",
+                recipe,
+            ),
         )
 
     return Method(

@@ -84,6 +84,7 @@ def test_a_run_exports_a_student_that_loads_and_resumes_bit_for_bit(
     run(half, sources, tmp_path / "parts")
     (tmp_path / "parts" / "model").rename(tmp_path / "half")
     run(whole, sources, tmp_path / "parts", resume=True)
+    run(whole, sources, tmp_path / "parts", resume=True)  # finished: it is exported again
     one, two = tmp_path / "whole" / "model", tmp_path / "parts" / "model"
     assert same_weights(one, two) and not same_weights(one, tmp_path / "half")
 

@@ -121,6 +121,8 @@ def test_a_run_writes_a_teacher_and_resumes_bit_for_bit(images: ImageSet, tmp_pa
     run(tmp_path / "parts", 3)
     (tmp_path / "parts" / "model").rename(tmp_path / "half")
     run(tmp_path / "parts", 6, resume=True)
+    run(tmp_path / "parts", 6, resume=True)  # finished: it is exported again
+    assert "trained from scratch" in (tmp_path / "parts" / "model" / "README.md").read_text()
     whole, parts = tmp_path / "whole" / "model", tmp_path / "parts" / "model"
     assert same_weights(whole, parts) and not same_weights(whole, tmp_path / "half")
     assert (tmp_path / "whole" / "samples" / "0000006.png").is_file()

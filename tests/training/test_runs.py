@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
 from dmd2.tensors import save_tensors
+from dmd2.terminal import Terminal, say
 from dmd2.training.checkpoints import Checkpoints, check_inputs, check_recipe, digest, read
 from dmd2.training.divergence import IN_A_ROW, WINDOW, Guard, TrainingDiverged
-from dmd2.training.logs import Terminal, say
 from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train, training_step
 from dmd2.training.signals import stop_signals
 from tests.training.test_loop import TOY, assert_same_runs, checkpoint, differences, log, toy
