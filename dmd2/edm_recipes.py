@@ -60,7 +60,7 @@ class EdmDmd2Recipe:
     gan_critic: float = 0.0
     """weights of the GAN losses; 0 and 0 is no GAN"""
     resumed: bool = False
-    """whether to go on from the student in --student instead of from the teacher's weights"""
+    """whether student and fake score go on from the run of --student instead of from the teacher's weights"""
     sigmas: tuple[float, ...] = (80.0,)
     """descending; as many as the student has steps"""
     optimizer: Literal["adam", "muon"] = "adam"
@@ -84,7 +84,8 @@ class EdmGddRecipe:
     """GDD-I"""
     backbones: tuple[str, ...] = ()
     """timm's names of the discriminator's feature networks; none: the teacher's own features"""
-    r1_gamma: float = 1e-4
+    r1_gamma: float = 1e-4 / 128
+    """beside losses that are means; the paper's is beside sums, see below"""
     r1_every: int = 16
     boundary: float = 0.002
     """ε of the preconditioning (GDD, app. C); 0 is EDM's own"""
@@ -199,7 +200,7 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
         gan_critic=1e-2,
         optimizer="muon",
     ),
-    **_gdd_both("cifar10-small", EdmGddRecipe(_small(660), lr=1e-3, lr_critic=2e-3, freeze=False)),
+    **_gdd_both("cifar10-small", EdmGddRecipe(_small(660), lr=1e-3, lr_critic=2e-3, freeze=False, r1_gamma=1e-4)),
     # Teachers in pixel space, EDM's own recipe (Karras et al. 2022, table 7): FID 1.79 and 1.97 with Heun 18
     "cifar10-teacher": EdmTeacherRecipe(
         loop=_edm(200, 512),
@@ -212,6 +213,8 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
     "cifar10-uncond-teacher": EdmTeacherRecipe(
         loop=_edm(200, 512), network="edm-cifar10-32x32-uncond-vp", lr=1e-3, augment=0.12, precision="fp32"
     ),
+    # What published recipes have in common that the published runs had otherwise: one seeded order of the data on
+    # any number of processes; precision is what is faster ("auto") where theirs is fixed.
     # DMD (Yin et al. 2311.18828, app. B and tables 1 and 2). FID 2.66 (with L2 2.78), 3.77, 2.62
     # --init: edm-cifar10-32x32-cond-vp; --pairs: 100,000 by Heun 18
     "cifar10-dmd": EdmDmdRecipe(_dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.25, pairs_batch=392),
@@ -223,13 +226,13 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
     "imagenet64-dmd": EdmDmdRecipe(
         _dmd(350_000, 336), lr=2e-6, lr_critic=2e-6, regression_weight=0.25, pairs_batch=336
     ),
-    # DMD2 (Yin et al. 2405.14867, app. F and tables 1 and 3). FID 2.61, 1.51, 1.28
+    # DMD2 (Yin et al. 2405.14867, app. F and tables 1 and 3). FID 2.61, 1.51, 1.28. The published runs are in bf16.
     # --init: edm-imagenet-64x64-cond-adm
     "imagenet64-dmd2": EdmDmd2Recipe(_dmd(410_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5),
     "imagenet64-dmd2-gan": EdmDmd2Recipe(
         _dmd(200_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5, gan_generator=3e-3, gan_critic=1e-2
     ),
-    # --student: what imagenet64-dmd2 has made
+    # --student: model/ of a run of imagenet64-dmd2; its fake_score/ goes on, too, and only the head is new
     "imagenet64-dmd2-gan-resumed": EdmDmd2Recipe(
         _dmd(140_000, 280),
         lr=5e-7,
@@ -239,7 +242,9 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
         gan_critic=1e-2,
         resumed=True,
     ),
-    # NVIDIA's FastGen, FID 1.99; it names no weight for the critic's GAN loss: DMD2's. EMA 0.9996 … 0.99995
+    # The numbers of NVIDIA's FastGen, whose run gives FID 1.99 with EMAs of 0.9996 … 0.99995, but DMD2's method:
+    # FastGen puts the head on the frozen teacher's features, may add an approximate R1, updates student and critic on
+    # disjoint iterations, has no warm-up and computes in fp32. It names no weight for the critic's GAN loss: DMD2's.
     "cifar10-dmd2": EdmDmd2Recipe(
         _dmd(100_000, 2048, ema_decay=0.9999),
         lr=1e-4,
@@ -248,7 +253,9 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
         gan_generator=1e-3,
         gan_critic=1e-2,
     ),
-    # GDD (Zheng & Yang 2405.20750, tables 1 to 5). GDD-I's FID: 1.54, 1.23, 0.85, 1.16
+    # GDD (Zheng & Yang 2405.20750, tables 1 to 5). GDD-I's FID: 1.54, 1.23, 0.85, 1.16. The published runs add up the
+    # losses of a GPU's images and of the feature networks, but take R1's mean: with 64 images on each GPU (ImageNet:
+    # 128) R1 weighs 1/128 (1/256) of what γ = 1e-4 says. Losses are means here, so γ is divided by that.
     # --init: edm-cifar10-32x32-uncond-ve or -cond-ve
     **_gdd_both("cifar10", EdmGddRecipe(_gdd(5, 256), lr=1e-4, lr_critic=1e-4, freeze=False, backbones=VGG)),
     # --init: edm-afhqv2-64x64-uncond-ve
@@ -258,7 +265,7 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
     # --init: edm-imagenet-64x64-cond-adm
     **_gdd_both(
         "imagenet64",
-        EdmGddRecipe(_gdd(10, 512, 5e7), lr=8e-6, lr_critic=4e-5, freeze=False, backbones=DEIT),
+        EdmGddRecipe(_gdd(10, 512, 5e7), lr=8e-6, lr_critic=4e-5, freeze=False, backbones=DEIT, r1_gamma=1e-4 / 256),
     ),
 }
 

@@ -52,8 +52,7 @@ def dmd_phases(
 ) -> list[Phase]:
     """Generator and critic phases, both at every step (DMD, algorithm 1).
 
-    Matching and critic are DMD2's with one time scale, one step and no GAN. One thing differs from algorithm 1: the
-    critic denoises samples of its own instead of those that the generator has just been judged by.
+    Matching and critic are DMD2's with one time scale, one step and no GAN.
 
     Args:
         networks: student, teacher, fake score; no classifier head.

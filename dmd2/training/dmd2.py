@@ -72,6 +72,28 @@ def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], gener
     return denoise(add_noise(x0, sigma, noise[last]), sigma)
 
 
+class SharedImages:
+    """What the student generates in a step, once for both updates.
+
+    As in the published runs, the critic learns from the very images that the generator was just judged by, and
+    generates its own only in steps without the generator's update.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._images = -1, dict[int, tuple[Batch, Tensor]]()
+
+    def put(self, batch: Batch, x0: Tensor) -> None:
+        """By the generator's loss, for each part of a step."""
+        if batch.step != self._step:
+            self._step, self._images = batch.step, {}
+        self._images[id(batch)] = batch, x0.detach()
+
+    def take(self, batch: Batch) -> Tensor | None:
+        """By the critic's: the images, without gradient. None: this step has none."""
+        owner, x0 = self._images.pop(id(batch), (None, None))
+        return x0 if owner is batch else None
+
+
 def dmd2_phases(
     networks: Networks,
     settings: Dmd2Settings,
@@ -88,11 +110,12 @@ def dmd2_phases(
         optimizers: theirs.
         samples_of: what a batch of the loop holds, on the networks' device.
     """
-    n = networks
+    n, shared = networks, SharedImages()
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples = samples_of(batch)
         x = generate(n.student, samples, settings.student_sigmas, batch.generator)
+        shared.put(batch, x)
         with torch.no_grad():
             sigma = draw_sigma(n.teacher.sigmas, len(x), batch.generator, *settings.dm_range)
             noisy = add_noise(x, sigma, torch.randn(x.shape, generator=batch.generator).to(x.device))
@@ -109,8 +132,10 @@ def dmd2_phases(
 
     def fake_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples = samples_of(batch)
-        with torch.no_grad():
-            fake = generate(n.student, samples, settings.student_sigmas, batch.generator)
+        fake = shared.take(batch)
+        if fake is None:
+            with torch.no_grad():
+                fake = generate(n.student, samples, settings.student_sigmas, batch.generator)
         loss, logs = critic_loss(
             n.fake,
             n.head,

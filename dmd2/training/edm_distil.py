@@ -38,6 +38,8 @@ from dmd2.training.perceptual import regression_distance
 from dmd2.training.preview import ClassPreview
 from dmd2.weights import read_manifest
 
+FAKE_SCORE = "fake_score"  # folder beside a run's `model`: DMD2's fake score, in the layout of a teacher
+
 
 @dataclass(frozen=True)
 class EdmSources:
@@ -46,7 +48,7 @@ class EdmSources:
     teacher: Path
     data: Path | None = None
     student: Path | None = None
-    """to go on from, instead of from the teacher's weights"""
+    """`model` of the run to go on from, instead of from the teacher's weights; its fake score lies beside it"""
     pairs: Path | None = None
     lpips: Path | None = None
 
@@ -71,7 +73,7 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
     teacher = load_edm(sources.teacher, device)
     torch.manual_seed(recipe.loop.seed)
     student = _student(recipe, sources, teacher, device)
-    fake = deepcopy(teacher.network).requires_grad_(True).train()
+    fake = _fake_score(recipe, sources, teacher, device)
     for network in (teacher.network, student, fake):
         network.dtype = training_dtype(recipe.precision, device)
     build = {EdmDmdRecipe: _dmd, EdmDmd2Recipe: _dmd2, EdmGddRecipe: _gdd}[type(recipe)]
@@ -105,6 +107,15 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
                 recipe,
             ),
         )
+        if isinstance(recipe, EdmDmd2Recipe):  # what a recipe with `resumed` goes on with
+            save_edm(
+                out / FAKE_SCORE,
+                fake,
+                name=f"{manifest.name}-{recipe.kind}-fake-score",
+                licence=manifest.licence,
+                recipe=asdict(recipe),
+                class_names=manifest.class_names,
+            )
 
     return Method(phases, parts.data(), student, sample, None, export)
 
@@ -123,6 +134,20 @@ def _student(recipe: EdmDistilRecipe, sources: EdmSources, teacher: Edm, device:
         raise UserError(f"--student {sources.student}: expected a student of {sources.teacher} at σ {recipe.sigmas}")
     start.config = EdmConfig.model_validate(wanted.model_dump())
     return start.requires_grad_(True).train()
+
+
+def _fake_score(recipe: EdmDistilRecipe, sources: EdmSources, teacher: Edm, device: torch.device) -> EdmNetwork:
+    """The teacher's weights, or what followed the student to go on from: only together do they give its gradient."""
+    network = teacher.network
+    if isinstance(recipe, EdmDmd2Recipe) and recipe.resumed and sources.student is not None:
+        folder = sources.student.parent / FAKE_SCORE
+        if not folder.is_dir():
+            expected = "expected the model/ of a run of DMD2"
+            raise UserError(f"--student {sources.student}: has no fake score beside it ({folder}); {expected}")
+        network = load_edm(folder, device).network
+        if network.config != teacher.config:
+            raise UserError(f"--student {sources.student}: {folder} is not of the structure of {sources.teacher}")
+    return deepcopy(network).requires_grad_(True).train()
 
 
 @dataclass(frozen=True)

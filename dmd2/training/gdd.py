@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmd2.denoiser import Cond, Denoiser
-from dmd2.training.dmd2 import Samples, generate
+from dmd2.training.dmd2 import Samples, SharedImages, generate
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import gan_critic, gan_generator, r1
 
@@ -28,8 +28,8 @@ class GddSettings:
 
     sigma: float = 80.0
     """the level that the one-step student starts from"""
-    r1_gamma: float = 1e-4
-    """0: no R1"""
+    r1_gamma: float = 1e-4 / 128
+    """beside losses that are means; the paper's 1e-4 is beside sums (see `dmd2.edm_recipes`). 0: no R1"""
     r1_every: int = 16
     """lazy regularisation: R1 takes an update of its own at every n-th step, n times as strong"""
 
@@ -53,6 +53,7 @@ def gdd_phases(
         optimizers: theirs; see `lazy_adam` for the discriminator's.
         samples_of: what a batch of the loop holds, real pictures too, on the networks' device.
     """
+    shared = SharedImages()
 
     def reals(samples: Samples) -> Tensor:
         if samples.real is None:
@@ -62,12 +63,12 @@ def gdd_phases(
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples = samples_of(batch)
         fake = generate(student, samples, (settings.sigma,), batch.generator)
+        shared.put(batch, fake)
         return gan_generator(discriminator(fake, samples.cond)), {}
 
     def r1_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples = samples_of(batch)
         real = reals(samples).detach().requires_grad_()
-        modules[1].requires_grad_(True)  # the loop has just switched it off: the discriminator's phase has it too
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             penalty = r1(discriminator(real, samples.real_cond), real)
         # Karras et al. 2020 (StyleGAN2), app. B: as strong on average as it would be at every step
@@ -75,18 +76,22 @@ def gdd_phases(
 
     def discriminator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples = samples_of(batch)
-        with torch.no_grad():
-            fake = generate(student, samples, (settings.sigma,), batch.generator)
+        fake = shared.take(batch)
+        if fake is None:
+            with torch.no_grad():
+                fake = generate(student, samples, (settings.sigma,), batch.generator)
         logits_fake = discriminator(fake, samples.cond)
         logits_real = discriminator(reals(samples), samples.real_cond)
         accuracy = ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
         return gan_critic(logits_real, logits_fake), {"gan_accuracy": accuracy}
 
-    phases = [Phase("generator", 1, modules[0], optimizers[0], generator_loss)]
-    if settings.r1_gamma > 0:
-        # Before the discriminator's own phase, so that its module is switched on there.
-        phases.append(Phase("r1", settings.r1_every, modules[1], optimizers[1], r1_loss))
-    return [*phases, Phase("discriminator", 1, modules[1], optimizers[1], discriminator_loss)]
+    phases = [
+        Phase("generator", 1, modules[0], optimizers[0], generator_loss),
+        Phase("discriminator", 1, modules[1], optimizers[1], discriminator_loss),
+    ]
+    if settings.r1_gamma > 0:  # after the discriminator's own update, and not at step 0, as in the published runs
+        phases.append(Phase("r1", settings.r1_every, modules[1], optimizers[1], r1_loss, first=1))
+    return phases
 
 
 def freeze_for_gdd_i(network: nn.Module) -> nn.ParameterList:

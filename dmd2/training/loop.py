@@ -57,6 +57,8 @@ class Phase:
     module: nn.Module
     optimizer: Optimizer
     loss: Callable[[Batch], tuple[Tensor, Logs]]
+    first: int = 0
+    """the first step of which it is a part"""
 
 
 @dataclass(frozen=True)
@@ -296,10 +298,11 @@ def training_step(
     phases = list(phases)
     figures: Logs = {}
     for index, phase in enumerate(phases):
-        if batch.step % phase.every:
+        if batch.step % phase.every or batch.step < phase.first:
             continue
         for other in phases:  # a loss may run through another phase's network, but never trains it
-            other.module.requires_grad_(other is phase)
+            other.module.requires_grad_(False)
+        phase.module.requires_grad_(True)
         buffers = _buffers([*(p.module for p in phases), *networks])
         losses = []
         for part in (batch, *rest):

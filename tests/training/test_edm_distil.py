@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def test_a_run_exports_a_student_that_loads_and_resumes_bit_for_bit(
     run(whole, sources, tmp_path / "whole")
     run(half, sources, tmp_path / "parts")
     (tmp_path / "parts" / "model").rename(tmp_path / "half")
+    shutil.rmtree(tmp_path / "parts" / "fake_score", ignore_errors=True)
     run(whole, sources, tmp_path / "parts", resume=True)
     run(whole, sources, tmp_path / "parts", resume=True)  # finished: it is exported again
     one, two = tmp_path / "whole" / "model", tmp_path / "parts" / "model"
@@ -114,6 +116,17 @@ def test_a_run_can_go_on_from_a_student(sources: EdmSources, tmp_path: Path) -> 
     assert method.averaged is not None
     expected = load_edm(student, "cpu").network.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in method.averaged.state_dict().items())
+    # The published run goes on with the fake score, too, which by now differs from the teacher.
+    fake = load_edm(tmp_path / "first" / "fake_score", "cpu").network.state_dict()
+    teacher = load_edm(sources.teacher, "cpu").network.state_dict()
+    critic = next(phase.module for phase in method.phases if phase.name == "critic")
+    started = {key.removeprefix("network."): value for key, value in critic.state_dict().items() if "network." in key}
+    assert started.keys() == fake.keys() and all(torch.equal(value, fake[key]) for key, value in started.items())
+    assert not all(torch.equal(value, teacher[key]) for key, value in started.items())
+    (tmp_path / "alone").mkdir()
+    alone = Path(shutil.copytree(student, tmp_path / "alone" / "model"))
+    with pytest.raises(UserError, match="has no fake score beside it"):
+        distil_edm(resumed, replace(sources, student=alone), CPU)
     with pytest.raises(UserError, match="--student: missing"):
         distil_edm(resumed, sources, CPU)
     with pytest.raises(UserError, match="this recipe starts from its teacher"):

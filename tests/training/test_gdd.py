@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dmd2.denoiser import Cond
 from dmd2.edm import PUBLISHED, ClassCondition, Edm, EdmConfig, EdmNetwork
+from dmd2.edm_recipes import EDM_RECIPES, EdmGddRecipe
 from dmd2.training.discriminator import DenoiserFeatures, ProjectedDiscriminator, encoder_levels
-from dmd2.training.dmd2 import Samples
+from dmd2.training.dmd2 import Samples, SharedImages
 from dmd2.training.gdd import GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
 from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train, training_step
 from dmd2.training.losses import gan_critic, gan_generator, r1
@@ -138,13 +139,13 @@ def phase_of(s: Setting, name: str) -> Phase:
 def test_generator_and_discriminator_take_turns_and_r1_comes_now_and_then() -> None:
     s = setting(every=3)
     seen = []
-    for step in range(5):
+    for step in range(7):
         student, d = weights(s.student), weights(s.discriminator)
         logs = training_step(s.phases, batch(step), LOOP)
         assert changed(s.student, student) and changed(s.discriminator, d)
         seen.append("r1" in logs)
         assert {"generator", "discriminator", "gan_accuracy"} <= logs.keys()
-    assert seen == [True, False, False, True, False]
+    assert seen == [False, False, False, True, False, False, True]  # not at step 0
     assert changed(s.teacher, weights(s.teacher)) == set()
 
 
@@ -159,7 +160,7 @@ def test_each_phase_trains_its_own_network_only(name: str) -> None:
 
     # The others get gradients of zero, with which Adam moves nothing.
     others = {p.name: replace(p, loss=lambda _, p=p: nothing(p)) for p in s.phases if p.name != name}
-    training_step([others.get(p.name, p) for p in s.phases], batch(0), LOOP)
+    training_step([others.get(p.name, p) for p in s.phases], batch(16), LOOP)
     assert bool(changed(s.student, student)) == (name == "generator")
     assert bool(changed(s.discriminator, d)) == (name != "generator")
 
@@ -341,3 +342,33 @@ def test_the_generator_s_mean_moves_to_the_data_s() -> None:
         path.append(student.mean.detach().flatten().clone())
     last = float((torch.stack(path[-40:]).mean(0) - target).abs().max())  # it circles around where it should be
     assert first == pytest.approx(1.0) and last < 0.1, last
+
+
+def test_generated_images_are_shared_by_both_updates_of_a_step() -> None:
+    """As in the published runs: what the generator was judged by is what the discriminator learns from."""
+    s = setting()
+    seen: list[Tensor] = []
+    discriminator = s.discriminator.forward
+    s.discriminator.forward = lambda x, cond: (seen.append(x.detach().clone()), discriminator(x, cond))[1]
+    training_step(s.phases, batch(1), LOOP)
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1])  # generated twice shown, then the real ones
+    assert s.samples.real is not None and torch.equal(seen[2], s.samples.real)
+
+
+def test_shared_images_are_those_of_the_same_part_of_the_same_step() -> None:
+    shared, one, two = SharedImages(), batch(1), batch(1)
+    shared.put(one, torch.ones(1))
+    assert shared.take(two) is None
+    x0 = shared.take(one)
+    assert x0 is not None and x0.item() == 1 and shared.take(one) is None
+    shared.put(one, torch.ones(1))
+    shared.put(batch(2), torch.ones(1))
+    assert shared.take(one) is None  # of a step that is over
+
+
+def test_published_recipes_weigh_r1_as_the_published_runs() -> None:
+    """1e-4 beside sums over 64 (ImageNet: 128) images and two feature networks is this beside means."""
+    weights = {name: recipe.r1_gamma for name, recipe in EDM_RECIPES.items() if isinstance(recipe, EdmGddRecipe)}
+    for name, gamma in weights.items():
+        sums = 1 if "small" in name else 256 if "imagenet" in name else 128
+        assert gamma == pytest.approx(1e-4 / sums)
