@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from dmd2.cifar10 import CLASSES as CIFAR10
 from dmd2.edm import PUBLISHED, EdmConfig
-from dmd2.errors import UserError
+from dmd2.errors import shown
 from dmd2.precision import Precision
+from dmd2.ranges import Count, Level, Name, Part, Rate, Weight
 from dmd2.training.loop import LoopSettings
+
+Levels = Annotated[tuple[Level, ...], Field(min_length=1, max_length=64)]
 
 
 @dataclass(frozen=True)
@@ -17,13 +22,13 @@ class EdmTeacherRecipe:
     """A teacher in pixel space from scratch. See `dmd2/training/edm_teacher.py`."""
 
     loop: LoopSettings
-    network: str
+    network: Name
     """of `NETWORKS`"""
-    lr: float
+    lr: Rate
     optimizer: Literal["adam", "muon"] = "adam"
-    augment: float = 0.0
+    augment: Part = 0.0
     """probability of each of EDM's augmentations; more than 0 needs a network with nine augmentation inputs"""
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[Name, ...] = ()
     precision: Precision = "auto"
     compile: bool = False
 
@@ -33,13 +38,13 @@ class EdmDmdRecipe:
     """A one-step student of an EDM teacher by DMD. See `dmd2/training/edm_distil.py`, also for the next two."""
 
     loop: LoopSettings
-    lr: float
-    lr_critic: float
-    regression_weight: float
+    lr: Rate
+    lr_critic: Rate
+    regression_weight: Weight
     """λ of DMD eq. 10"""
-    pairs_batch: int
+    pairs_batch: Count
     """pairs in a step, beside `loop.batch_size` samples"""
-    sigmas: tuple[float, ...] = (80.0,)
+    sigmas: Levels = (80.0,)
     optimizer: Literal["adam", "muon"] = "adam"
     precision: Precision = "auto"
     compile: bool = False
@@ -52,16 +57,16 @@ class EdmDmd2Recipe:
     """A student of an EDM teacher by DMD2."""
 
     loop: LoopSettings
-    lr: float
-    lr_critic: float
-    generator_every: int
+    lr: Rate
+    lr_critic: Rate
+    generator_every: Count
     """k of the two time scales"""
-    gan_generator: float = 0.0
-    gan_critic: float = 0.0
+    gan_generator: Weight = 0.0
+    gan_critic: Weight = 0.0
     """weights of the GAN losses; 0 and 0 is no GAN"""
     resumed: bool = False
     """whether student and fake score go on from the run of --student instead of from the teacher's weights"""
-    sigmas: tuple[float, ...] = (80.0,)
+    sigmas: Levels = (80.0,)
     """descending; as many as the student has steps"""
     optimizer: Literal["adam", "muon"] = "adam"
     precision: Precision = "auto"
@@ -78,18 +83,18 @@ class EdmGddRecipe:
     """A one-step student by GDD, or GDD-I, which freezes most convolutions."""
 
     loop: LoopSettings
-    lr: float
-    lr_critic: float
+    lr: Rate
+    lr_critic: Rate
     freeze: bool
     """GDD-I"""
-    backbones: tuple[str, ...] = ()
+    backbones: Annotated[tuple[Name, ...], Field(max_length=8)] = ()
     """timm's names of the discriminator's feature networks; none: the teacher's own features"""
-    r1_gamma: float = 1e-4 / 128
+    r1_gamma: Weight = 1e-4 / 128
     """beside losses that are means; the paper's is beside sums, see below"""
-    r1_every: int = 16
-    boundary: float = 0.002
+    r1_every: Count = 16
+    boundary: Part = 0.002
     """ε of the preconditioning (GDD, app. C); 0 is EDM's own"""
-    sigmas: tuple[float, ...] = (80.0,)
+    sigmas: Levels = (80.0,)
     precision: Precision = "auto"
     compile: bool = False
     needs_images = True
@@ -270,15 +275,36 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
 }
 
 
-def check_edm(recipe: EdmRecipe, override: str) -> None:
-    """Raises UserError if `recipe` makes no sense after `override`, which it names."""
+def edm_conflict(recipe: EdmRecipe) -> str | None:
+    """Which fields of `recipe` do not go together, and what would; None if all do."""
     if isinstance(recipe, EdmTeacherRecipe):
-        if recipe.network not in NETWORKS:
-            raise UserError(f"--set {override}: expected one of {', '.join(NETWORKS)}")
-        if not 0 <= recipe.augment <= 1:
-            raise UserError(f"--set {override}: expected a probability")
-    if isinstance(recipe, EdmDmdRecipe | EdmDmd2Recipe | EdmGddRecipe):
-        levels = list(recipe.sigmas)
-        single = isinstance(recipe, EdmDmd2Recipe) or len(levels) == 1
-        if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] <= 0 or not single:
-            raise UserError(f"--set {override}: expected levels above 0, descending; but for DMD2 a single one")
+        return _teacher_conflict(recipe)
+    levels = list(recipe.sigmas)
+    if levels != sorted(set(levels), reverse=True):
+        return f"sigmas={shown(levels, 100)}: expected descending levels"
+    if len(levels) > 1 and not isinstance(recipe, EdmDmd2Recipe):
+        return f"sigmas={shown(levels, 100)}: expected a single level; only DMD2 makes students of several steps"
+    if isinstance(recipe, EdmDmd2Recipe):
+        return gan_conflict(recipe.gan_generator, recipe.gan_critic)
+    if isinstance(recipe, EdmGddRecipe) and recipe.boundary >= levels[-1]:
+        return f"boundary={recipe.boundary:g}: expected less than the level in sigmas, {levels[-1]:g}"
+    return None
+
+
+def _teacher_conflict(recipe: EdmTeacherRecipe) -> str | None:
+    config = NETWORKS.get(recipe.network)
+    if config is None:
+        return f"network={shown(recipe.network, 100)}: expected one of {', '.join(NETWORKS)}"
+    if recipe.augment > 0 and not config.augment_dim:
+        return f"augment={recipe.augment:g}: expected 0; {recipe.network} has no inputs to be told by"
+    if recipe.class_names and len(recipe.class_names) != config.classes:
+        found = f"{len(recipe.class_names)} names"
+        return f"class_names: {found} for the {config.classes} classes of {recipe.network}; expected as many, or []"
+    return None
+
+
+def gan_conflict(generator: float, critic: float) -> str | None:
+    """A generator must not follow a classifier that nothing trains, nor a classifier be trained for nothing."""
+    if (generator > 0) == (critic > 0):
+        return None
+    return f"gan_generator={generator:g} with gan_critic={critic:g}: expected both above 0, or both 0 for no GAN"

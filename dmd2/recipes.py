@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 
 from dmd2.cifar10 import CLASSES as CIFAR10
-from dmd2.edm_recipes import EDM_RECIPES, EdmRecipe, check_edm
-from dmd2.errors import UserError
+from dmd2.edm_recipes import (
+    EDM_RECIPES,
+    EdmDmd2Recipe,
+    EdmDmdRecipe,
+    EdmGddRecipe,
+    EdmRecipe,
+    EdmTeacherRecipe,
+    edm_conflict,
+    gan_conflict,
+)
+from dmd2.errors import UserError, shown
 from dmd2.precision import Precision
+from dmd2.ranges import (
+    Blocks,
+    Blur,
+    Count,
+    Folder,
+    Name,
+    Part,
+    Rate,
+    SamplerSteps,
+    Steps,
+    Timestep,
+    Weight,
+    Width,
+    checked,
+    field_types,
+)
 from dmd2.stable_diffusion import PredictionType
 from dmd2.training.loop import LoopSettings
 
@@ -21,11 +46,11 @@ class AutoencoderRecipe:
     """The embedded model's autoencoder. See `dmd2/training/autoencoder.py`."""
 
     loop: LoopSettings
-    lr: float
-    channels: int
-    encoder_blocks: tuple[int, ...]
-    decoder_blocks: tuple[int, ...]
-    latent_noise: float
+    lr: Rate
+    channels: Width
+    encoder_blocks: tuple[Blocks, Blocks, Blocks]
+    decoder_blocks: tuple[Blocks, Blocks, Blocks]
+    latent_noise: Weight
     """standard deviation of the noise on the latents while training"""
     precision: Precision = "auto"
 
@@ -35,16 +60,16 @@ class ClassifierRecipe:
     """The judge that scores the embedded model. See `dmd2/training/classifier.py`."""
 
     loop: LoopSettings
-    lr: float
-    weight_decay: float
-    widths: tuple[int, int, int, int]
+    lr: Rate
+    weight_decay: Part
+    widths: tuple[Width, Width, Width, Width]
     """channels at 1/2, 1/4, 1/8 and 1/16 of the picture's side"""
-    features: int
-    contrast: float
-    brightness: float
-    noise: float
+    features: Width
+    contrast: Part
+    brightness: Part
+    noise: Part
     """contrast: largest relative change; the other two: in units of pictures in [−1, 1], at most"""
-    blur_pixels: float
+    blur_pixels: Blur
     """largest standard deviation of the blur"""
     precision: Precision = "auto"
 
@@ -54,14 +79,14 @@ class ImageClassifierRecipe:
     """The judge of small class-conditional models. See `dmd2/training/image_classifier.py`."""
 
     loop: LoopSettings
-    lr: float
-    weight_decay: float
-    widths: tuple[int, int, int]
+    lr: Rate
+    weight_decay: Part
+    widths: tuple[Width, Width, Width]
     """channels at the picture's own side, at a half, at a quarter and below"""
-    features: int
-    held_out: int
+    features: Width
+    held_out: Count
     """pictures of the data that only score it"""
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[Name, ...], Field(min_length=2)]
     """what the labels 0, 1, … mean"""
     precision: Precision = "auto"
 
@@ -71,17 +96,17 @@ class TeacherRecipe:
     """A text-to-image teacher from scratch. See `dmd2/training/teacher.py`."""
 
     loop: LoopSettings
-    lr: float
-    weight_decay: float
-    guidance_scale: float
+    lr: Rate
+    weight_decay: Part
+    guidance_scale: Weight
     """of the samples it shows, and what the manifest recommends"""
-    sample_steps: int
+    sample_steps: SamplerSteps
     prediction_type: PredictionType
     warm_start: bool = False
     """whether to start from the teacher in --init instead of from scratch"""
-    still_until: int = 0
+    still_until: Steps = 0
     """the step until which scenes have no freedom: what things look like is learned before where they may lie"""
-    free_from: int = 0
+    free_from: Steps = 0
     """the step from which they have all of it"""
     precision: Precision = "auto"
     compile: bool = True
@@ -93,18 +118,18 @@ class Dmd2Recipe:
     """A few-step student by DMD2. See `dmd2/training/dmd2.py`."""
 
     loop: LoopSettings
-    lr: float
-    lr_critic: float
-    timesteps: tuple[int, ...]
+    lr: Rate
+    lr_critic: Rate
+    timesteps: Annotated[tuple[Timestep, ...], Field(min_length=1, max_length=1000)]
     """descending; as many as the student has steps"""
-    guidance_scale: float
+    guidance_scale: Weight
     """the teacher's"""
-    generator_every: int
+    generator_every: Count
     """k of the two time scales"""
-    gan_generator: float
-    gan_critic: float
+    gan_generator: Weight
+    gan_critic: Weight
     """weights of the GAN losses; 0 and 0 is no GAN"""
-    student_init: str | None = None
+    student_init: Folder | None = None
     """subfolder of the weights that the student starts from; None: the teacher's"""
     precision: Precision = "auto"
     compile: bool = True
@@ -211,52 +236,52 @@ def resolve(name: str, overrides: list[str]) -> Recipe:
     """The recipe `name` with `key=value` overrides applied; loop settings may be named with or without "loop.".
 
     Raises:
-        UserError: no such recipe or key, or a value of the wrong type.
+        UserError: no such recipe or key, a value of the wrong type or out of range, values that do not go together.
     """
     if name not in RECIPES:
-        raise UserError(f"recipe {name!r}: unknown; expected one of {', '.join(RECIPES)}")
+        raise UserError(f"recipe {shown(name, 100)!r}: unknown; expected one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"--set {override}: expected key=value")
+            raise UserError(f"--set {shown(override, 100)}: expected key=value")
         field = key.removeprefix("loop.")
-        part = recipe.loop if field in _types(recipe.loop) else recipe
-        types = _types(part)
-        if field not in types or field == "loop":
-            valid = sorted((_types(recipe) | _types(recipe.loop)).keys() - {"loop"})
-            raise UserError(f"--set {key}: {name} has no such key; expected one of {', '.join(valid)}")
+        part = recipe.loop if field in field_types(LoopSettings) else recipe
+        if field not in field_types(type(part)) or field == "loop":
+            valid = sorted((field_types(type(recipe)).keys() | field_types(LoopSettings).keys()) - {"loop"})
+            raise UserError(f"--set {shown(key, 100)}: {name} has no such key; expected one of {', '.join(valid)}")
         try:
-            value = TypeAdapter(types[field]).validate_python(_literal(text))
-        except ValidationError as error:
-            raise UserError(f"--set {override}: {error.errors()[0]['msg']}") from None
+            value = checked(type(part), field, _literal(text))
+        except UserError as error:
+            raise UserError(f"--set {error}") from None
         if part is recipe.loop:
             recipe = replace(recipe, loop=replace(recipe.loop, **{field: value}))
         else:
             recipe = replace(recipe, **{field: value})
-        _check(recipe, override)
+    problem = _conflict(recipe)  # after the last override: two fields may have to change together
+    if problem is not None:
+        raise UserError(f"--set {problem}")
     return recipe
 
 
-def _check(recipe: Recipe, override: str) -> None:
-    for key in ("iterations", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every"):
-        if getattr(recipe.loop, key) < 1:
-            raise UserError(f"--set {override}: expected at least 1")
-    if isinstance(recipe, EdmRecipe):
-        check_edm(recipe, override)
-    if isinstance(recipe, Dmd2Recipe):
-        steps = list(recipe.timesteps)
-        if not steps or steps != sorted(set(steps), reverse=True) or not all(0 <= t <= 999 for t in steps):
-            raise UserError(f"--set {override}: expected timesteps within 0 to 999, descending")
-
-
-def _types(part: Any) -> dict[str, Any]:
-    return get_type_hints(type(part))
+def _conflict(recipe: Recipe) -> str | None:
+    """Which fields do not go together, and what would; None if all do."""
+    match recipe:
+        case EdmTeacherRecipe() | EdmDmdRecipe() | EdmDmd2Recipe() | EdmGddRecipe():
+            return edm_conflict(recipe)
+        case TeacherRecipe() if recipe.free_from < recipe.still_until:
+            return f"free_from={recipe.free_from}: expected still_until={recipe.still_until} or more"
+        case Dmd2Recipe():
+            steps = list(recipe.timesteps)
+            if steps != sorted(set(steps), reverse=True):
+                return f"timesteps={shown(steps, 100)}: expected descending timesteps within 0 to 999"
+            return gan_conflict(recipe.gan_generator, recipe.gan_critic)
+    return None
 
 
 def _literal(text: str) -> Any:
     """JSON where it parses (numbers, true, null, [999, 749]), else the text itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON; a number of thousands of digits; nested too deep
         return text

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
+from dmd2.ranges import Amount, Count, Decay, Seed, Steps
 from dmd2.terminal import say
 from dmd2.training.checkpoints import (
     Checkpoints,
@@ -80,26 +81,29 @@ class Method:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long, how fast, how often. Intervals are in steps; a step is one turn of the loop."""
+    """How long, how fast, how often. Intervals are in steps; a step is one turn of the loop.
 
-    iterations: int
-    batch_size: int
-    warmup: int = 0
+    Ranges are checked where a recipe is resolved (`dmd2.recipes`).
+    """
+
+    iterations: Count
+    batch_size: Count
+    warmup: Steps = 0
     decay: bool = True
     """whether the learning rate falls linearly to zero after the warm-up"""
-    clip_norm: float = 1.0
+    clip_norm: Amount = 1.0
     """largest norm of a phase's gradient; 0 for no limit"""
     zero_nans: bool = False
     """whether a gradient's NaNs count as zero, if the loss is finite; otherwise such a gradient is not used at all"""
-    accumulate: int = 1
+    accumulate: Count = 1
     """batches of `batch_size` that make one update: what does not fit into memory at once"""
-    ema_decay: float = 0.999
-    ema_half_life: float = 0.0
+    ema_decay: Decay = 0.999
+    ema_half_life: Amount = 0.0
     """in images, instead of `ema_decay` if not 0; at most 5 % of the images so far"""
-    seed: int = 0
-    log_every: int = 20
-    sample_every: int = 500
-    checkpoint_every: int = 500
+    seed: Seed = 0
+    log_every: Count = 20
+    sample_every: Count = 500
+    checkpoint_every: Count = 500
 
 
 def train(
