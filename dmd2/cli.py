@@ -51,7 +51,10 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; one picture for each.")
     ] = None,
-    weights: Annotated[Path, typer.Option(help="Folder of weights with a dmd2.json.")] = DEFAULT_WEIGHTS,
+    weights: Annotated[
+        Path,
+        typer.Option(help="Folder of weights with a dmd2.json, a tar of one, or a student in one safetensors file."),
+    ] = DEFAULT_WEIGHTS,
     steps: Annotated[
         str | None,
         typer.Option(
@@ -104,8 +107,10 @@ def generate(
     from dmd2.engine import Engine, default_mode
     from dmd2.given import Given
     from dmd2.picture import save_grid, save_png
-    from dmd2.weights import read_manifest
+    from dmd2.weights import locate, read_manifest
 
+    if weights.is_file():
+        weights = locate(weights)
     manifest = read_manifest(weights)
     if classes is not None and manifest.family != "edm":
         raise UserError(f"--classes {classes}: {weights} draws prompts; expected a class-conditional model")
@@ -311,8 +316,10 @@ def cog(
     """Serve pictures through Cog's own server, without Docker. Needs a clone of the repository."""
     if not 1 <= port <= 65535:
         raise UserError(f"--port {port}: expected 1 to 65535")
-    if weights is not None and not (weights / "dmd2.json").is_file():
-        raise UserError(f"--weights {weights}: expected a folder with a dmd2.json")
+    if weights is not None and not weights.is_file() and not (weights / "dmd2.json").is_file():
+        raise UserError(
+            f"--weights {weights}: expected a folder with a dmd2.json, a tar of one or a safetensors file"
+        )
     if not (ROOT / "predict.py").is_file():
         raise UserError(f"{ROOT / 'predict.py'}: no such file; `dmd2 cog` works from a clone of the repository only")
     if importlib.util.find_spec("cog") is None:
@@ -345,17 +352,41 @@ def edm(
 
 @convert.command()
 def sdxl(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any SDXL checkpoint in diffusers' layout.")],
-    lora: Annotated[Path, typer.Argument(metavar="LORA", help="DMD2's four-step LoRA (safetensors).")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE [LORA] OUT",
+            help="Any SDXL checkpoint, a folder in diffusers' layout or one safetensors file; DMD2's four-step LoRA, "
+            "unless the checkpoint has it merged in; a new folder.",
+        ),
+    ],
     scale: Annotated[float, typer.Option(help="Of the LoRA: 0.5 to 1.0.")] = 1.0,
     vae: Annotated[Path | None, typer.Option(help="Folder of another VAE, such as weights/sdxl/vae.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a file, which has neither: folder of SDXL's configurations and tokenizers in diffusers' "
+            "layout; weights/sdxl if it is there."
+        ),
+    ] = None,
+    prediction: Annotated[
+        str, typer.Option(help="epsilon, v or v-zero-snr, if the checkpoint does not say it or wrongly.")
+    ] = "",
 ) -> None:
     """Make a four-step student of an SDXL checkpoint and a LoRA."""
+    if len(paths) not in (2, 3):
+        raise UserError(f"{len(paths)} paths; expected SOURCE [LORA] OUT")
+    source, *between, out = paths
+    lora = between[0] if between else None
+    downloaded = ROOT / "weights" / "sdxl"
+
     from dmd2.community import convert_sdxl
 
-    convert_sdxl(source, lora, out, scale, vae)
-    print(f"{out}: {source.name} with {lora.name} at {scale:g}")
+    logging.basicConfig(format="%(message)s")
+    convert_sdxl(source, lora, out, scale, vae, base or (downloaded if downloaded.is_dir() else None), prediction)
+    print(
+        f"{out}: {source.name}" + (f" with {lora.name} at {scale:g}" if lora else ", taken to be a four-step student")
+    )
 
 
 def _tell(

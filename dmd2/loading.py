@@ -6,9 +6,9 @@ diffusers' and transformers' own loaders are lenient (a key that is missing is d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dmd2.fileio import read_object
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MOST_LAYERS, MOST_CHANNELS = 200, 1_000_000
 """of any number in a config.json, and of the numbers in one list. (CLIP's vocabulary has 49,408 words.)"""
+MOST_SHARDS = 100
 NAMED = 3  # keys in an error message, at most
 
 
@@ -31,20 +32,75 @@ NAMED = 3  # keys in an error message, at most
 def load_network(kind: Any, path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The network of class `kind` whose weights are in `path` and whose `config.json` lies beside it, frozen.
 
-    Each tensor goes from the file to `device` in `dtype`, convolutions in channels_last; nothing is drawn at random
-    and nothing is held twice. On a CPU, what is in `dtype` already is mapped, not read.
+    In place of `path` there may be shards of it or files in half precision, see `weight_files`. Each tensor goes from
+    the file to `device` in `dtype`, convolutions in channels_last; nothing is drawn at random and nothing is held
+    twice. On a CPU, what is in `dtype` already is mapped, not read.
 
     Raises:
         UserError: a file is missing or broken, or they do not fit together: names the keys that are missing,
             unexpected or of the wrong shape.
     """
-    config = path.with_name("config.json")
-    for file in (config, path):
-        if not file.is_file():
-            raise UserError(f"{file}: missing; expected a {kind.__name__} there")
-    network = build_network(kind, config)
-    network.load_state_dict(_read(network, path, device, dtype), strict=True, assign=True)
+    network, files = _described(kind, path)
+    network.load_state_dict(_read(network, files, device, dtype), strict=True, assign=True)
     return network.requires_grad_(False).eval().to(device)  # the last for buffers that no file holds
+
+
+def check_network(kind: Any, path: Path, *, half: bool = False) -> None:
+    """Raises UserError where `load_network` would, but for damage within tensors. Reads headers only."""
+    network, files = _described(kind, path, half)
+    shapes: dict[str, Sequence[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a whole safetensors file ({shown(error)})") from None
+    fit(network, files[0], shapes)
+
+
+def _described(kind: Any, path: Path, half: bool = False) -> tuple[Any, list[Path]]:
+    config = path.with_name("config.json")
+    if not config.is_file():
+        raise UserError(f"{config}: missing; expected a {kind.__name__} there")
+    files = weight_files(path, half=half)
+    return build_network(kind, config), files
+
+
+def weight_files(path: Path, *, half: bool = False) -> list[Path]:
+    """The safetensors files that the usual name `path` stands for: one, or the shards that an index lists.
+
+    Names with "fp16" in them are taken where there are no others, or, where `half`, before others.
+
+    Raises:
+        UserError: there are none, or an index is broken.
+    """
+    stem = path.name.removesuffix(".safetensors")
+    plain = [path.name, f"{path.name}.index.json"]
+    # Libraries name indexes of variants in two ways.
+    halves = [f"{stem}.fp16.safetensors", f"{path.name}.index.fp16.json", f"{stem}.fp16.safetensors.index.json"]
+    for name in halves + plain if half else plain + halves:
+        file = path.with_name(name)
+        if file.is_file():
+            return _shards(file) if name.endswith(".json") else [file]
+    others = [p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".msgpack")]
+    there = f", as safetensors; {shown(min(others))} is not read" if others else ""
+    raise UserError(f"{path}: missing; expected weights there{there}")
+
+
+def _shards(index: Path) -> list[Path]:
+    of_keys = read_object(index).get("weight_map")
+    names = set(of_keys.values()) if isinstance(of_keys, dict) and _are_names(of_keys.values()) else set()
+    if not 1 <= len(names) <= MOST_SHARDS:
+        raise UserError(f"{index}: expected a weight_map from tensors to up to {MOST_SHARDS} files beside it")
+    files = [index.with_name(name) for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: missing; {index.name} lists it")
+    return files
+
+
+def _are_names(values: Iterable[object]) -> bool:
+    return all(isinstance(v, str) and re.fullmatch(r"[\w][\w.-]*\.safetensors", v) for v in values)
 
 
 def parameters_in(paths: Iterable[Path]) -> int:
@@ -56,13 +112,16 @@ def parameters_in(paths: Iterable[Path]) -> int:
     return total
 
 
-def build_network(kind: Any, config: Path) -> Any:
+def build_network(kind: Any, config: Path, settings: Mapping[str, Any] | None = None) -> Any:
     """The network of class `kind` that a `config.json` describes, its parameters without memory (on "meta").
+
+    Args:
+        settings: instead of the file's content.
 
     Raises:
         UserError: it describes none.
     """
-    settings = read_object(config)
+    settings = dict(read_object(config) if settings is None else settings)
     check_counts(config, settings)
     try:
         # Parameters only: buffers that are in no file (CLIP's position_ids) keep the values they are made with.
@@ -87,19 +146,35 @@ def check_counts(config: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{config}: {shown(name)}: {shown(value)}; expected numbers of at most {largest}")
 
 
-def _read(network: nn.Module, path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read(network: nn.Module, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "pt", device=str(device))) for file in files]
+            where = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+            keys = fit(network, files[0], {key: file.get_slice(key).get_shape() for key, file in where.items()})
+            tensors = {name: _placed(where[key].get_tensor(key), device, dtype) for name, key in keys.items()}
+    except SafetensorError as error:
+        raise UserError(f"{files[0]}: not a whole safetensors file ({shown(error)})") from None
+    for name, wanted in network.state_dict().items():
+        if tensors[name].is_floating_point() != wanted.is_floating_point():
+            raise UserError(f"{files[0]}: {name}: {tensors[name].dtype}; expected floats (not quantized weights)")
+    return tensors
+
+
+def fit(network: nn.Module, path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """For tensors of a file at `path`, by their keys there: name in the network → key in the file.
+
+    Raises:
+        UserError: names the keys that are missing, unexpected or of the wrong shape.
+    """
     wanted = network.state_dict()
     derived = {name for name, _ in network.named_buffers()} - wanted.keys()
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            keys = {_today(key, wanted.keys() | derived): key for key in file.keys()}  # noqa: SIM118
-            # Older versions of a library stored what newer ones derive.
-            keys = {name: key for name, key in keys.items() if name not in derived}
-            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in keys.items()}
-            _check(path, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, shapes)
-            return {name: _placed(file.get_tensor(key), device, dtype) for name, key in keys.items()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({shown(error)})") from None
+    keys = {_today(key, wanted.keys() | derived): key for key in shapes}
+    # Older versions of a library stored what newer ones derive.
+    keys = {name: key for name, key in keys.items() if name not in derived}
+    found = {name: tuple(shapes[key]) for name, key in keys.items()}
+    _check(path, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, found)
+    return keys
 
 
 def _today(key: str, known: AbstractSet[str]) -> str:

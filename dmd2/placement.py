@@ -55,6 +55,8 @@ class Placement:
 def count_parameters(folder: Path, subfolders: Sequence[str]) -> dict[str, int]:
     """How many parameters each network in a folder of weights has. What is not there is left out."""
     files = {name: sorted((folder / name).glob("*.safetensors")) for name in (*SHARED, *subfolders)}
+    # The same network in half precision counts once.
+    files = {name: [p for p in paths if ".fp16" not in p.name] or paths for name, paths in files.items()}
     return {name: parameters_in(paths) for name, paths in files.items() if paths}
 
 

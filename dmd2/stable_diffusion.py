@@ -130,9 +130,10 @@ class StableDiffusion:
         self.unet, self.prediction_type, self.autocast = unet, prediction_type, autocast
         parameter = next(unet.parameters())
         self.device, self.dtype = device or parameter.device, parameter.dtype
-        table = sd_sigmas() if sigmas is None else sigmas.double()
-        self.sigmas = table.float().to(self.device)
-        self._log_sigmas = table.log()  # float64, on the CPU
+        self.table = sd_sigmas() if sigmas is None else sigmas.double()
+        """`sigmas` in float64, on the CPU"""
+        self.sigmas = self.table.float().to(self.device)
+        self._log_sigmas = self.table.log()
         self._plain, self._compiler = _WithBottleneck(unet), compiler
         self._network: Any = self._plain
         if compile:

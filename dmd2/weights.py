@@ -121,8 +121,9 @@ class Manifest(BaseModel):
 def locate(given: Path | str | None = None, environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Path:
     """The folder of weights to use: `given`, else `$DMD2_WEIGHTS`, else what was downloaded, else the embedded ones.
 
-    The first two may be a folder, a tar or the http(s) URL of a tar. A tar is unpacked once, into `weights` in the
-    cache folder `$DMD2_CACHE` (`~/.cache/dmd2`), and its files are verified.
+    The first two may be a folder, a tar or the http(s) URL of a tar, or an SDXL checkpoint in one safetensors file.
+    A tar is unpacked once, into `weights` in the cache folder `$DMD2_CACHE` (`~/.cache/dmd2`), and its files are
+    verified; so is a checkpoint, whose configurations and tokenizers come from `$DMD2_BASE` or what was downloaded.
 
     Raises:
         UserError: there is no such thing, or it is broken.
@@ -137,9 +138,17 @@ def locate(given: Path | str | None = None, environ: Mapping[str, str] = os.envi
         if path.is_dir():
             return path
         if not path.is_file():
-            raise UserError(f"weights {path}: no such file or folder; expected a folder, a tar or the URL of a tar")
+            raise UserError(
+                f"weights {path}: no such file or folder; expected a folder, a tar or the URL of a tar, or an SDXL "
+                "checkpoint as safetensors"
+            )
         source = str(path)
     cache = Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser()
+    if source.endswith(".safetensors") and not is_url(source):
+        from dmd2.community import converted
+
+        base = Path(environ.get("DMD2_BASE") or root / "weights" / "sdxl").expanduser()
+        return converted(Path(source), base, cache / "weights")
     return unpacked(source, cache / "weights", MANIFEST, lambda folder: verify(folder, read_manifest(folder)))
 
 
@@ -385,7 +394,8 @@ def save_text_to_image(
             for suffix, encoder in zip(("", "_2"), encoders, strict=True):
                 tokenizer.save_pretrained(new / f"tokenizer{suffix}")
                 _save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
-        save_pipeline_configs(new, prediction_type)
+        levels = (init / "scheduler").is_dir() and read_schedule(init / "scheduler").zero_snr
+        save_pipeline_configs(new, prediction_type, levels and prediction_type == "v_prediction")
         others = old.students if old and card is None else {}
         manifest = Manifest(
             name=old.name if old else "dmd2-emoji",
@@ -462,7 +472,7 @@ def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, 
     save_tensors(tensors, folder / filename, {"format": "pt", "recipe": json.dumps(recipe)})
 
 
-def save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None:
+def save_pipeline_configs(folder: Path, prediction_type: PredictionType, zero_snr: bool = False) -> None:
     """What diffusers' `StableDiffusionXLPipeline.from_pretrained` reads: the index and the scheduler."""
     import diffusers
 
@@ -471,6 +481,7 @@ def save_pipeline_configs(folder: Path, prediction_type: PredictionType) -> None
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
         clip_sample=False,
     )
     scheduler.save_pretrained(folder / "scheduler")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from dmd2.community import convert_sdxl
+from dmd2.configs import read_schedule
 from dmd2.edit import Edit
 from dmd2.engine import Engine
 from dmd2.errors import UserError
+from dmd2.loading import load_network
 from dmd2.lora import read_lora
+from dmd2.placement import count_parameters
 from dmd2.weights import UNET_FILE, verify
 from tests.test_lora import ATTENTION, kohya_style, with_text
-from tests.tiny_sdxl import build_sdxl_unet, build_vae, save_sdxl
+from tests.tiny_sdxl import SCHEDULE, build_sdxl_unet, build_vae, save_sdxl
 
 SIZE = (64, 64)
 
@@ -57,6 +63,63 @@ def test_files_in_half_precision_and_another_vae_are_taken(checkpoint: Path, tmp
     Engine(tmp_path / "made", "cpu").draw(["an owl"], [0], "4", SIZE)
 
 
+def test_a_checkpoint_that_predicts_v_keeps_that_and_the_log_says_what_the_lora_is_for(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    DDIMScheduler(**SCHEDULE, prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(
+        copy / "scheduler"
+    )
+    with caplog.at_level(logging.WARNING):
+        convert_sdxl(copy, checkpoint.parent / "dmd2.safetensors", tmp_path / "made")
+    assert "DDIMScheduler is not used" in caplog.text and "predicts v; DMD2's LoRA was made for" in caplog.text
+    schedule = read_schedule(tmp_path / "made" / "scheduler")
+    assert schedule.prediction_type == "v_prediction" and schedule.zero_snr
+    engine = Engine(tmp_path / "made", "cpu")
+    engine.draw(["an owl"], [0], "4", SIZE)
+    assert float(engine.model.denoisers["unet"].sigmas[-1]) > 1e6
+
+
+@pytest.mark.parametrize("precision", ["", "fp16"])
+def test_shards_are_taken_and_drawn_with(checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    """As diffusers and transformers write them, with and without a variant's name."""
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors")))
+    for name, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        network = kind.from_pretrained(checkpoint / name)
+        network.save_pretrained(copy / name, max_shard_size="500KB", variant=precision or None)
+        assert len(list((copy / name).glob("*.safetensors"))) > 1
+    for name in ("vae", "text_encoder_2"):
+        for file in (checkpoint / name).glob("*.safetensors"):
+            stem = file.name.removesuffix("safetensors")
+            shutil.copy(file, copy / name / f"{stem}{precision + '.' if precision else ''}safetensors")
+    convert_sdxl(copy, checkpoint.parent / "dmd2.safetensors", tmp_path / "made")
+    convert_sdxl(checkpoint, checkpoint.parent / "dmd2.safetensors", tmp_path / "whole")
+    sharded, whole = (Engine(tmp_path / name, "cpu", modes=("4",), dtype=torch.float32) for name in ("made", "whole"))
+    assert torch.equal(sharded.draw(["an owl"], [3], "4", SIZE), whole.draw(["an owl"], [3], "4", SIZE))
+    assert count_parameters(sharded.folder, ["unet"]) == count_parameters(whole.folder, ["unet"])
+    for name in ("unet", "text_encoder"):  # the libraries read them, too
+        assert list((tmp_path / "made" / name).glob("*.index.json"))
+    UNet2DConditionModel.from_pretrained(tmp_path / "made" / "unet", use_safetensors=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"weight_map": 7}', '{"weight_map": {}}', '{"weight_map": {"a": "../../etc/x.safetensors"}}',
+     '{"weight_map": {"a": ["x"]}}', '{"weight_map": {"a": "/x.safetensors"}}', '{"weight_map": {"a": "x.bin"}}',
+     '{"weight_map": {"a": "gone.safetensors"}}', "[" * 100_000],
+)  # fmt: skip
+def test_a_broken_index_is_one_line(checkpoint: Path, tmp_path: Path, content: str) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    (copy / "unet" / UNET_FILE).unlink()
+    (copy / "unet" / f"{UNET_FILE}.index.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        convert_sdxl(copy, checkpoint.parent / "dmd2.safetensors", tmp_path / "made")
+    assert str(error.value).startswith(str(copy / "unet")) and str(error.value).isprintable()
+    with pytest.raises(UserError) as error:
+        load_network(UNet2DConditionModel, copy / "unet" / UNET_FILE, torch.device("cpu"), torch.float32)
+    assert str(error.value).startswith(str(copy / "unet"))
+
+
 def test_what_is_missing_or_does_not_fit_is_named_and_nothing_is_left(
     checkpoint: Path, tmp_path: Path, text_models: tuple[Any, Any, Any]
 ) -> None:
@@ -71,11 +134,19 @@ def test_what_is_missing_or_does_not_fit_is_named_and_nothing_is_left(
     for part in ("unet/config.json", f"unet/{UNET_FILE}", "vae/config.json", "text_encoder_2/model.safetensors"):
         copy = Path(shutil.copytree(checkpoint, tmp_path / part.replace("/", "-")))
         (copy / part).unlink()
-        assert f"{copy / part}: missing; expected an SDXL checkpoint in diffusers' layout" in refused(copy)
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "predicts-v"))
+        assert f"{copy / part}: missing; expected " in refused(copy)
+    (copy / "text_encoder_2" / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert "as safetensors; pytorch_model.bin is not read" in refused(copy)
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "predicts-x0"))
     config = copy / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
-    assert "predicts v_prediction; expected epsilon" in refused(copy)
+    config.write_text(config.read_text().replace('"epsilon"', '"sample"'))
+    assert "prediction_type: sample; expected epsilon or v_prediction" in refused(copy)
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "another-unet"))
+    config = copy / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 8'))
+    assert "8 input (InstructPix2Pix) and 4 output channels" in refused(copy)
+    config.write_text(config.read_text().replace('"in_channels": 8', '"in_channels": 9'))
+    assert "has conv_in.weight as 32x4x3x3 instead of 32x9x3x3" in refused(copy)  # before anything is copied
     copy = Path(shutil.copytree(checkpoint, tmp_path / "no-tokenizer"))
     shutil.rmtree(copy / "tokenizer")
     assert f"{copy / 'tokenizer'}: missing" in refused(copy)

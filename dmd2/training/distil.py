@@ -43,8 +43,8 @@ def distil(
     autocast = autocast_dtype(recipe.precision, device)
 
     def denoiser(module: nn.Module, compile: bool = recipe.compile) -> StableDiffusion:
-        kind = loaded.denoisers[teacher_folder].prediction_type
-        return StableDiffusion(module, kind, autocast=autocast, compile=compile)
+        like = loaded.denoisers[teacher_folder]
+        return StableDiffusion(module, like.prediction_type, like.table, autocast=autocast, compile=compile)
 
     teacher = loaded.denoisers[teacher_folder].unet
     for loaded_denoiser in loaded.denoisers.values():
