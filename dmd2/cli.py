@@ -241,10 +241,11 @@ def pairs(
 ) -> None:
     """Make noise-image pairs for DMD with the teacher's deterministic sampler. Run again to continue."""
     from dmd2.engine import resolve_device
+    from dmd2.terminal import say
     from dmd2.training.pairs import make_pairs
 
     make_pairs(weights, out, count, steps, batch, resolve_device(device), compile=compile)
-    print(f"done: {count} pairs in {out}")
+    say(f"done: {count} pairs in {out}")
 
 
 @app.command()
@@ -283,9 +284,9 @@ def evaluate(
     result = run(Settings(weights, metrics, ref, n, *networks, prompts, steps, seed, batch, resize, device, noise))
     if result is not None:  # else another process has it
         text = json.dumps(result, indent=2) + "\n"
-        print(text, end="")
-        if out is not None:
+        if out is not None:  # first: whoever reads the output may be gone
             atomic_text(out, text)
+        print(text, end="")
 
 
 @app.command()

@@ -47,6 +47,7 @@ from dmd2.metrics import (
 )
 from dmd2.samples import DataSet, Pictures, open_pictures
 from dmd2.sampling import Churn
+from dmd2.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIFIER = ROOT / "weights" / "cifar10-classifier.safetensors"
@@ -212,7 +213,9 @@ def collect(pictures: Pictures, measure: Measure, batch: int, place: Place, what
     kept: dict[str, Tensor] = {}
     interval = 0.5 if os.isatty(2) else 30
     mine = batches[place.rank :: place.world]
-    for rows in tqdm(mine, what, unit="batch", disable=place.rank > 0, mininterval=interval):
+    for rows in tqdm(
+        mine, what, unit="batch", disable=place.rank > 0, mininterval=interval, file=Terminal(sys.stderr)
+    ):
         for name, values in measure(pictures.draw(rows), rows).items():
             if name not in kept:
                 kept[name] = torch.zeros(n, *values.shape[1:], device=place.device)

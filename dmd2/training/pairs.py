@@ -25,6 +25,7 @@ from dmd2.fileio import atomic_text
 from dmd2.noise import seeded_noise
 from dmd2.sampling import conditioned, heun, teacher_sigmas
 from dmd2.tensors import save_tensors
+from dmd2.terminal import Terminal
 from dmd2.training.dmd import RegressionPairs
 from dmd2.weights import read_manifest
 
@@ -123,7 +124,7 @@ def make_pairs(
     missing = [(name, pairs) for name, pairs in config.shards() if not _is_there(out / name, config, pairs)]
     interval = 0.5 if sys.stderr.isatty() else 30
     left = sum(len(pairs) for _, pairs in missing)
-    with tqdm(total=count, initial=count - left, unit="pair", mininterval=interval) as bar:
+    with tqdm(total=count, initial=count - left, unit="pair", mininterval=interval, file=Terminal(sys.stderr)) as bar:
         for name, pairs in missing:
             images = []
             for start in range(pairs.start, pairs.stop, batch):

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from dmd2.errors import UserError
+from dmd2.terminal import say
 from dmd2.training.dmd import Distance
 from dmd2.training.losses import l2
 
@@ -70,7 +70,7 @@ def regression_distance(path: Path | None, device: torch.device | str) -> Distan
         UserError: see `Lpips`.
     """
     if path is None:
-        tqdm.write("regression: L2, as no LPIPS network is given")
+        say("regression: L2, as no LPIPS network is given")
         return l2
-    tqdm.write(f"regression: LPIPS, {path}")
+    say(f"regression: LPIPS, {path}")
     return Lpips(path, device)

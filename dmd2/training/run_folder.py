@@ -33,6 +33,9 @@ def check_out(out: Path, resume: bool) -> None:
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {out}: {folder} is a file; expected a folder")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {nearest} cannot be written to")
     there = Checkpoints(out).exist()
     if resume and not there:
         raise UserError(f"--out {out}: holds no checkpoint to --resume from; without --resume, a run begins there")
@@ -41,7 +44,7 @@ def check_out(out: Path, resume: bool) -> None:
     model, classifier = (out / name for name in EXPORTS)
     if not resume:
         for path in (model, classifier):
-            if path.exists():
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
                 raise UserError(
                     f"--out {out}: holds {path.name} already, of no run that is there; name another folder"
                 )

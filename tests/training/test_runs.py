@@ -28,6 +28,7 @@ from dmd2.terminal import Terminal, say
 from dmd2.training.checkpoints import Checkpoints, check_inputs, check_recipe, digest, read
 from dmd2.training.divergence import IN_A_ROW, WINDOW, Guard, TrainingDiverged
 from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train, training_step
+from dmd2.training.run_folder import check_out
 from dmd2.training.signals import stop_signals
 from tests.training.test_loop import TOY, assert_same_runs, checkpoint, differences, log, toy
 
@@ -499,12 +500,31 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> No
 def test_a_place_that_is_taken_is_noticed_before_the_first_step(name: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     (out / name).mkdir(parents=True)
+    (out / name / "file").write_text("")
     with pytest.raises(UserError, match=f"holds {name} already") as error:
         train(replace(toy(SHORT), data=lambda part: pytest.fail("a step was made")), SHORT, out)
     one_line(error)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; expected a folder"):
         train(toy(SHORT), SHORT, tmp_path / "file" / "run")
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match=f"--out .*run: {tmp_path} cannot be written to") as error:
+        check_out(tmp_path / "new" / "run", resume=False)
+    one_line(error)
+    monkeypatch.undo()
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"--out .*run: cannot be written to \(Permission denied\)") as error:
+        train(toy(SHORT), SHORT, tmp_path / "run")
+    one_line(error)
 
 
 class Full(io.FileIO):
