@@ -232,9 +232,9 @@ def check_optimizer(what: str, optimizer: Optimizer, state: object) -> None:
 
 
 def first_not_finite(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
-    """The name of the first tensor with a value that is infinite or no number."""
+    """The name of the first parameter with a value that is infinite or no number. (Buffers, such as masks, may.)"""
     for name, module in modules:
-        for key, value in module.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        for key, value in module.named_parameters():
+            if not bool(torch.isfinite(value).all()):
                 return f"{name}: {key}"
     return None

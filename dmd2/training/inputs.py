@@ -35,9 +35,8 @@ def sha256(path: Path) -> str:
             return sha256_file(path)
         if not path.is_dir():
             raise UserError(f"{path}: no such file or folder")
-        if (path / MANIFEST).is_file():
-            files = read_manifest(path).files
-        else:
+        files = read_manifest(path).files if (path / MANIFEST).is_file() else {}
+        if not files:
             found = sorted(p for p in path.rglob("*") if p.is_file())
             files = {p.relative_to(path).as_posix(): sha256_file(p) for p in found}
     except OSError as error:

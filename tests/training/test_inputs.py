@@ -166,6 +166,11 @@ def test_hashes_are_of_content(weights: Path, tmp_path: Path) -> None:
     manifest["files"]["unet/config.json"] = "0" * 64
     (copy / "dmd2.json").write_text(json.dumps(manifest))
     assert sha256(copy) != sha256(weights)
+    manifest["files"] = {}  # one that lists nothing says nothing
+    (copy / "dmd2.json").write_text(json.dumps(manifest))
+    before = sha256(copy)
+    (copy / "more").write_text("")
+    assert sha256(copy) != before
     with pytest.raises(UserError):
         sha256(weights / "dmd2.json" / "none")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -604,3 +606,72 @@ def test_resuming_with_dropout_is_bit_identical(accumulate: int, tmp_path: Path)
     torch.manual_seed(12345)
     assert train(dropping(settings), settings, tmp_path / "run", resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(method: Method, part: int) -> Method:
+    def data(at: int) -> Any:
+        if at == part:
+            raise Crash
+        return method.data(at)
+
+    return replace(method, data=data)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(both(), LONG, out)
+    return out
+
+
+LONG = replace(TOY, iterations=12, checkpoint_every=3, sample_every=4, log_every=2)
+
+
+def both() -> Method:
+    """The toy's two networks and, as a third phase, one with dropout."""
+    one, two = toy(LONG), dropping(LONG)
+    third = replace(two.phases[0], name="third")
+    return replace(one, phases=[*one.phases, third])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["crash", "stop", "damage", "sample"]), st.integers(0, 13)), max_size=5))
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_whatever_befalls_a_run_it_ends_as_the_undisturbed_one(
+    undisturbed: Path, tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int]]
+) -> None:
+    out = tmp_path_factory.mktemp("disturbed") / "run"
+
+    def cut(averaged: nn.Module | None) -> Tensor:
+        raise Crash
+
+    def begun() -> bool:
+        return any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+
+    for kind, step in events:
+        method = both()
+        if kind == "damage" and (out / "checkpoint.previous.pt").exists():
+            (out / "checkpoint.pt").write_bytes(b"damaged")
+        method = stop_at(method, step) if kind == "stop" else crash_at(method, step)
+        if kind == "sample":
+            method = replace(method, sample=cut)
+        with contextlib.suppress(Crash):
+            train(method, LONG, out, resume=begun())
+    assert train(both(), LONG, out, resume=begun())
+    assert_same_runs(undisturbed, out)
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [f"{n:07d}.png" for n in (4, 8, 12)]
+
+
+def test_streams_that_came_closed_are_not_taken_by_files(tmp_path: Path) -> None:
+    """Else what a library writes to descriptor 2 ends up in whatever file the process opened first."""
+    code = (
+        "import os, sys; from dmd2.terminal import Terminal, occupy_standard_streams; occupy_standard_streams(); "
+        "file = open(sys.argv[1], 'w'); assert file.fileno() > 2; os.write(2, b'noise'); file.write('content'); "
+        "Terminal(sys.stderr).write('words')"
+    )
+    command = ["sh", "-c", '"$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, code, str(tmp_path / "file")]
+    assert subprocess.run(command, check=False, cwd=Path(__file__).parents[2], timeout=600).returncode == 0
+    assert (tmp_path / "file").read_text() == "content"
