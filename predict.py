@@ -9,6 +9,7 @@ from typing import AsyncIterator, Iterator, Optional
 
 from cog import BaseRunner, Input, Path, concurrent, streaming
 
+from dmd2.errors import BriefFormatter
 from dmd2.service.bridge import begun, in_this_context
 from dmd2.service.pictures import PictureFile, PictureRequest, PictureService
 
@@ -18,7 +19,9 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: Optional[Path] = None) -> None:
         """Loads everything once. `weights`: what Cog makes of COG_WEIGHTS; DMD2_WEIGHTS comes before it."""
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(BriefFormatter("%(levelname)s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         self.service = PictureService(os.environ.get("DMD2_WEIGHTS") or weights)
 

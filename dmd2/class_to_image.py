@@ -48,7 +48,7 @@ class ClassEncoder:
         if not self.classes or not text:
             return NO_CLASS
         if text.isascii() and text.isdigit():
-            if int(text) >= self.classes:
+            if len(text) > 9 or int(text) >= self.classes:
                 raise UserError(f"prompt: class {text[:20]}; expected 0 to {self.classes - 1}")
             return int(text)
         named = [number for number, pattern in enumerate(self._patterns) if pattern.search(text)]

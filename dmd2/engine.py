@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from dmd2.weights import (
     read_manifest,
 )
 
-CACHED_PROMPTS = 256
+TEXT_CACHE = 256_000_000
 
 Condition = TextCondition | ClassCondition
 Preview = Callable[[int, list[int], Tensor], object]
@@ -79,6 +80,7 @@ class Engine:
         modes: to load at once, so that a broken file is an error now and the first picture is fast.
         vae: "kl" decodes with the folder's `vae`, whatever that is; "tiny" with its TAESDXL: a twentieth of the work,
             and less sharp.
+        text_cache: bytes of encoded prompts that are remembered on the device, at most.
     """
 
     folder: Path = DEFAULT
@@ -87,9 +89,11 @@ class Engine:
     modes: tuple[str, ...] = ()
     trace: bool = False
     vae: str = "kl"
+    text_cache: int = TEXT_CACHE
     _encoders: Hashable = field(default=(), init=False)
     """what LoRAs have made of the text encoders"""
-    _texts: OrderedDict[Hashable, Condition] = field(default_factory=OrderedDict, init=False)
+    _texts: OrderedDict[tuple[str, Hashable], Condition] = field(default_factory=OrderedDict, init=False)
+    _text_bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -149,10 +153,12 @@ class Engine:
         return not isinstance(self.model, ClassToImage)
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Raises UserError if one of them names nothing that a class-conditional network knows."""
-        if isinstance(self.model, ClassToImage):
-            for prompt in prompts:
+        """Raises UserError if one is too long, or names nothing that a class-conditional network knows."""
+        for prompt in prompts:
+            if isinstance(self.model, ClassToImage):
                 self.model.encode_text.number(prompt)
+            else:
+                self.model.encode_text.windows(prompt)
 
     @property
     def size_unit(self) -> int:
@@ -373,13 +379,21 @@ class Engine:
         for group in new.values():
             encoded = self.model.encode_text(group, size)
             for i, prompt in enumerate(group):
-                self._texts[prompt, now] = encoded[i : i + 1]
+                # A copy: a view would keep all of the batch in memory for as long as one of it is remembered.
+                self._texts[prompt, now] = encoded[[i]]
+                self._text_bytes += _bytes(prompt, self._texts[prompt, now])
         for prompt in prompts:
             self._texts.move_to_end((prompt, now))
         conditions = [self._texts[prompt, now] for prompt in prompts]
-        while len(self._texts) > CACHED_PROMPTS:
-            self._texts.popitem(last=False)
+        while self._text_bytes > self.text_cache:
+            (prompt, _), oldest = self._texts.popitem(last=False)
+            self._text_bytes -= _bytes(prompt, oldest)
         return conditions
+
+
+def _bytes(prompt: str, cond: Condition) -> int:
+    tensors = [getattr(cond, f.name) for f in fields(cond)]
+    return sys.getsizeof(prompt) + sum(0 if tensor is None else tensor.nbytes for tensor in tensors)
 
 
 def _of_rows(preview: Preview, rows: list[int], done: int, images: Tensor) -> None:

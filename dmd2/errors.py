@@ -1,18 +1,61 @@
-"""Errors meant for the user's eyes."""
+"""Errors meant for the user's eyes, and how much of what strangers wrote they may hold."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+MOST = 500
+"""characters of a message: Cog loses a slot for good to one of some megabytes"""
+MOST_TRACE = 20_000
+"""characters of a traceback in the log"""
+
+
 class UserError(ValueError):
     """Bad input. The message is one clear line saying what is wrong and what to do about it.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. Whatever it is made from, it is one line
+    of `MOST` characters at most.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: object, most: int = MOST) -> str:
+    """A text as one printable line. What is too long loses its middle: the end says what would be valid."""
+    text = str(text)
+    if len(text) > most:
+        end = most // 3
+        text = f"{text[: most - end - 3]} … {text[-end:]}"
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+@contextmanager
+def told_briefly() -> Iterator[None]:
+    """At the edge, where errors become answers: whatever is raised within has a message of one line, not too long."""
+    try:
+        yield
+    except Exception as error:
+        brief = one_line(error)
+        if brief == str(error):
+            raise
+        raise RuntimeError(one_line(f"{type(error).__name__}: {brief}")) from None
+
+
+class BriefFormatter(logging.Formatter):
+    """Log lines with the same limit; tracebacks with their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.msg, record.args = one_line(record.getMessage()), None
+        text = super().format(record)
+        return text if len(text) <= MOST_TRACE else f"{text[: MOST_TRACE // 2]}\n…\n{text[-MOST_TRACE // 2 :]}"
 
 
 def shown(text: object, most: int = 200) -> str:

@@ -21,7 +21,7 @@ from urllib.parse import unquote_to_bytes, urljoin
 import httpcore2
 import httpx2
 
-from dmd2.errors import UserError
+from dmd2.errors import UserError, shown
 
 REDIRECTS = 5
 SILENCE = 30.0
@@ -156,12 +156,12 @@ class Guard:
         try:
             found = list(dict.fromkeys(self.resolve(host)))
         except (OSError, UnicodeError) as error:
-            raise UserError(f"{field}: {host}: there is no such host ({error})") from error
+            raise UserError(f"{field}: {shown(host)}: there is no such host ({error})") from error
         for address in found:
             if not is_public(address) and not any(address in network for network in self.allowed):
-                raise UserError(f"{field}: {host}: refused, because {address} is no public address")
+                raise UserError(f"{field}: {shown(host)}: refused, because {address} is no public address")
         if not found:
-            raise UserError(f"{field}: {host}: there is no such host")
+            raise UserError(f"{field}: {shown(host)}: there is no such host")
         return found
 
 

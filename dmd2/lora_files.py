@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import httpx2  # huggingface_hub's own client, whose errors it lets through
 
-from dmd2.errors import UserError
+from dmd2.errors import UserError, shown
 from dmd2.fileio import atomic_path, sha256_file
 from dmd2.guard import SILENCE, Guard, Patience
 from dmd2.lora import LARGEST_SCALE, Lora, read_lora
@@ -64,7 +64,7 @@ class LoraFiles:
             UserError: it cannot be found, fetched or read, or is none; it took longer than `patience` lasts.
         """
         patience = patience or Patience(self.guard.seconds)
-        name = "data URL" if source[:5].lower() == "data:" else re.split(r"[?#]", source)[0]
+        name = "data URL" if source[:5].lower() == "data:" else shown(re.split(r"[?#]", source)[0])
         if re.match(r"https?://", source, re.IGNORECASE):
             return self._load(self._fetched(source, patience), name)
         if name == "data URL":
@@ -74,15 +74,15 @@ class LoraFiles:
                     self.guard.fetch(source, file, "LoRA")
                 return self._read_file(path, name)
         own = self.folder / "lora" / (source if source.endswith(".safetensors") else f"{source}.safetensors")
-        if re.fullmatch(r"\w[\w.-]*", source) and own.is_file():
+        if re.fullmatch(r"\w[\w.-]*", source) and _is_file(own):
             return self._load(own, name)
-        if self.paths and Path(source).expanduser().is_file():
+        if self.paths and _is_file(Path(os.path.expanduser(source))):  # noqa: PTH111  # which raises at "~nobody"
             return self._load(Path(source).expanduser(), name)
         match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w./-]+\.safetensors))?", source)
         if match is None or ".." in source:
             here = sorted(path.stem for path in (self.folder / "lora").glob("*.safetensors"))
             names = f", or one of these weights' own: {', '.join(here)}" if here else ""
-            raise UserError(f"LoRA {source}: {EXPECTED}{', a file' if self.paths else ''}{names}")
+            raise UserError(f"LoRA {shown(source)}: {EXPECTED}{', a file' if self.paths else ''}{names}")
         return self._load(self._from_hub(match[1], match[2], patience), name)
 
     def find_all(
@@ -132,11 +132,11 @@ class LoraFiles:
 
     def _from_hub(self, repository: str, filename: str | None, patience: Patience) -> Path:
         from huggingface_hub import HfApi, hf_hub_url
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from huggingface_hub.hf_api import RepoFile
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented
 
-        what = f"LoRA {repository}"
+        what = f"LoRA {shown(repository)}"
         try:
             api = HfApi(token=self.token)
             commit = str(api.model_info(repository, timeout=SILENCE).sha)
@@ -144,7 +144,9 @@ class LoraFiles:
             files = {e.path: e for e in tree if isinstance(e, RepoFile) and e.path.endswith(".safetensors")}
             filename = filename or _only(what, sorted(files))
             if filename not in files:
-                raise UserError(f"{what}: has no {filename}; expected one of {', '.join(sorted(files)) or 'none'}")
+                raise UserError(
+                    f"{what}: has no {shown(filename)}; expected one of {', '.join(sorted(files)) or 'none'}"
+                )
             size, lfs = files[filename].size, files[filename].lfs
             if size > self.guard.most_bytes:
                 raise UserError(f"{what}: {filename}: larger than {self.guard.most_bytes / 1e6:.0f} MB")
@@ -158,6 +160,8 @@ class LoraFiles:
                     if lfs is not None and sha256_file(temporary) != lfs.sha256:
                         raise UserError(f"{what}: {filename}: came damaged; try again")
             return path
+        except HFValidationError as error:
+            raise UserError(f"{what}: is no name of a repository; {EXPECTED}") from error
         except HfHubHTTPError as error:
             code = error.response.status_code
             raise UserError(f"{what}: the hub answers {code}; expected a public repository with a LoRA") from error
@@ -189,6 +193,13 @@ class _Room:
             total += path.stat().st_size
             if total > KEPT_FILES:
                 path.unlink(missing_ok=True)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that may not be read
+        return False
 
 
 def _patiently(entries: Iterable[Any], what: str, patience: Patience) -> Iterator[Any]:
@@ -228,7 +239,7 @@ def split_scale(text: str, scale: float = 1.0) -> tuple[str, float]:
     if match and not re.fullmatch(r"https?://[^/]*", match[1]):
         text, scale = match[1], float(match[2])
     if not abs(scale) <= LARGEST_SCALE:
-        raise UserError(f"LoRA {text}: scale {scale}; expected {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}")
+        raise UserError(f"LoRA {shown(text)}: scale {scale}; expected {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}")
     return text, scale
 
 

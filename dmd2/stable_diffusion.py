@@ -26,6 +26,10 @@ INPAINTING_CHANNELS = 9
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
+MOST_TOKENS = 1500
+"""of a prompt: 20 windows of CLIP's. Rare characters are up to four tokens each, and all the others wait meanwhile"""
+
+
 @dataclass(frozen=True)
 class TextCondition:
     """What an SD-family UNet is conditioned on, for a batch of B."""
@@ -349,8 +353,20 @@ class TextEncoder:
         return TextCondition(context, pooled, ids_row.expand(len(prompts), -1)).masked(keep)
 
     def windows(self, prompt: str) -> int:
-        """How many windows the prompt fills. Prompts of unequal numbers do not go into one batch."""
-        return max(self._windows(tokenizer, [prompt]).shape[1] for tokenizer in self.tokenizers)
+        """How many windows the prompt fills. Prompts of unequal numbers do not go into one batch.
+
+        Raises:
+            UserError: it has more than `MOST_TOKENS` tokens.
+        """
+        most = 1
+        for tokenizer in self.tokenizers:
+            count = len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+            if count > MOST_TOKENS:
+                raise UserError(
+                    f"prompt: {count} tokens (of {len(prompt)} characters); expected at most {MOST_TOKENS}"
+                )
+            most = max(most, -(-count // (tokenizer.model_max_length - 2)))
+        return most
 
     @staticmethod
     def _windows(tokenizer: Any, prompts: list[str]) -> Tensor:

@@ -101,7 +101,8 @@ def test_texts_are_remembered_and_forgotten(weights: Path, monkeypatch: pytest.M
             return encode(prompts, size)
 
     object.__setattr__(engine.model, "encode_text", Counting())
-    monkeypatch.setattr(dmd2.engine, "CACHED_PROMPTS", 2)
+    short = "an owl", encode(["an owl"], (64, 64))
+    engine.text_cache = 3 * dmd2.engine._bytes(*short) - 1  # two, for all short prompts here are about as large
     first = engine.draw(["an owl"], [0], "1")
     again = engine.draw(["an owl", "a red apple"], [0, 1], "1")
     assert difference(first[0], again[0]) <= 2
@@ -114,6 +115,32 @@ def test_texts_are_remembered_and_forgotten(weights: Path, monkeypatch: pytest.M
     assert encoded[4:] == [["an owl"]]
     engine.draw(["one", LONG, "two", "one", LONG + "owl"], [0] * 5, "1")  # new ones of equal length together
     assert encoded[5:] == [["one", "two"], [LONG, LONG + "owl"]]
+
+
+def test_what_texts_are_remembered_is_counted_in_bytes_and_holds_no_others(weights: Path) -> None:
+    engine = Engine(weights, "cpu", modes=("1",))
+    prompts = ["an owl", "owls " * 100, *map(str, range(20))]
+    engine.draw(prompts, list(range(len(prompts))), "1")
+    held = [value for cond in engine._texts.values() for value in vars(cond).values()]
+    # What the tensors really keep in memory, not only what they show of it.
+    stored = sum(storage.nbytes() for storage in {id(s): s for s in (t.untyped_storage() for t in held)}.values())
+    assert len(engine._texts) == len(prompts) and stored < engine._text_bytes < 2 * stored
+    engine.text_cache = stored // 2
+    engine.draw(["an owl"], [0], "1")
+    assert 0 < engine._text_bytes <= stored // 2 and len(engine._texts) < len(prompts)
+    engine.text_cache = 0
+    assert engine.draw(prompts, list(range(len(prompts))), "1").shape == (len(prompts), 3, 64, 64)
+    assert not engine._texts and engine._text_bytes == 0
+
+
+@pytest.mark.parametrize("prompt", ["\U0001f9ff" * 5000, "ḃ" * 1000, "x" * 1501])
+def test_a_prompt_of_too_many_tokens_is_refused_before_it_is_encoded(engine: Engine, prompt: str) -> None:
+    expected = rf"^prompt: \d+ tokens \(of {len(prompt)} characters\); expected at most 1500$"
+    with pytest.raises(UserError, match=expected):
+        engine.check_prompts([prompt])
+    with pytest.raises(UserError, match=expected):
+        engine.draw(["an owl", prompt], [0, 1], "1")
+    assert engine.draw(["x" * 1500], [0], "1").shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 32), (32, 32), (128, 64), (60, 36), (16, 20)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import ipaddress
 import socket
@@ -289,7 +290,8 @@ def test_a_download_ends_once_nobody_waits_for_it(answer: bytes) -> None:
             assert not ended.is_set()
             gone.set()
             connection.settimeout(120)
-            assert connection.recv(1000) == b""  # it hangs up
+            with contextlib.suppress(ConnectionResetError):  # it hangs up, perhaps with our bytes unread
+                assert connection.recv(1000) == b""
     assert ended.wait(120)
 
 

@@ -75,6 +75,18 @@ def test_paths_only_where_they_are_allowed(files: LoraFiles, tmp_path: Path) -> 
         mine.find(str(tmp_path / "nothing.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["l" * 300, "l" * 9000, f"me/{'l' * 300}", "me/a--b", "me/a.git", "~nobody-here", "\0", "a/b/../c.safetensors"],
+)
+def test_names_that_no_file_and_no_repository_has(files: LoraFiles, source: str) -> None:
+    """Not even for the system or for the hub: one line with what would be valid, and none of the server's paths."""
+    for each in (files, LoraFiles(files.folder, files.cache, paths=True)):
+        with pytest.raises(UserError, match="expected an https URL") as error:
+            each.find(source)
+        assert str(files.folder) not in str(error.value) and len(str(error.value)) <= 500
+
+
 def test_a_url_is_fetched_once(files: LoraFiles, hub: Hub) -> None:
     hub.push(
         "me/style", {"a.safetensors": content(4), "big.safetensors": bytes(20_000), "text.safetensors": b"hello"}

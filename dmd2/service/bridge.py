@@ -16,6 +16,8 @@ import queue
 from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import TypeVar
 
+from dmd2.errors import told_briefly
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,8 @@ async def begun(items: AsyncGenerator[T, None]) -> Iterator[T]:
     item is there, cancelling this coroutine closes `items`; after that, closing the generator does.
     """
     try:
-        first = await anext(items)
+        with told_briefly():
+            first = await anext(items)
     except StopAsyncIteration:
         return iter(())
     loop = asyncio.get_running_loop()
@@ -64,12 +67,19 @@ async def begun(items: AsyncGenerator[T, None]) -> Iterator[T]:
 
 
 def in_this_context(items: Iterator[T]) -> Iterator[T]:
-    """`items`, each made in the context of this call, by which Cog knows whose log and metrics they are."""
+    """`items`, each made in the context of this call, by which Cog knows whose log and metrics they are.
+
+    Their errors are told briefly, because they are what the client is told.
+    """
     context = contextvars.copy_context()
 
     def generator() -> Generator[T, None, None]:
         end = object()
-        while (item := context.run(next, items, end)) is not end:
+        while True:
+            with told_briefly():
+                item = context.run(next, items, end)
+            if item is end:
+                return
             yield item  # type: ignore[misc]
 
     return generator()

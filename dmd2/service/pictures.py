@@ -25,8 +25,8 @@ from torch import Tensor
 from dmd2.batcher import Batcher, Check, Drawn, Ticket
 from dmd2.control import SCALE as CONTROL_SCALE
 from dmd2.edit import PLAIN, Edit
-from dmd2.engine import Engine, Timings
-from dmd2.errors import UserError
+from dmd2.engine import TEXT_CACHE, Engine, Timings
+from dmd2.errors import UserError, shown
 from dmd2.given import Given, aspect_size
 from dmd2.lora import Lora
 from dmd2.lora_files import LoraFiles, cache_folder
@@ -38,6 +38,7 @@ from dmd2.weights import Manifest, locate, read_manifest
 
 SLOTS = 32  # predictions that Cog lets in (see predict.py)
 WAITING = 4 * SLOTS  # pictures in the queue, at most: as many as all of these may ask for
+MOST_PROMPT = 5000  # characters (see predict.py)
 LARGE = 1024 * 1024  # pixels of a picture that any weights may be asked for; more only if their own size is large
 
 NOTHING = Given()
@@ -132,6 +133,7 @@ class PictureService:
     - `DMD2_MAX_BATCH`: pictures in one batch, at most.
     - `DMD2_SIZES`: sizes that are compiled for during setup, beside the weights' own; others run as they are.
     - `DMD2_VAE`: "kl" or "tiny", see `dmd2.engine.Engine`.
+    - `DMD2_TEXT_CACHE`: megabytes of encoded prompts that are remembered on the device, at most.
     - `DMD2_CACHE`: LoRAs that callers name are kept there.
 
     Args:
@@ -155,6 +157,7 @@ class PictureService:
         logger.info("weights: %s (%s), licence: %s", folder, manifest.name, manifest.licence)
         max_batch = _max_batch(environ, manifest.native_size)
         self._unsafe_allowed = may_be_disabled(environ)
+        self._text_cache = _megabytes(environ, "DMD2_TEXT_CACHE", TEXT_CACHE)
         self._vae = environ.get("DMD2_VAE", "").strip() or "kl"
         sizes = _sizes(environ)
         self.controls = {path.parent.name: path.parent for path in sorted(folder.glob("control/*/config.json"))}
@@ -190,7 +193,7 @@ class PictureService:
         if not manifest.students:
             raise UserError(f"weights {folder}: hold no few-step student, and only those are served")
         modes = tuple(str(steps) for steps in sorted(manifest.students))
-        self.engine = Engine(folder, device, modes=modes, trace=True, vae=self._vae)
+        self.engine = Engine(folder, device, modes=modes, trace=True, vae=self._vae, text_cache=self._text_cache)
         for size in sizes:
             try:
                 self.engine.check_size(size)
@@ -231,6 +234,8 @@ class PictureService:
         """
         if not request.prompt.strip():
             raise UserError("prompt: empty; expected some words")
+        if len(request.prompt) > MOST_PROMPT:
+            raise UserError(f"prompt: {len(request.prompt)} characters; expected at most {MOST_PROMPT}")
         self.engine.check_prompts([request.prompt])
         students = self.engine.manifest.students
         steps = request.num_inference_steps or max(students)
@@ -328,7 +333,7 @@ class PictureService:
             return next(iter(self.controls.values()))
         if name not in self.controls:
             valid = ", ".join(self.controls) or "none: these weights have no folder `control`"
-            raise UserError(f"control: {name or 'not given'}; expected one of {valid}")
+            raise UserError(f"control: {shown(name or 'not given', 100)}; expected one of {valid}")
         return self.controls[name]
 
     async def _finish(self, ticket: Ticket[_Job, _Picture], request: PictureRequest) -> PictureFile:
@@ -404,6 +409,14 @@ def _sizes(environ: Mapping[str, str]) -> list[tuple[int, int]]:
             raise UserError(f"DMD2_SIZES: {text}; expected sizes such as 1216x832,832x1216")
         sizes.append((int(found[1]), int(found[2])))
     return sizes
+
+
+def _megabytes(environ: Mapping[str, str], name: str, default: int) -> int:
+    """In bytes."""
+    text = environ.get(name, "").strip()
+    if not re.fullmatch(r"\d{0,6}", text, re.ASCII):
+        raise UserError(f"{name}={text}: expected megabytes, from 0 to 999999")
+    return int(text) * 1_000_000 if text else default
 
 
 def _max_batch(environ: Mapping[str, str], native: tuple[int, int]) -> int:

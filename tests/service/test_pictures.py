@@ -132,6 +132,11 @@ def test_a_seed_is_drawn_where_none_is_given(service: PictureService) -> None:
     ("change", "message"),
     [
         ({"prompt": " \n"}, "prompt: empty; expected some words"),
+        ({"prompt": "x" * 5_000_001}, "prompt: 5000001 characters; expected at most 5000"),
+        ({"prompt": "\U0001f9ff" * 5000}, r"prompt: \d+ tokens .of 5000 characters.; expected at most 1500"),
+        ({"control": "c" * 9_000, "control_image": b""}, "control_image: "),
+        ({"lora_weights": "l" * 9_000}, r"LoRA l+…: expected an https URL, a repository"),
+        ({"lora_weights": "a/b/" + "l" * 9_000 + ".bin"}, "LoRA a/b/l+…: expected an https URL, a repository"),
         ({"num_inference_steps": 2}, "num_inference_steps: 2; these weights draw in 1 or 4"),
         ({"width": 66}, "width: 66 .size 66x64.; expected a multiple of 4 pixels"),
         ({"height": 63}, "height: 63 .size 64x63.; expected a multiple of 4 pixels"),
@@ -140,8 +145,15 @@ def test_a_seed_is_drawn_where_none_is_given(service: PictureService) -> None:
     ],
 )
 def test_wrong_requests_name_the_input(service: PictureService, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         draw(service, dataclasses.replace(OWL, **change))
+    assert len(str(error.value)) <= 500
+
+
+@pytest.mark.parametrize("value", ["-1", "1e3", "much", "1000000"])
+def test_a_wrong_text_cache_is_named(weights: Path, tmp_path: Path, value: str) -> None:
+    with pytest.raises(UserError, match=f"DMD2_TEXT_CACHE={value}: expected megabytes, from 0 to 999999"):
+        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_TEXT_CACHE": value})
 
 
 def test_aspect_ratios_of_both_families() -> None:
