@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,41 @@ from torch import Tensor
 
 from dmd2.errors import UserError, shown
 from dmd2.fileio import read_object
-from dmd2.stable_diffusion import Control, TextCondition
+from dmd2.loading import build_network, load_network
+from dmd2.stable_diffusion import LATENT_CHANNELS, Control, TextCondition
 
 SCALE = 0.8
 """of what is added to the UNet's activations: that of DMD2's own example, which uses SDXL's canny adapter"""
-KINDS = ("ControlNetModel", "T2IAdapter")
+KINDS = ("ControlNetModel", "T2IAdapter", "ControlNetUnionModel")
+TASKS = (
+    ("openpose", "pose"),
+    ("depth",),
+    ("scribble", "hed", "softedge", "teed"),
+    ("canny", "lineart", "mlsd", "edges"),
+    ("normal",),
+    ("segment", "segmentation"),
+    ("tile",),
+    ("repaint", "inpaint"),
+)
+"""of a ControlNet Union (xinsir's, for SDXL), by number: which one is meant, its folder's name says"""
+MUST_FIT = (
+    "block_out_channels",
+    "cross_attention_dim",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
+)
+"""of a ControlNet's settings and the UNet's"""
 
 
 @dataclass(frozen=True, eq=False)
 class ControlModel:
-    """A `ControlNetModel` or a `T2IAdapter` of diffusers, in the UNet's dtype."""
+    """A `ControlNetModel`, `ControlNetUnionModel` or `T2IAdapter` of diffusers, in the UNet's dtype."""
 
     network: Any
     device: torch.device
     """where it runs"""
+    task: int | None = None
+    """what a union's pictures are, see `TASKS`"""
 
     @property
     def is_adapter(self) -> bool:
@@ -38,6 +60,12 @@ class ControlModel:
             return int(self.network.config.downscale_factor)
         return int(2 ** (len(self.network.config.conditioning_embedding_out_channels) - 1))
 
+    @property
+    def channels(self) -> int:
+        """Of the pictures that it takes: 3, or 1 for grey ones."""
+        config = self.network.config
+        return int(config.in_channels if self.is_adapter else config.conditioning_channels)
+
     def guide(
         self, picture: Tensor, timesteps: Sequence[int], scale: float = SCALE, part: float | None = None
     ) -> Control:
@@ -45,6 +73,7 @@ class ControlModel:
 
         Args:
             picture: uint8 (3, H, W), as large as what is drawn: edges, depth, what the network was trained with.
+                For a network of one channel it is turned grey.
             timesteps: of the steps, descending.
             scale: 0 is no guidance.
             part: the first ⌊part · steps⌋ steps are guided, at least one. By default all with a ControlNet, half of
@@ -61,6 +90,8 @@ class ControlModel:
         if part is None:
             part = 0.5 if self.is_adapter else 1.0
         last = timesteps[max(1, int(part * len(timesteps))) - 1]
+        if self.channels == 1:
+            picture = grey(picture)
         values = (picture[None].to(self.device).float() / 255).to(next(self.network.parameters()).dtype)
         residuals = self._adapter(values, scale) if self.is_adapter else self._control_net(values, scale)
 
@@ -71,14 +102,24 @@ class ControlModel:
         return control
 
     def _control_net(self, values: Tensor, scale: float) -> Control:
+        if self.task is not None:
+            chosen = torch.zeros(1, self.network.config.num_control_type).to(values)
+            chosen[0, self.task] = 1
+
         def residuals(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:
+            given: Any = values.expand(len(x), -1, -1, -1)
+            of_task: dict[str, Any] = {}
+            if self.task is not None:
+                given = [given]
+                of_task = {"control_type": chosen.expand(len(x), -1), "control_type_idx": [self.task]}
             added = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
             down, middle = self.network(
                 x,
                 timestep,
                 cond.context,
-                controlnet_cond=values.expand(len(x), -1, -1, -1),
-                conditioning_scale=scale,
+                controlnet_cond=given,
+                conditioning_scale=float(scale),
+                **of_task,
                 added_cond_kwargs=added,
                 return_dict=False,
             )
@@ -96,25 +137,79 @@ class ControlModel:
         return residuals
 
 
-def load_control(folder: Path, device: torch.device, dtype: torch.dtype) -> ControlModel:
+def grey(picture: Tensor) -> Tensor:
+    """uint8 (3, H, W) → (1, H, W): ITU-R 601 luma, to the bit that of Pillow's mode "L". Grey stays as it is."""
+    red, green, blue = picture.int()
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).byte()[None]
+
+
+def load_control(folder: Path, device: torch.device, dtype: torch.dtype, unet: Any = None) -> ControlModel:
     """A ControlNet or T2I-Adapter in diffusers' layout (config.json beside safetensors), frozen.
 
+    Args:
+        unet: settings of the UNet that it will guide, as a mapping; None if it will guide none.
+
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or made for another UNet.
     """
     import diffusers
 
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"control {folder}: expected a folder with a config.json, a ControlNet's or T2I-Adapter's")
-    name = read_object(path).get("_class_name")
+    config = read_object(path)
+    name = config.get("_class_name")
     if name not in KINDS:
         raise UserError(f"{path}: describes a {shown(name)}; expected one of {', '.join(KINDS)}")
+    kind, task = getattr(diffusers, name), None
+    network = build_network(kind, path)
+    if name == "T2IAdapter":
+        _check_adapter(path, network, unet)
+    else:
+        _check_control_net(path, network.config, unet)
+    if name == "ControlNetUnionModel":
+        task = _task(folder, network.config.num_control_type)
+    network = load_network(kind, folder / "diffusion_pytorch_model.safetensors", device, dtype)
+    return ControlModel(network.to(memory_format=torch.channels_last), device, task)
+
+
+def _check_adapter(path: Path, network: Any, unet: Any) -> None:
+    channels = network.config.in_channels
+    if channels not in (1, 3):
+        raise UserError(f"{path}: pictures of {channels} channels; expected 1 or 3")
+    if unet is None:
+        return
+    side = 8 * network.config.downscale_factor
     try:
-        network = getattr(diffusers, name).from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        states = network(torch.empty(1, channels, side, side, device="meta"))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: describes no T2IAdapter ({shown(error)})") from error
+    found, wanted = [state.shape[1] for state in states], list(unet["block_out_channels"])
+    if found not in (wanted, [*wanted, wanted[-1]]):  # the last for the UNet's middle
+        raise UserError(f"{path}: made for another UNet: gives {found} channels; this one's blocks have {wanted}")
+
+
+def _check_control_net(path: Path, config: Any, unet: Any) -> None:
+    if config["conditioning_channels"] not in (1, 3):
+        raise UserError(f"{path}: pictures of {config['conditioning_channels']} channels; expected 1 or 3")
+    if config["in_channels"] != LATENT_CHANNELS:
+        raise UserError(f"{path}: {config['in_channels']} latent channels; expected {LATENT_CHANNELS}")
+    if unet is None:
+        return
+    for key in MUST_FIT:
+        own, wanted = config.get(key), unet.get(key)
+        own, wanted = ([*value] if isinstance(value, tuple | list) else value for value in (own, wanted))
+        if own != wanted:
+            raise UserError(f"{path}: made for another UNet: {key} is {shown(own)}; this one's is {shown(wanted)}")
+
+
+def _task(folder: Path, count: int) -> int:
+    words = set(re.findall("[a-z]+", folder.name.lower()))
+    found = [number for number, names in enumerate(TASKS[:count]) if words & set(names)]
+    if len(found) != 1:
+        names = ", ".join(names[0] for names in TASKS[:count])
+        raise UserError(
+            f"control {folder}: a ControlNet Union, whose folder's name must say what its images are: expected one "
+            f"of {names} in it"
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"control {folder}: {str(error).strip().partition(chr(10))[0]}") from error
-    network.requires_grad_(False).eval()
-    return ControlModel(network.to(device, memory_format=torch.channels_last), device)
+    return found[0]

@@ -259,6 +259,8 @@ class Engine:
         if mode == "teacher" and edit.pictures:
             raise UserError("--steps teacher: takes no image and no control; expected a student's steps")
         edit.check_size(size)
+        if edit.control is not None:
+            self.extras.control(edit.control)  # before anything is computed
 
     def _draw(
         self,

@@ -82,10 +82,12 @@ class Extras:
         if folder not in self._controls:
             if self._folder in folder.parents:
                 verify(self._folder, self._model.manifest, {folder.relative_to(self._folder).parts[0]})
-            loaded = load_control(folder, self._placement.host(self._device), self._dtype)
+            unets = [denoiser.unet.config for denoiser in self._model.denoisers.values()]
+            host = self._placement.host(self._device)
+            loaded = load_control(folder, host, self._dtype, unets[0] if unets else None)
             if self._placement.turns is not None:
                 self._placement.turns.add(f"control {folder}", loaded.network)
-            self._controls[folder] = ControlModel(loaded.network, self._device)
+            self._controls[folder] = ControlModel(loaded.network, self._device, loaded.task)
         return self._controls[folder]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    ControlNetUnionModel,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
     T2IAdapter,
 )
 from PIL import Image
 from torch import Tensor
 
-from dmd2.control import ControlModel, load_control
+from dmd2.control import ControlModel, grey, load_control
 from dmd2.errors import UserError
 from dmd2.given import fitted
 from dmd2.sampling import few_step
@@ -163,6 +166,100 @@ def test_both_are_loaded_from_a_folder(control_net: ControlModel, adapter: Contr
         assert loaded.is_adapter == model.is_adapter and not loaded.network.training
         for key, value in model.network.state_dict().items():
             assert torch.equal(loaded.network.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(("name", "task"), [("depth", 1), ("union-lineart", 3)])
+@torch.no_grad()
+def test_a_union_is_that_of_diffusers(unet: Any, text_models: Texts, tmp_path: Path, name: str, task: int) -> None:
+    torch.manual_seed(8)
+    made = ControlNetUnionModel(
+        **{key: unet.config[key] for key in signature(ControlNetUnionModel).parameters if key in unet.config},
+        conditioning_embedding_out_channels=(8, 8, 16, 16),
+        num_trans_channel=32,
+        num_proj_channel=32,
+        num_trans_head=2,
+    )
+    for parameter in made.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    made.save_pretrained(tmp_path / name)
+    model = load_control(tmp_path / name, torch.device("cpu"), torch.float32, unet.config)
+    assert model.task == task and not model.is_adapter
+    drawn = noise(4)
+    pipe = pipeline(StableDiffusionXLControlNetUnionPipeline, text_models, unet, build_vae(), controlnet=frozen(made))
+    with noise_for_diffusers(drawn[1:], scheduling_lcm):
+        theirs = pipe(
+            PROMPTS,
+            control_image=[photograph()],
+            control_mode=[task],
+            controlnet_conditioning_scale=0.8,
+            latents=drawn[0].clone(),
+            timesteps=STUDENTS[4],
+            guidance_scale=1.0,
+            output_type="latent",
+        ).images
+    cond = condition(text_models)
+    check(draw(unet, model, cond, 4), theirs, draw(unet, None, cond, 4))
+    (tmp_path / name).rename(tmp_path / "promax")
+    with pytest.raises(UserError, match="folder's name must say what its images are: expected one of openpose"):
+        load_control(tmp_path / "promax", torch.device("cpu"), torch.float32, unet.config)
+
+
+@torch.no_grad()
+def test_an_adapter_of_one_channel_is_that_of_diffusers(unet: Any, text_models: Texts, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    settings: dict[str, Any] = {"num_res_blocks": 1, "downscale_factor": 16, "adapter_type": "full_adapter_xl"}
+    T2IAdapter(in_channels=1, channels=[32, 32, 64, 64], **settings).save_pretrained(tmp_path)
+    model = load_control(tmp_path, torch.device("cpu"), torch.float32, unet.config)
+    assert model.channels == 1
+    drawn = noise(4)
+    pipe = pipeline(StableDiffusionXLAdapterPipeline, text_models, unet, build_vae(), adapter=model.network)
+    with noise_for_diffusers(drawn[1:], scheduling_lcm):
+        theirs = pipe(
+            PROMPTS,
+            image=[photograph().convert("L")] * 2,
+            adapter_conditioning_scale=0.8,
+            adapter_conditioning_factor=0.5,
+            latents=drawn[0].clone(),
+            timesteps=STUDENTS[4],
+            guidance_scale=1.0,
+            output_type="latent",
+        ).images
+    cond = condition(text_models)
+    check(draw(unet, model, cond, 4), theirs, draw(unet, None, cond, 4))
+
+
+def test_grey_is_that_of_pillow() -> None:
+    image = photograph(size=(40, 30))
+    expected = fitted(image.convert("L").convert("RGB"), (40, 30))
+    assert torch.equal(grey(fitted(image, (40, 30)))[0], expected[0])
+    assert torch.equal(grey(expected)[0], expected[0])
+
+
+def test_what_was_made_for_another_unet_is_refused_before_it_is_loaded(
+    unet: Any, control_net: ControlModel, adapter: ControlModel, tmp_path: Path
+) -> None:
+    def refused(model: ControlModel, **change: Any) -> str:
+        model.network.save_config(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))  # and no weights at all
+        with pytest.raises(UserError) as error:
+            load_control(tmp_path, torch.device("cpu"), torch.float32, unet.config)
+        message = str(error.value)
+        assert message.startswith(f"{path}: ") and message.isprintable() and len(message) < 600
+        return message
+
+    assert "cross_attention_dim is 768; this one's is 256" in refused(control_net, cross_attention_dim=768)
+    wide = {"block_out_channels": [32, 32, 32]}
+    assert "block_out_channels is [32, 32, 32]; this one's is [32, 32, 64]" in refused(control_net, **wide)
+    assert "pictures of 6 channels; expected 1 or 3" in refused(control_net, conditioning_channels=6)
+    assert "9 latent channels; expected 4" in refused(control_net, in_channels=9)
+    assert "pictures of 4 channels; expected 1 or 3" in refused(adapter, in_channels=4)
+    other = refused(adapter, channels=[32, 64, 64, 64])
+    assert "gives [32, 64, 64, 64] channels; this one's blocks have [32, 32, 64]" in other
+    assert "describes no T2IAdapter" in refused(adapter, adapter_type="heavy")
+    assert "describes no ControlNetModel" in refused(control_net, down_block_types="x")
+    assert "describes no T2IAdapter" in refused(adapter, channels={"a": []})
 
 
 def test_other_folders_are_refused(adapter: ControlModel, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionXLImg2ImgPipeline,
@@ -171,6 +172,20 @@ def test_what_an_inpainting_unet_is_given(inpainting: Engine) -> None:
         assert (x[:, 4] == 1).all() and torch.allclose(x[:, 5:], grey, atol=1e-5)
     for x in seen[6:]:
         assert torch.equal(x[0, 4] == 1, mask()[::8, ::8]) and torch.allclose(x[:, 5:], masked, atol=1e-5)
+
+
+def test_an_inpainting_unet_follows_a_control_net(inpainting: Engine, tmp_path: Path) -> None:
+    """Which is given the four channels of what is denoised, as in diffusers' pipelines."""
+    torch.manual_seed(6)
+    network = ControlNetModel.from_unet(build_sdxl_unet(), conditioning_embedding_out_channels=(8, 8, 16, 16))
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    network.save_pretrained(tmp_path)
+    image = fitted(photograph(), SIZE)
+    plain = inpainting.draw(["an owl"], [0], "4", SIZE, Edit(image=image, mask=mask()))
+    edit = Edit(image=image, mask=mask(), control=tmp_path, control_image=image)
+    assert difference(inpainting.draw(["an owl"], [0], "4", SIZE, edit), plain) > 2
 
 
 def test_an_inpainting_unet_is_recorded_and_follows_no_mask_in_training(inpainting: Engine) -> None:
