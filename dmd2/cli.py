@@ -273,11 +273,11 @@ def evaluate(
     """Judge what weights draw. Prints JSON with all that it takes to repeat it. For several GPUs, run by torchrun."""
     from dmd2.evaluate import CLASSIFIER, INCEPTION, Settings
     from dmd2.evaluate import evaluate as run
-    from dmd2.fileio import atomic_text
+    from dmd2.fileio import atomic_text, expect_place
     from dmd2.sampling import Churn
 
     if out is not None:
-        _make(out.parent)
+        expect_place(out, "--out")
     metrics = tuple(dict.fromkeys(name for name in metric.split(",") if name))
     noise = None if churn is None else Churn.parse(churn)
     networks = (features, inception or INCEPTION, classifier or CLASSIFIER, clip)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dmd2 import __version__
 from dmd2.engine import resolve_device
 from dmd2.errors import UserError
-from dmd2.fileio import atomic_path, sha256_file
+from dmd2.fileio import atomic_path, expect_place, sha256_file
 from dmd2.frechet import frechet_distance
 from dmd2.metrics import (
     NEIGHBOURS,
@@ -54,6 +54,7 @@ CLASSIFIER = ROOT / "weights" / "cifar10-classifier.safetensors"
 INCEPTION = ROOT / "weights" / "metrics" / "inception-2015-12-05.pt"
 METRICS = {"fid": 2, "kid": 2, "is": SPLITS, "prdc": max(NEIGHBOURS) + 1, "accuracy": 1, "clip": 1, "patch-fid": 2}
 """metric → the fewest pictures that it takes"""
+MOST = 10_000_000  # pictures: 80 GB of Inception's features
 REFERENCED = ("fid", "kid", "prdc", "patch-fid")  # those that compare with a reference
 
 
@@ -163,6 +164,7 @@ def reference_statistics(
         raise UserError(f"{out}: expected a name that ends in .npz")
     settings = Settings(data, ("fid",), out, None, features, inception, classifier, resize=resize, batch=batch)
     _check(settings)
+    expect_place(out, "OUT.npz")
     with process_group(device) as place:
         judges = _judges(settings, place.device)
         pictures = DataSet(data, side=resize)
@@ -172,7 +174,6 @@ def reference_statistics(
             mean, covariance = moments(rows["features"])
             assert judges.extractor is not None
             what = {"features": features, "features_sha256": judges.extractor.sha256, "n": pictures.n}
-            out.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(out) as temporary, temporary.open("wb") as file:
                 np.savez(file, mu=mean.cpu().numpy(), sigma=covariance.cpu().numpy(), **what)  # type: ignore[arg-type]
         return pictures.n
@@ -355,6 +356,8 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--features {settings.features}: expected inception or small")
     if not settings.metrics:
         raise UserError(f"--metric: empty; expected some of {', '.join(METRICS)}")
+    if settings.n is not None and settings.n > MOST:
+        raise UserError(f"-n {settings.n}: expected at most {MOST}")
     if settings.batch < 1:
         raise UserError(f"--batch {settings.batch}: expected at least 1")
     if not 0 <= settings.seed < 2**62:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,25 @@ def atomic_bytes(path: Path, content: bytes) -> None:
 def atomic_text(path: Path, content: str) -> None:
     """Replace the content of `path` with `content` in UTF-8, whole or not at all."""
     atomic_bytes(path, content.encode())
+
+
+def expect_place(path: Path, name: str) -> None:
+    """Makes the folder of a file that is going to be written, so that long work does not fail at its end.
+
+    Args:
+        name: what the user calls it, such as "--out".
+
+    Raises:
+        UserError: `path` is a folder, its folder cannot be made, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"{name} {shown(path)}: is a folder; expected the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{name} {shown(path)}: cannot be written ({error.strerror})") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

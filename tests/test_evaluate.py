@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import dmd2.evaluate
 from dmd2.cli import app
 from dmd2.edm import ClassCondition, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.edm_weights import load_edm, save_edm
@@ -418,3 +420,30 @@ def test_files_that_do_not_fit_are_one_line(folder: Path, tmp_path: Path) -> Non
     broken.write_bytes(CLASSIFIER.read_bytes()[:1000])
     refused(small(folder, "student", "accuracy", classifier=broken), "broken.safetensors", "not a readable")
     refused(small(folder, "student", "accuracy", classifier=folder / "student" / "model.safetensors"), "not an image")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "ref-stats"])
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [("taken.npz", "is a folder; expected the name of a file"), ("file/below.npz", "cannot be written (")],
+)
+def test_where_the_result_cannot_be_written_is_known_before_anything_is_computed(
+    verb: str, where: str, says: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken.npz").mkdir()
+    (tmp_path / "file").write_text("")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(dmd2.evaluate, "collect", never)
+    small = ["--features", "small"]
+    reference = str(folder / "ref.zip")
+    options = ["--ref", reference, "--out", str(tmp_path / where)] if verb == "evaluate" else [str(tmp_path / where)]
+    with pytest.raises(UserError, match=re.escape(says)):
+        app([verb, reference, *options, *small], standalone_mode=False)
+
+
+def test_more_pictures_than_fit_anywhere_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="-n 10000001: expected at most 10000000"):
+        evaluate(small(folder, "student", "accuracy", n=10_000_001))

@@ -22,7 +22,10 @@ LABELS_FILE = "dataset.json"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 IN_MEMORY_BYTES = 6 * 2**30  # larger sets (ImageNet-64: 15 GB) are decoded anew, batch by batch
 
-_BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, UnidentifiedImageError, NotImplementedError, ValueError)
+_BROKEN = (
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error, UnidentifiedImageError, NotImplementedError, ValueError),
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def make_pairs(
     """
     if not 1 <= count <= MOST:
         raise UserError(f"-n {count}: expected 1 to {MOST}")
-    if not 1 <= steps <= 1000:
-        raise UserError(f"--steps {steps}: expected 1 to 1000")
+    if not 2 <= steps <= 1000:  # of a single level, there is only the lowest
+        raise UserError(f"--steps {steps}: expected 2 to 1000")
     if batch < 1:
         raise UserError(f"--batch {batch}: expected at least 1")
     teacher = load_edm(weights, device, compile=compile)

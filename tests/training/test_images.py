@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,14 @@ def test_resolutions_must_fit(tmp_path: Path) -> None:
     oblong = write_zip(tmp_path / "oblong.zip", [np.zeros((8, 6, 3), np.uint8)])
     with pytest.raises(UserError, match="is 6x8 pixels; expected square"):
         ImageSet(oblong)
+
+
+def test_an_image_of_absurd_size_is_one_clear_line(tmp_path: Path) -> None:
+    """20,000 pixels a side, of which there is no more than the header."""
+    data = io.BytesIO()
+    Image.new("L", (1, 1)).save(data, "PNG")
+    head = b"IHDR" + struct.pack(">II", 20_000, 20_000) + data.getvalue()[24:29]
+    broken = data.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + data.getvalue()[33:]
+    (tmp_path / "huge.png").write_bytes(broken)
+    with pytest.raises(UserError, match=r"huge\.png: unreadable \(.*400000000 pixels"):
+        ImageSet(tmp_path)

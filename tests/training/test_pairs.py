@@ -205,7 +205,7 @@ def test_broken_shards_are_named(teacher: Path, whole: Path, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["-n", "0"], "-n 0: expected 1 to"),
-        (["--steps", "0"], "--steps 0: expected 1 to 1000"),
+        (["--steps", "1"], "--steps 1: expected 2 to 1000"),
         (["--batch", "0"], "--batch 0: expected at least 1"),
         (["--device", "abacus"], "--device abacus"),
     ],
