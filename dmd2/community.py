@@ -16,7 +16,7 @@ from dmd2.configs import Schedule, judge, read_vae_config
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_text, sha256_file
 from dmd2.loading import build_network, check_network, weight_files
-from dmd2.lora import Fused, read_lora
+from dmd2.lora import SETTINGS_FILE, Fused, read_lora, settings_of
 from dmd2.single_file import SingleFile, check_base
 from dmd2.weights import UNET_FILE, Manifest, Student, load_tokenizer, save_pipeline_configs, swap, write_manifest
 
@@ -83,6 +83,8 @@ def convert_sdxl(
                 logger.warning("%s predicts v; DMD2's LoRA was made for one that predicts epsilon", source)
             (new / "lora").mkdir()
             shutil.copyfile(lora, new / "lora" / lora.name)
+            if settings := settings_of(lora):
+                shutil.copyfile(settings, (new / "lora" / lora.name).with_suffix(f".{SETTINGS_FILE}"))
         save_pipeline_configs(new, schedule.prediction_type, schedule.zero_snr)
         student = Student(subfolder="unet", timesteps=TIMESTEPS)
         licence = f"that of {source.name}"

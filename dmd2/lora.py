@@ -1,10 +1,13 @@
-"""LoRA (Hu et al. 2021): small files that change a network's weights, taken in and out without reloading it."""
+"""LoRAs (Hu et al. 2021) and their relatives: small files that change a network's weights, taken in and out without
+reloading it."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import logging
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,55 +17,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dmd2.errors import UserError
-from dmd2.fileio import sha256_file
+from dmd2.errors import UserError, shown
+from dmd2.fileio import read_object, sha256_file
+from dmd2.lora_factors import Factors
+from dmd2.lora_keys import MOST_QUOTED, Layer, Patterns, Settings, is_pefts, parse, read_json, read_settings
+
+logger = logging.getLogger(__name__)
 
 LARGEST_SCALE = 4.0
-
-_KOHYA = re.compile(r"lora_(unet|te1?|te2)_(\w+)\.(?:lora_(down|up)\.weight|(alpha))")
-_DIFFUSERS = re.compile(
-    r"(unet|text_encoder|text_encoder_2)\.([\w.]+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default)?\.weight"
-)
-_DIFFUSERS_ALPHA = re.compile(r"(unet|text_encoder|text_encoder_2)\.([\w.]+)\.(alpha)")
-_PARTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
-_OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "LoCon with three factors",
-    ".diff": "a full difference",
-    "oft_": "OFT",
-}
-Layer = tuple[str, str]
-"""(unet, text_encoder or text_encoder_2; the layer's name with _ for each dot)"""
-
-
-@dataclass
-class Factors:
-    """One layer's change: up · down · alpha / rank."""
-
-    down: Tensor | None = None
-    """(rank, in), for a convolution (rank, in, k, k)"""
-    up: Tensor | None = None
-    """(out, rank), for a convolution (out, rank, 1, 1)"""
-    alpha: float | None = None
-    """None: the rank"""
-
-    def change(self, weight: Tensor) -> Tensor:
-        """What to add to a weight of this shape, fp32 on its device (Hu et al. 2021, eq. 3)."""
-        assert self.down is not None and self.up is not None
-        down = self.down.to(weight.device, torch.float32).flatten(1)
-        up = self.up.to(weight.device, torch.float32).flatten(1)
-        rank = len(down)
-        scale = 1.0 if self.alpha is None else self.alpha / rank
-        return (scale * (up @ down)).reshape(weight.shape)
-
-    def fits(self, weight: Tensor) -> bool:
-        assert self.down is not None and self.up is not None
-        down, up = self.down.flatten(1), self.up.flatten(1)
-        inputs = weight[0].numel()
-        return down.shape[1] == inputs and up.shape[0] == len(weight) and up.shape[1] == len(down)
+LARGEST_HEADER = 20_000_000
+"""bytes of a file's list of tensors and metadata"""
+MOST_TENSORS = 20_000
+PEFTS_FILE = "adapter_model.safetensors"
+SETTINGS_FILE = "adapter_config.json"
+"""PEFT's, beside its file; beside STEM.safetensors `STEM.adapter_config.json` comes first"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +39,7 @@ class Lora:
 
     name: str
     sha256: str
+    """of the file and of PEFT's settings, if there are any"""
     layers: dict[Layer, Factors] = field(repr=False)
 
     @cached_property
@@ -82,77 +51,205 @@ Loras = Sequence[tuple[Lora, float]]
 """with the scale of each"""
 
 
+def settings_of(path: Path) -> Path | None:
+    """The file with PEFT's settings of a LoRA that can be read, if that has PEFT's name or its naming of tensors."""
+    own, usual = path.with_suffix(f".{SETTINGS_FILE}"), path.with_name(SETTINGS_FILE)
+    if own.is_file() or not usual.is_file():
+        return own if own.is_file() else None
+    with safe_open(path, "pt") as file:
+        return usual if path.name == PEFTS_FILE or any(map(is_pefts, file.keys())) else None
+
+
 def read_lora(path: Path, name: str | None = None) -> Lora:
-    """Reads a safetensors file in kohya's, LDM's (kohya's for SDXL), diffusers' or PEFT's naming.
+    """Reads a safetensors file, in any naming that `dmd2.lora_keys` knows, and PEFT's settings beside it.
 
     Args:
         name: what messages call it, the file's name by default.
 
     Raises:
-        UserError: no safetensors, or not a plain LoRA.
+        UserError: no safetensors; no LoRA, LoCon, DoRA, LoHa, LoKr or differences; its values are not finite, its
+            settings not understood.
     """
-    name = name or path.name
-    layers: dict[Layer, Factors] = {}
+    name = shown(name or path.name)
+    found: dict[Layer, tuple[str, Factors]] = {}
+    extras = []
     try:
+        _check_header(path, name)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118  # it is no mapping
-                layer, what = _parse(name, key)
-                factors = layers.setdefault(layer, Factors())
-                setattr(factors, what, float(file.get_tensor(key)) if what == "alpha" else file.get_tensor(key))
+            keys = list(file.keys())
+            if len(keys) > MOST_TENSORS:
+                raise UserError(f"LoRA {name}: {len(keys)} tensors; expected at most {MOST_TENSORS}")
+            of_peft = any(map(is_pefts, keys))
+            beside = settings_of(path)
+            settings = read_settings(read_object(beside), f"LoRA {name}: {SETTINGS_FILE}") if beside else None
+            encoder = ((settings and settings.auto_mapping) or {}).get("base_model_class")
+            text_part = "text_encoder_2" if encoder == "CLIPTextModelWithProjection" else "text_encoder"
+            for key in keys:
+                parsed = parse(name, key, text_part)
+                if parsed is None:
+                    extras.append(key)
+                    continue
+                part, layer, what = parsed
+                factors = found.setdefault((part, layer.replace(".", "_")), (layer, Factors()))[1]
+                if what in factors.tensors or (what == "alpha" and factors.alpha is not None):
+                    raise UserError(
+                        f"LoRA {name}: {shown(key, MOST_QUOTED)}: is there twice, by two names or adapters"
+                    )
+                value = _read(name, key, file)
+                if what == "alpha":
+                    factors.alpha = _scalar(name, key, value)
+                else:
+                    factors.tensors[what] = value
     except (SafetensorError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = shown(str(error).strip().partition("\n")[0])
         raise UserError(f"LoRA {name}: cannot be read as safetensors ({reason}); no other format is read") from error
-    if not layers:
-        raise UserError(f"LoRA {name}: holds nothing")
-    for (part, what), factors in layers.items():
-        if factors.down is None or factors.up is None or factors.down.ndim < 2 or factors.up.ndim < 2:
-            raise UserError(f"LoRA {name}: {part} {what}: expected a pair of matrices, down and up")
-    _read_alphas(name, metadata, layers)
-    return Lora(name, sha256_file(path), layers)
+    if not found:
+        told = f": {shown(extras[0], MOST_QUOTED)} is no name of a LoRA for Stable Diffusion" if extras else ""
+        raise UserError(f"LoRA {name}: holds nothing{told}")
+    extras += _drop_second_names(found)
+    if extras:
+        logger.warning("LoRA %s: %s skipped: %s", name, len(extras), shown(", ".join(extras[:5])))
+    for (part, _), (layer, factors) in found.items():
+        if fault := factors.fault():
+            raise UserError(f"LoRA {name}: {part} {shown(layer, MOST_QUOTED)}: {fault}")
+    _apply_settings(name, metadata, settings, found)
+    if of_peft and beside is None and not metadata and all(f.alpha is None for _, f in found.values()):
+        logger.warning("LoRA %s: no %s and no alpha: its strength is taken to be alpha = rank", name, SETTINGS_FILE)
+    sha256 = sha256_file(path)
+    if beside:
+        sha256 = hashlib.sha256(f"{sha256} {sha256_file(beside)}".encode()).hexdigest()
+    return Lora(name, sha256, {key: factors for key, (_, factors) in found.items()})
 
 
-def _parse(name: str, key: str) -> tuple[Layer, str]:
-    """A tensor's name → the layer that it belongs to, and which of `Factors` it is."""
-    key = re.sub(r"^base_model\.model\.", "unet.", key)  # PEFT saves a model's layers so
-    for mark, kind in _OTHER_KINDS.items():
-        if mark in key:
-            raise UserError(f"LoRA {name}: {key}: is {kind}; expected plain LoRA")
-    if match := _KOHYA.fullmatch(key):
-        part, layer, which, alpha = match.groups()
-        return (_PARTS.get(part, part), layer), which or alpha
-    if match := _DIFFUSERS.fullmatch(key) or _DIFFUSERS_ALPHA.fullmatch(key):
-        part, layer, which = match.groups()
-        # diffusers' first way of naming them: attn1.processor.to_q_lora.down.weight
-        layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))
-        return (part, layer.replace(".", "_")), {"A": "down", "B": "up"}.get(which, which)
-    raise UserError(f"LoRA {name}: {key}: is no name of a LoRA for Stable Diffusion")
+def _check_header(path: Path, name: str) -> None:
+    """Before the library parses it: what it costs grows with it."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if LARGEST_HEADER < size < path.stat().st_size:
+        raise UserError(
+            f"LoRA {name}: lists {size / 1e6:.0f} MB of names; expected at most {LARGEST_HEADER / 1e6:.0f}"
+        )
 
 
-def _read_alphas(name: str, metadata: Mapping[str, str], layers: Mapping[Layer, Factors]) -> None:
-    """diffusers writes PEFT's settings, among them the alphas, into the file's metadata."""
+def _read(name: str, key: str, file: Any) -> Tensor:
+    """A tensor, on the CPU. Its shape is checked before it is read."""
+    told = f"LoRA {name}: {shown(key, MOST_QUOTED)}"
+    shape = file.get_slice(key).get_shape()
+    if any(length >= 2**31 for length in shape) or len(shape) > 5:
+        raise UserError(f"{told}: has the shape {shown(shape, MOST_QUOTED)}")
     try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        for (part, layer), factors in layers.items():
-            alpha = settings.get(f"{part}.lora_alpha")
-            for pattern, special in (settings.get(f"{part}.alpha_pattern") or {}).items():
-                if layer.endswith(pattern.replace(".", "_")):
-                    alpha = special
-            if factors.alpha is None and alpha is not None:
-                factors.alpha = float(alpha)
-            if settings.get(f"{part}.use_dora") or settings.get(f"{part}.use_rslora"):
-                raise UserError(f"LoRA {name}: is DoRA or rank-stabilised; expected plain LoRA")
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"LoRA {name}: lora_adapter_metadata: cannot be read") from error
+        value: Tensor = file.get_tensor(key)
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:  # of a type that torch has not
+        raise UserError(f"{told}: cannot be read ({shown(error, MOST_QUOTED)})") from error
+    if value.is_complex() or value.dtype == torch.bool:
+        raise UserError(f"{told}: is {value.dtype}; expected floating-point numbers")
+    if not bool(value.float().isfinite().all()):
+        raise UserError(f"{told}: has values that are NaN or infinite: the file is damaged, or its training diverged")
+    return value
+
+
+def _scalar(name: str, key: str, value: Tensor) -> float:
+    if value.numel() != 1:
+        raise UserError(
+            f"LoRA {name}: {shown(key, MOST_QUOTED)}: has the shape {list(value.shape)}; expected one number"
+        )
+    return float(value)
+
+
+def _drop_second_names(found: dict[Layer, tuple[str, Factors]]) -> list[str]:
+    """Of a file with both Stability's and diffusers' names of blocks the former go, as in diffusers' loader."""
+    stabilitys = [key for key in found if re.match(r"(?:input_blocks|middle_block|output_blocks)_", key[1])]
+    if any(part == "unet" and re.match(r"(?:down_blocks|mid_block|up_blocks)_", layer) for part, layer in found):
+        for key in stabilitys:
+            del found[key]
+        return [layer for _, layer in stabilitys]
+    return []
+
+
+def _apply_settings(
+    name: str, metadata: Mapping[str, str], beside: Settings | None, found: Mapping[Layer, tuple[str, Factors]]
+) -> None:
+    """Strengths beside the tensors. A tensor alpha comes first, then PEFT's settings, then plain metadata."""
+    for part in {part for part, _ in found}:
+        layers = {layer: factors for (of, _), (layer, factors) in found.items() if of == part}
+        settings, where = beside, f"LoRA {name}: {SETTINGS_FILE}"
+        if settings is None:
+            where = f"LoRA {name}: lora_adapter_metadata"
+            settings = _settings_in_metadata(metadata, part, where)
+        if settings is None:
+            _apply_flat(name, metadata, part, layers)
+        else:
+            _apply_pefts(settings, where, layers)
+
+
+def _settings_in_metadata(metadata: Mapping[str, str], part: str, where: str) -> Settings | None:
+    """diffusers keeps PEFT's settings of each network as JSON in the metadata."""
+    content = read_json(metadata.get("lora_adapter_metadata") or "{}", where)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected an object")
+    own = {key.removeprefix(f"{part}."): value for key, value in content.items() if key.startswith(f"{part}.")}
+    return read_settings(own, where) if own else None
+
+
+def _apply_pefts(settings: Settings, where: str, layers: Mapping[str, Factors]) -> None:
+    alphas = Patterns(settings.alpha_pattern, f"{where}: alpha_pattern")
+    ranks = Patterns(settings.rank_pattern, f"{where}: rank_pattern")
+    for layer, factors in layers.items():
+        rank = int(ranks.find(layer) or settings.r)
+        if "down" in factors.tensors and len(factors.tensors["down"]) != rank:
+            own = len(factors.tensors["down"])
+            raise UserError(
+                f"{where}: says rank {rank} of {shown(layer, MOST_QUOTED)}, which has {own}: another file's"
+            )
+        if settings.use_dora and "down" in factors.tensors and factors.magnitude is None:
+            raise UserError(f"{where}: use_dora, but {shown(layer, MOST_QUOTED)} has no magnitudes")
+        if factors.alpha is not None:
+            continue
+        special = alphas.find(layer)
+        usual = settings.lora_alpha if "down" in factors.tensors else settings.alpha
+        factors.alpha, factors.stabilised = usual if special is None else special, settings.use_rslora
+        factors.rank = rank
+
+
+def _apply_flat(name: str, metadata: Mapping[str, str], part: str, layers: Mapping[str, Factors]) -> None:
+    """Plain entries: kohya's `ss_network_alpha` and, for larger kernels, `conv_alpha`; others' `lora_alpha`."""
+
+    def number(key: str, value: object) -> float | None:
+        if value in (None, "", "None", "null", "Dynamic"):
+            return None
+        try:
+            found = float(str(value)[:50])
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found):
+            raise UserError(f"LoRA {name}: {key}: {shown(value, 50)}; expected a number")
+        return found
+
+    names = (f"{part}.lora_alpha", "lora_alpha", "ss_network_alpha")
+    alpha = next((a for key in names if (a := number(key, metadata.get(key))) is not None), None)
+    stabilised = any(metadata.get(key, "").lower() in ("true", "1") for key in (f"{part}.use_rslora", "use_rslora"))
+    conv_alpha = None
+    if "ss_network_args" in metadata:
+        content = read_json(metadata["ss_network_args"], f"LoRA {name}: ss_network_args")
+        conv_alpha = number("conv_alpha", content.get("conv_alpha")) if isinstance(content, dict) else None
+    for factors in layers.values():
+        kernels = any(value.ndim == 4 and value.shape[-1] > 1 for value in factors.tensors.values())
+        own = conv_alpha if kernels and conv_alpha is not None else alpha
+        if factors.alpha is None:
+            factors.alpha, factors.stabilised = own, stabilised
+
+
+_Place = tuple[nn.Module, str]
+"""a layer, and weight or bias"""
 
 
 class Fused:
     """LoRAs added to the weights of some networks, in place.
 
     Each weight is made anew from a kept original: W + Σ scale · α/r · B·A, rounded once. So LoRAs may come and go
-    as often as they like, and without any the weights are the original ones, to the bit.
+    as often as they like, and without any the weights are the original ones, to the bit. Other kinds (see
+    `dmd2.lora_factors`) add their own difference to that original; a scale of 0 adds nothing.
 
     Args:
         parts: "unet", "text_encoder" or "text_encoder_2" → network. LoRAs for other parts are none of its business.
@@ -164,10 +261,10 @@ class Fused:
         self._modules: dict[Layer, nn.Module] = {}
         for part, network in parts.items():
             for name, module in network.named_modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
                     for alias in _aliases(part, name, network):
                         self._modules[part, alias.replace(".", "_")] = module
-        self._originals: dict[nn.Module, Tensor] = {}
+        self._originals: dict[_Place, Tensor] = {}
         self._used: tuple[tuple[str, float], ...] = ()
 
     def __bool__(self) -> bool:
@@ -176,18 +273,23 @@ class Fused:
 
     def check(self, lora: Lora) -> None:
         """Raises UserError unless each of the LoRA's layers for these parts is there and has the right shape."""
+        seen: dict[nn.Module, str] = {}
         for (part, layer), factors in lora.layers.items():
             if part not in self._parts:
                 continue
-            module = self._modules.get((part, layer))
+            module, told = self._modules.get((part, layer)), shown(layer, MOST_QUOTED)
             if module is None or not isinstance(module.weight, Tensor):
-                raise UserError(f"LoRA {lora.name}: made for another model: this one's {part} has no layer {layer}")
-            if not factors.fits(module.weight):
-                assert factors.down is not None and factors.up is not None
+                raise UserError(f"LoRA {lora.name}: made for another model: this one's {part} has no layer {told}")
+            bias = module.bias if isinstance(module.bias, Tensor) else None
+            if not factors.fits(module.weight, bias):
+                here = f"{list(module.weight.shape)}{'' if bias is None else ' with a bias'} here"
+                shapes = shown(factors.shapes(), 300)
                 raise UserError(
-                    f"LoRA {lora.name}: made for another model: {layer} is {list(module.weight.shape)} here, "
-                    f"the LoRA's factors {list(factors.up.shape)} and {list(factors.down.shape)}"
+                    f"LoRA {lora.name}: made for another model: {told} is {here}, the LoRA's factors {shapes}"
                 )
+            if module in seen:
+                raise UserError(f"LoRA {lora.name}: {told} is the same layer as {seen[module]}; expected it once")
+            seen[module] = told
 
     @torch.inference_mode(False)  # else torch would not count the changes, as `dmd2.memory` does
     @torch.no_grad()
@@ -195,39 +297,50 @@ class Fused:
         """These and no others from now on, in this order. An error leaves none of them.
 
         Raises:
-            UserError: see `check`.
+            UserError: see `check`; the changed weights are not finite.
         """
         wanted = tuple((lora.sha256, scale) for lora, scale in loras)
         if wanted == self._used:
             return
         for lora, _ in loras:
             self.check(lora)
-        changes: dict[nn.Module, list[tuple[Factors, float]]] = {}
+        changes: dict[_Place, list[tuple[Factors, float]]] = {}
         for lora, scale in loras:
             for layer, factors in lora.layers.items():
-                if layer in self._modules:
-                    changes.setdefault(self._modules[layer], []).append((factors, scale))
+                if module := self._modules.get(layer):
+                    for place in ((module, "weight"),) * bool(factors.kinds) + ((module, "bias"),) * factors.has_bias:
+                        changes.setdefault(place, []).append((factors, scale))
+        finite: list[Tensor] = []
         try:
-            for module, terms in changes.items():
-                weight = self._weight(module)
-                original = self._originals.setdefault(module, weight.detach().to("cpu", copy=True))
-                exact = original.to(weight.device, torch.float32)
-                weight.copy_(sum((scale * factors.change(weight) for factors, scale in terms), exact))
-            self._restore(module for module in list(self._originals) if module not in changes)
+            for place, terms in changes.items():
+                value = self._value(place)
+                original = self._originals.setdefault(place, value.detach().to("cpu", copy=True))
+                exact = original.to(value.device, torch.float32)
+                of_weight = place[1] == "weight"
+                added = ((f.change if of_weight else f.bias_change)(exact, scale) for f, scale in terms)
+                value.copy_(sum(added, exact))
+                finite.append(value.isfinite().all())
+            if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
+                names = ", ".join(lora.name for lora, _ in loras)
+                raise UserError(
+                    f"LoRA {names}: makes weights that are too large for the model; expected smaller scales"
+                )
+            self._restore(place for place in list(self._originals) if place not in changes)
             self._used = wanted
         except BaseException:
             self._restore(list(self._originals))
             self._used = ()
             raise
 
-    def _restore(self, modules: Any) -> None:
-        for module in modules:
-            self._weight(module).copy_(self._originals.pop(module))
+    def _restore(self, places: Iterable[_Place]) -> None:
+        for place in places:
+            self._value(place).copy_(self._originals.pop(place))
 
     @staticmethod
-    def _weight(module: nn.Module) -> Tensor:
-        assert isinstance(module.weight, Tensor)
-        return module.weight
+    def _value(place: _Place) -> Tensor:
+        value = getattr(*place)
+        assert isinstance(value, Tensor)
+        return value
 
 
 def _aliases(part: str, name: str, network: Any) -> Iterator[str]:
@@ -236,8 +349,8 @@ def _aliases(part: str, name: str, network: Any) -> Iterator[str]:
     if part == "unet":
         attends = ["CrossAttn" in block for block in network.config.up_block_types]
         yield _ldm_name(name, network.config.layers_per_block, attends)
-    elif not name.startswith("text_model."):  # one of transformers' two classes has lost this prefix
-        yield f"text_model.{name}"
+    else:  # one of transformers' two classes has lost this prefix
+        yield name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
 
 
 def _ldm_name(name: str, layers: int, attends: Sequence[bool]) -> str:
@@ -249,6 +362,7 @@ def _ldm_name(name: str, layers: int, attends: Sequence[bool]) -> str:
     """
     fixed = {
         "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
         "conv_out": "out.2",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -260,7 +374,8 @@ def _ldm_name(name: str, layers: int, attends: Sequence[bool]) -> str:
         return fixed.get(name, name)
     where, block, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnet":
-        inside = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"}
+        inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
+        inside["time_emb_proj"] = "emb_layers.1"
         rest = inside.get(rest, rest).replace("conv_shortcut", "skip_connection")
     if where == "mid":
         return f"middle_block.{2 * index if kind == 'resnet' else 1}.{rest}"

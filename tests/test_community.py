@@ -50,6 +50,17 @@ def test_the_folder_draws_what_checkpoint_and_lora_draw_together(checkpoint: Pat
     assert "no commercial use" in made.manifest.licence
 
 
+def test_pefts_settings_go_along(checkpoint: Path, tmp_path: Path) -> None:
+    """Else the student's LoRA would be half as strong as the file says."""
+    file = tmp_path / "adapter_model.safetensors"
+    key = "base_model.model.conv_in.lora"
+    save_file({f"{key}_A.weight": torch.ones(2, 4, 3, 3), f"{key}_B.weight": torch.ones(32, 2, 1, 1)}, file)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    convert_sdxl(checkpoint, file, tmp_path / "made")
+    (factors,) = read_lora(tmp_path / "made" / "lora" / file.name).layers.values()
+    assert factors.alpha == 4
+
+
 def test_files_in_half_precision_and_another_vae_are_taken(checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     halves = {key: value.half() for key, value in load_file(copy / "unet" / UNET_FILE).items()}

@@ -196,7 +196,7 @@ def test_pefts_metadata_tell_the_alphas(unet: Any, text_models: Texts, tmp_path:
     theirs = draw_with_diffusers(unet, text_models, [(file, 1.0)])
     assert {f.alpha for f in read_lora(file).layers.values()} == {ALPHA}
     assert float((draw(unet, text_models, [(read_lora(file), 1.0)]) - theirs).abs().max()) < 1e-4
-    for wrong in ('{"unet.use_dora": true}', '{"unet.use_rslora": true}', "{", '{"unet.lora_alpha": "x"}'):
+    for wrong in ('{"unet.r": 4, "unet.use_dora": true}', '{"unet.r": 5}', "{", '{"unet.lora_alpha": "x"}'):
         other = saved(tmp_path / "wrong.safetensors", state, format="pt", lora_adapter_metadata=wrong)
         with pytest.raises(UserError, match=r"LoRA wrong\.safetensors: "):
             read_lora(other)
@@ -244,11 +244,11 @@ def test_an_error_half_way_leaves_the_original_weights(
     lora = read_lora(saved(tmp_path / "some.safetensors", NAMINGS["peft"](unet, text_models)))
     fused, calls, change = Fused({"unet": unet}), [], Factors.change
 
-    def fails(self: Factors, weight: Tensor) -> Tensor:
+    def fails(self: Factors, weight: Tensor, scale: float) -> Tensor:
         calls.append(weight)
         if len(calls) == 5:
             raise torch.OutOfMemoryError("too much")
-        return change(self, weight)
+        return change(self, weight, scale)
 
     monkeypatch.setattr(Factors, "change", fails)
     with pytest.raises(torch.OutOfMemoryError):
@@ -287,17 +287,20 @@ def test_loras_for_another_model_are_refused_by_name(unet: Any, tmp_path: Path) 
     )
     name = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     wide = {f"lora_unet_{name}.lora_down.weight": torch.zeros(4, 33)}
-    assert f"{name} is [32, 32] here, the LoRA's factors [32, 4] and [4, 33]" in refused(whole | wide)
-    assert f"{name} is" in refused(whole | {f"lora_unet_{name}.lora_down.weight": torch.zeros(5, 32)})
+    assert f"{name} is [32, 32] here, the LoRA's factors down [4, 33], up [32, 4]" in refused(whole | wide)
+    five = {f"lora_unet_{name}.lora_down.weight": torch.zeros(5, 32)}
+    with pytest.raises(UserError, match=rf"unet {name}: its factors do not match: down \[5, 32\], up \[32, 4\]"):
+        read_lora(saved(tmp_path / "other.safetensors", whole | five))
 
 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("lora_unet_x.dora_scale", "is DoRA; expected plain LoRA"),
-        ("lora_unet_x.hada_w1_a", "is LoHa; expected plain LoRA"),
-        ("lora_unet_x.lokr_w1", "is LoKr; expected plain LoRA"),
-        ("lora_unet_x.diff", "is a full difference"),
+        ("lora_unet_x.dora_scale", "unet x: expected a pair of matrices"),
+        ("lora_unet_x.hada_w1_a", "unet x: is LoHa without hada_w1_b, hada_w2_a, hada_w2_b"),
+        ("lora_unet_x.lokr_w1", "unet x: is LoKr without lokr_w2"),
+        ("lora_unet_x.oft_blocks", "is OFT; expected LoRA, LoCon, DoRA"),
+        ("unet.x.weight", "is no name of a LoRA for Stable Diffusion"),
         ("transformer.x.lora_A.weight", "is no name of a LoRA for Stable Diffusion"),
         ("conv_in.weight", "is no name of a LoRA for Stable Diffusion"),
         ("lora_unet_x.lora_down.weight", "unet x: expected a pair of matrices"),

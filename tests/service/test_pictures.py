@@ -445,11 +445,11 @@ def test_an_out_of_memory_while_a_lora_is_put_in_leaves_the_next_request_intact(
     (before,) = draw(extended, OWL)
     change, calls = Factors.change, []
 
-    def fails(self: Factors, weight: Tensor) -> Tensor:
+    def fails(self: Factors, weight: Tensor, scale: float) -> Tensor:
         calls.append(weight)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("tried to allocate too much")
-        return change(self, weight)
+        return change(self, weight, scale)
 
     with monkeypatch.context() as patch:
         patch.setattr(Factors, "change", fails)
