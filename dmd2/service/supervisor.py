@@ -141,6 +141,7 @@ class Supervisor:
         self._server: subprocess.Popen[bytes] | None = None
         self._stops = 0  # signals received
         self._setup_log = ""
+        self._noted_ready = False
 
     def run(self) -> int:
         """Blocks. Must be called on the main thread, for its signals.
@@ -199,14 +200,15 @@ class Supervisor:
             stdin=subprocess.PIPE,  # never written to: its end says that this process has ended
             start_new_session=True,
         )
-        self._server, self.address, self.health = server, address, {"status": "STARTING"}
+        self.health, self._noted_ready = {"status": "STARTING"}, False
+        self._server, self.address = server, address
         try:
             watch = Watch(self._limits, time.monotonic())
             reason = self._watch(server, address, watch)
             self.health = {"status": "STARTING"}
             if not self.stopping():
                 self._put_down(server)
-            return reason, watch.ready_since is not None, exit_status(server.wait())
+            return reason, watch.ready_since is not None or self._noted_ready, exit_status(server.wait())
         finally:
             clear_group(server.pid)
             if server.stdin is not None:
@@ -250,6 +252,12 @@ class Supervisor:
         while not self.stopping() and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
 
+    def note(self, address: tuple[str, int], health: dict[str, Any]) -> None:
+        """What another thread was told by the server at this address: it may have been ready between two checks."""
+        if address == self.address:
+            self.health = health
+            self._noted_ready = self._noted_ready or health.get("status") in ("READY", "BUSY")
+
     def stopping(self) -> bool:
         """Whether a signal has come: predictions under way are finished, new ones not begun."""
         return self._stops > 0
@@ -284,14 +292,24 @@ def check_port(host: str, port: int) -> None:
     Raises:
         UserError: it could not.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"port {port} on {host}: cannot listen there ({reason}); choose another") from error
+    listen(host, port).close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to this address.
+
+    Raises:
+        UserError: that cannot be.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"port {port} on {host}: cannot listen there ({reason}); choose another") from error
+    return listener
 
 
 def local_address(host: str) -> str:

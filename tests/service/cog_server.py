@@ -104,16 +104,8 @@ class CogServer:
         return self.client.put(f"/predictions/{name}", json={"input": inputs}, headers=headers)
 
     def draw(self, **inputs: Any) -> Answer:
-        """A request that must succeed; not always at once.
-
-        Cog 0.23 now and then refuses one of several that come in the same instant, whatever slots are free.
-        """
-        for _ in range(5):
-            response = self.post(**inputs)
-            if response.status_code != 409:
-                break
-            time.sleep(0.05)
-        return Answer.of(response)
+        """A request that must succeed."""
+        return Answer.of(self.post(**inputs))
 
     def close(self) -> None:
         """Lets the processes end, then kills what is left of them."""

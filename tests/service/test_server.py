@@ -530,17 +530,18 @@ def test_a_client_that_hangs_up_stops_its_pictures(server: CogServer, accept: st
     wait_for(lambda: cancelled in server.log, "the end of it")
 
 
-def test_one_more_than_the_slots_is_refused_and_the_others_are_served(server: CogServer, receiver: Receiver) -> None:
+def test_one_more_than_the_slots_waits_and_all_are_served(server: CogServer, receiver: Receiver) -> None:
     hook = {"webhook": receiver.url, "webhook_events_filter": ["completed"]}
     longest = [f"slot-{i}" for i in range(4)]  # long enough for the others to come meanwhile
     for i in range(SLOTS):
         request = {"id": f"slot-{i}", "input": (HUGE if i < len(longest) else OWL) | {"seed": i}, **hook}
         assert server.client.post("/predictions", json=request, headers=ASYNC).status_code == 202
-    refused = server.post(**OWL)
-    assert refused.status_code == 409, refused.text
     assert server.status == "BUSY"
-    for name in longest:
-        server.client.post(f"/predictions/{name}/cancel")
+    with ThreadPoolExecutor(1) as client:
+        late = client.submit(server.post, **OWL)
+        for name in longest:
+            server.client.post(f"/predictions/{name}/cancel")
+        assert Answer.of(late.result()).metrics["seed"] == OWL["seed"]
     wait_for(lambda: len(receiver.requests) == SLOTS, "the end of all that were accepted")
     ended = {answer["id"]: answer for answer in (json.loads(received.body) for received in receiver.requests)}
     assert {ended.pop(name)["status"] for name in longest} == {"canceled"}

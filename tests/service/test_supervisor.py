@@ -12,7 +12,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -41,16 +43,23 @@ import asyncio, os
 from pathlib import Path
 from cog import BaseRunner, concurrent
 
+class Busy(Exception):
+    pass
+
 class Predictor(BaseRunner):
     async def setup(self) -> None:
         if Path("bad-setup").exists():
             raise RuntimeError("the weights are not there")
+        while Path("wait").exists():
+            await asyncio.sleep(0.05)
 
     async def healthcheck(self) -> bool:
         return not Path(f"sick-{os.getpid()}").exists()
 
     @concurrent(max=3)
     async def run(self, seconds: float = 0.0) -> int:
+        if seconds < 0:
+            raise Busy("128 pictures are waiting already")
         if seconds:
             Path("began").touch()
         await asyncio.sleep(seconds)
@@ -455,6 +464,63 @@ def test_predictions_under_way_are_answered_before_the_end(service: Service) -> 
     assert "starting it again" not in service.log.read_text()
 
 
+def test_the_front_before_cogs_own_server(service: Service) -> None:
+    def ask(method: str, path: str, **more: Any) -> httpx.Response:
+        return httpx.request(method, service.url + path, timeout=300, **more)
+
+    assert ask("POST", "/shutdown").status_code == 404
+    nulls = ask("POST", "/predictions", json={"input": {"seconds": None}, "webhook_events_filter": None}).json()
+    assert nulls["status"] == "succeeded"
+    assert ask("GET", "/").json()["predictions_url"] == "/predictions"
+    busy = ask("POST", "/predictions", json={"input": {"seconds": -1}})  # what the batcher raises when it is full
+    assert busy.status_code == 429 and int(busy.headers["retry-after"]) >= 1
+    assert busy.json() == {"status": "failed", "error": "128 pictures are waiting already"}
+
+    # Three slots. Nobody is refused, whether the slots are held by those who wait for an answer or by others.
+    accepted = [
+        ask("PUT", f"/predictions/a{i}", json={"input": {"seconds": 0.5}}, headers={"Prefer": "respond-async"})
+        for i in range(3)
+    ]
+    assert [response.status_code for response in accepted] == [202] * 3
+    assert ask("PUT", "/predictions/a2", json={"input": {}}).status_code == 202  # is known, and takes no slot
+    with ThreadPoolExecutor(12) as clients:
+        assert len(set(clients.map(lambda _: service.worker(0.05), range(24)))) == 1
+
+    url = httpx.URL(service.url)
+    with socket.create_connection((url.host, url.port)) as client:  # hangs up, which cancels
+        body = b'{"input": {"seconds": 500}, "id": "gone"}'
+        head = (
+            f"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        wait_for(lambda: '"message":"Starting prediction","prediction_id":"gone"' in service.log.read_text())
+    wait_for(lambda: '"message":"Prediction cancelled","prediction_id":"gone"' in service.log.read_text())
+
+
+def test_who_comes_during_setup_is_told_to_come_again(tmp_path: Path) -> None:
+    (tmp_path / "wait").touch()
+    service = Service(tmp_path)
+    try:
+        wait_for(lambda: service.status() == "STARTING")
+        for accept in ("application/json", "text/event-stream"):
+            early = httpx.post(f"{service.url}/predictions", json={"input": {}}, headers={"accept": accept})
+            assert early.status_code == 503 and int(early.headers["retry-after"]) >= 1
+        (tmp_path / "wait").unlink()
+        wait_for(lambda: service.status() == "READY")
+        assert service.worker()
+    finally:
+        service.stop()
+
+
+def test_without_the_front_it_is_cogs_own_server(tmp_path: Path) -> None:
+    service = Service(tmp_path, DMD2_FRONT="off")
+    try:
+        wait_for(lambda: service.status() == "READY")
+        assert httpx.post(f"{service.url}/predictions", json={"input": {}, "id": "a b"}).status_code == 200
+    finally:
+        assert service.stop() == 0
+
+
 def test_a_setup_that_fails_ends_it_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "bad-setup").touch()
     service = Service(tmp_path)
@@ -465,7 +531,14 @@ def test_a_setup_that_fails_ends_it_and_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "named"), [({"PORT": "x"}, "PORT=x: expected a number"), ({"PORT": "70000"}, "port 70000 on ")]
+    ("environment", "named"),
+    [
+        ({"PORT": "x"}, "PORT=x: expected a number"),
+        ({"PORT": "70000"}, "port 70000 on "),
+        ({"PORT": "70000", "DMD2_FRONT": "off"}, "port 70000 on "),
+        ({"DMD2_FRONT": "maybe"}, "DMD2_FRONT=maybe: expected on or off"),
+        ({"DMD2_QUEUE": "many"}, "DMD2_QUEUE=many: expected a number from 0 to "),
+    ],
 )
 def test_a_wrong_port_is_one_line(tmp_path: Path, environment: dict[str, str], named: str) -> None:
     service = Service(tmp_path, **environment)
