@@ -467,13 +467,16 @@ def spoken(content: bytes) -> dict[str, Any] | None:
 
 
 def cut(said: dict[str, Any]) -> dict[str, Any]:
-    """Cog's word on what is wrong with an input, which quotes it whatever its length."""
+    """Cog's word on what is wrong with an input: it quotes it whatever its length, and then says why."""
     detail = said.get("detail")
     if not isinstance(detail, list):
         return said
-    return said | {
-        "detail": [one | {"msg": str(one.get("msg"))[:MOST_TEXT]} for one in detail if isinstance(one, dict)]
-    }
+
+    def short(text: str) -> str:
+        half = MOST_TEXT // 2
+        return text if len(text) <= MOST_TEXT else f"{text[: half - 1]} … {text[2 - half :]}"
+
+    return said | {"detail": [one | {"msg": short(str(one.get("msg")))} for one in detail if isinstance(one, dict)]}
 
 
 async def give(send: Send, message: Message) -> None:

@@ -296,7 +296,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to this address.
+    """A socket that listens there.
 
     Raises:
         UserError: that cannot be.
@@ -305,6 +305,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()  # without it another could bind as well
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
