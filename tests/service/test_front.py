@@ -300,9 +300,9 @@ def test_cogs_quotes_are_cut() -> None:
         world.cog.answer = lambda request: httpx2.Response(422, json={"detail": detail})
         response = await world.predict()
         assert response.status_code == 422
-        said = response.json()["detail"][0]
-        assert said["loc"] == detail[0]["loc"] and len(said["msg"]) == 500
-        assert said["msg"].startswith("xxx") and said["msg"].endswith("x is too long")
+        heard = response.json()["detail"][0]
+        assert heard["loc"] == detail[0]["loc"] and len(heard["msg"]) == 500
+        assert heard["msg"].startswith("xxx") and heard["msg"].endswith("x is too long")
 
     run(test())
 
@@ -435,13 +435,12 @@ def test_the_gate_keeps_its_promises(slots: int, most: int, steps: list[tuple[st
         async def settle() -> None:
             for _ in range(3):
                 await asyncio.sleep(0)
-            for task in [task for task in tasks if task.done()]:
-                number = tasks.pop(task)
-                if not task.cancelled():
-                    assert all(number < other for other in tasks.values())  # nobody who came later was let in before
-                    inside.append(number)
-            assert len(inside) == gate.inside <= slots and gate.waiting == len(tasks)
-            inside.sort()
+            await until(lambda: gate.waiting == sum(not task.done() for task in tasks))
+            ended = {task: tasks.pop(task) for task in list(tasks) if task.done()}
+            let_in = [number for task, number in ended.items() if not task.cancelled()]
+            assert all(number < other for number in let_in for other in tasks.values())  # who came first goes first
+            inside.extend(sorted(let_in))
+            assert len(inside) == gate.inside <= slots
 
         for step, which in steps:
             if step == "enter":
