@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -89,6 +90,8 @@ class EdmGddRecipe:
     """GDD-I"""
     backbones: Annotated[tuple[Name, ...], Field(max_length=8)] = ()
     """timm's names of the discriminator's feature networks; none: the teacher's own features"""
+    discriminator: Literal["published", "small"] = "small"
+    """GDD's (`dmd2.training.published_discriminator`), or one of our own (`dmd2.training.discriminator`)"""
     r1_gamma: Weight = 1e-4 / 128
     """beside losses that are means; the paper's is beside sums, see below"""
     r1_every: Count = 16
@@ -176,6 +179,7 @@ def _gdd_both(name: str, recipe: EdmGddRecipe) -> dict[str, EdmRecipe]:
     return {f"{name}-gdd": recipe, f"{name}-gdd-i": replace(recipe, freeze=True)}
 
 
+_published_gdd = partial(EdmGddRecipe, freeze=False, discriminator="published")
 VGG = ("vgg16_bn", "tf_efficientnet_lite0")
 DEIT = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
 
@@ -260,17 +264,18 @@ EDM_RECIPES: dict[str, EdmRecipe] = {
     ),
     # GDD (Zheng & Yang 2405.20750, tables 1 to 5). GDD-I's FID: 1.54, 1.23, 0.85, 1.16. The published runs add up the
     # losses of a GPU's images and of the feature networks, but take R1's mean: with 64 images on each GPU (ImageNet:
-    # 128) R1 weighs 1/128 (1/256) of what γ = 1e-4 says. Losses are means here, so γ is divided by that.
+    # 128) R1 weighs 1/128 (1/256) of what γ = 1e-4 says. Losses are means here, so γ is divided by that. Where the
+    # embeddings of classes come from, `dmd2.training.published_discriminator` says.
     # --init: edm-cifar10-32x32-uncond-ve or -cond-ve
-    **_gdd_both("cifar10", EdmGddRecipe(_gdd(5, 256), lr=1e-4, lr_critic=1e-4, freeze=False, backbones=VGG)),
+    **_gdd_both("cifar10", _published_gdd(_gdd(5, 256), lr=1e-4, lr_critic=1e-4, backbones=VGG)),
     # --init: edm-afhqv2-64x64-uncond-ve
-    **_gdd_both("afhqv2", EdmGddRecipe(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, freeze=False, backbones=DEIT)),
+    **_gdd_both("afhqv2", _published_gdd(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, backbones=DEIT)),
     # --init: edm-ffhq-64x64-uncond-ve
-    **_gdd_both("ffhq", EdmGddRecipe(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, freeze=False, backbones=DEIT)),
+    **_gdd_both("ffhq", _published_gdd(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, backbones=DEIT)),
     # --init: edm-imagenet-64x64-cond-adm
     **_gdd_both(
         "imagenet64",
-        EdmGddRecipe(_gdd(10, 512, 5e7), lr=8e-6, lr_critic=4e-5, freeze=False, backbones=DEIT, r1_gamma=1e-4 / 256),
+        _published_gdd(_gdd(10, 512, 5e7), lr=8e-6, lr_critic=4e-5, backbones=DEIT, r1_gamma=1e-4 / 256),
     ),
 }
 
@@ -288,6 +293,8 @@ def edm_conflict(recipe: EdmRecipe) -> str | None:
         return gan_conflict(recipe.gan_generator, recipe.gan_critic)
     if isinstance(recipe, EdmGddRecipe) and recipe.boundary >= levels[-1]:
         return f"boundary={recipe.boundary:g}: expected less than the level in sigmas, {levels[-1]:g}"
+    if isinstance(recipe, EdmGddRecipe) and recipe.discriminator == "published" and not recipe.backbones:
+        return "discriminator=published with backbones=[]: expected timm's networks, or discriminator=small"
     return None
 
 

@@ -1,5 +1,7 @@
 """Projected discriminator (Sauer et al. 2021, Projected GAN, 2111.01007): small heads on frozen features.
 
+A small variant of our own, for runs without pretrained networks; `dmd2.training.published_discriminator` has GDD's.
+
 Pictures are judged by what pretrained, frozen networks see in them, at several scales, mixed by fixed random
 convolutions so that no part of the features can be ignored. Only the heads learn.
 """
@@ -192,12 +194,15 @@ def encoder_levels(network: nn.Module) -> list[nn.Module]:
 
 INPUT_SIDE = 224  # what the pretrained networks were trained at, in pixels
 STRIDES = (4, 8, 16, 32)  # of the four scales (Sauer et al. 2021, sec. 4)
+STRIDES_OF = {"vgg16_bn": (2, 4, 8, 16)}
 # Transformers have one resolution: four depths take the place of four scales (StyleGAN-XL, Sauer et al. 2022).
 TRANSFORMER_LAYERS = {"deit_base_distilled_patch16_224": (2, 5, 8, 11)}
 
 
 class TimmFeatures:
-    """A pretrained network of timm's, frozen, as a backbone. Pictures are enlarged to 224×224.
+    """A pretrained network of timm's, frozen, as a backbone with four maps. Pictures are enlarged to 224×224.
+
+    A transformer's maps are four layers' tokens, all 14×14, without those that stand for no place.
 
     GDD's pairs: vgg16_bn with tf_efficientnet_lite0 for CIFAR-10, deit_base_distilled_patch16_224 with
     tf_efficientnet_lite0 for everything else.
@@ -225,18 +230,14 @@ class TimmFeatures:
         except (RuntimeError, OSError) as error:  # unknown; or its weights cannot be had
             raise UserError(f"discriminator {name}: timm cannot make it ({error})") from error
         self.network = model.to(device).eval().requires_grad_(False)
-        strides = list(model.feature_info.reduction())
-        if depths is None and not set(STRIDES) <= set(strides):
-            raise UserError(f"discriminator {name}: its maps have strides {strides}; expected {STRIDES} among them")
-        self.chosen = range(len(STRIDES)) if depths else [strides.index(stride) for stride in STRIDES]
+        strides, wanted = list(model.feature_info.reduction()), STRIDES_OF.get(name, STRIDES)
+        if depths is None and not set(wanted) <= set(strides):
+            raise UserError(f"discriminator {name}: its maps have strides {strides}; expected {wanted} among them")
+        self.chosen = range(len(wanted)) if depths else [strides.index(stride) for stride in wanted]
         mean, std = (torch.tensor(model.pretrained_cfg[key], device=device) for key in ("mean", "std"))
         self.mean, self.std = mean[:, None, None], std[:, None, None]
 
     def __call__(self, images: Tensor, cond: Cond) -> list[Tensor]:
         large = F.interpolate(images, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear")
         maps = self.network(((large + 1) / 2 - self.mean) / self.std)
-        return [_resized(maps[i].float(), INPUT_SIDE // s) for i, s in zip(self.chosen, STRIDES, strict=True)]
-
-
-def _resized(x: Tensor, side: int) -> Tensor:
-    return x if x.shape[2] == side else F.interpolate(x, size=(side, side), mode="bilinear")
+        return [maps[i].float() for i in self.chosen]

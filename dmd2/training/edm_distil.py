@@ -36,6 +36,7 @@ from dmd2.training.muon import Muon
 from dmd2.training.pairs import Pairs
 from dmd2.training.perceptual import regression_distance
 from dmd2.training.preview import ClassPreview
+from dmd2.training.published_discriminator import PublishedDiscriminator, class_embeddings
 from dmd2.weights import read_manifest
 
 FAKE_SCORE = "fake_score"  # folder beside a run's `model`: DMD2's fake score, in the layout of a teacher
@@ -78,6 +79,7 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
         network.dtype = training_dtype(recipe.precision, device)
     build = {EdmDmdRecipe: _dmd, EdmDmd2Recipe: _dmd2, EdmGddRecipe: _gdd}[type(recipe)]
     parts = _Parts(recipe, sources, teacher, student, fake, device)
+    data = parts.data()  # before feature networks are fetched
     phases = build(parts)
 
     preview = ClassPreview(teacher.config, manifest.class_names)
@@ -117,7 +119,7 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
                 class_names=manifest.class_names,
             )
 
-    return Method(phases, parts.data(), student, sample, None, export)
+    return Method(phases, data, student, sample, None, export)
 
 
 def _student(recipe: EdmDistilRecipe, sources: EdmSources, teacher: Edm, device: torch.device) -> EdmNetwork:
@@ -189,6 +191,8 @@ class _Parts:
                 rows = images.batch(n, recipe.loop.seed, step)
                 real = RgbCodec().encode(images.images(rows).to(self.device))
                 real_cond = ClassCondition(images.one_hot(rows, config.classes).to(self.device))
+            if real_cond is not None and isinstance(recipe, EdmGddRecipe):
+                cond = real_cond  # as published: each class is generated as often as it is shown
             samples = Samples(shape, cond, cond.unconditional(), real, real_cond)
             if pairs is None:
                 return _Step(samples, None)
@@ -230,7 +234,11 @@ def _dmd2(parts: _Parts) -> list[Phase]:
     head, config = None, parts.teacher.config
     if recipe.gan_critic > 0:
         side = config.resolution >> (len(config.channel_mult) - 1)
-        head = ClassifierHead(config.model_channels * config.channel_mult[-1], side).to(parts.device)
+        channels = config.model_channels * config.channel_mult[-1]
+        if channels % 32 or channels < 64:
+            expected = "expected a multiple of 32, at least 64, for a GAN's head; or gan_generator=0, gan_critic=0"
+            raise UserError(f"--init {parts.sources.teacher}: has {channels} channels in its middle; {expected}")
+        head = ClassifierHead(channels, side).to(parts.device)
     critic = nn.ModuleDict({"network": parts.fake} | ({"head": head} if head else {}))
     return dmd2_phases(
         parts.networks(head),
@@ -250,13 +258,14 @@ def _gdd(parts: _Parts) -> list[Phase]:
         backbones = [DenoiserFeatures(parts.teacher, encoder_levels(parts.teacher.network))]
     example = torch.zeros(1, config.channels, config.resolution, config.resolution, device=parts.device)
     cond = ClassCondition(torch.zeros(1, config.classes, device=parts.device))
-    discriminator = ProjectedDiscriminator(
-        backbones,
-        example,
-        cond,
-        classes=config.classes,
-        labels_of=(lambda c: c.labels) if config.classes else None,
-    ).to(parts.device)
+    labels_of = (lambda c: c.labels) if config.classes else None
+    discriminator: nn.Module
+    if recipe.discriminator == "published":
+        rows = class_embeddings(config.classes) if config.classes else None
+        discriminator = PublishedDiscriminator(backbones, example, cond, embeddings=rows, labels_of=labels_of)
+    else:
+        discriminator = ProjectedDiscriminator(backbones, example, cond, classes=config.classes, labels_of=labels_of)
+    discriminator.to(parts.device)
     return gdd_phases(
         parts.denoiser(parts.student),
         discriminator,

@@ -11,16 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from dmd2.edm import ClassCondition
-from dmd2.edm_recipes import EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
-from dmd2.edm_weights import load_edm
+import dmd2.training.edm_distil
+from dmd2.edm import ClassCondition, EdmNetwork
+from dmd2.edm_recipes import EDM_RECIPES, EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
+from dmd2.edm_weights import load_edm, save_edm
 from dmd2.errors import UserError
 from dmd2.training.edm_distil import EdmSources, distil_edm
 from dmd2.training.loop import Batch, LoopSettings, train, training_step
 from dmd2.training.methods import build_method
 from dmd2.training.pairs import make_pairs
+from dmd2.training.published_discriminator import PublishedDiscriminator
 from dmd2.weights import read_manifest
-from tests.training.pixels import same_weights, write_set, write_teacher
+from tests.training.pixels import CONFIG, same_weights, write_set, write_teacher
+from tests.training.test_published_discriminator import Maps
 
 CPU = torch.device("cpu")
 LOOP = LoopSettings(iterations=4, batch_size=4, sample_every=100)
@@ -135,6 +138,38 @@ def test_a_run_can_go_on_from_a_student(sources: EdmSources, tmp_path: Path) -> 
         distil_edm(resumed, replace(sources, student=sources.teacher), CPU)
     with pytest.raises(UserError, match="expected the teacher"):
         distil_edm(RECIPES["dmd2"], replace(sources, teacher=student), CPU)
+
+
+def test_gdd_generates_the_classes_that_it_shows(sources: EdmSources) -> None:
+    """As the published runs do; DMD2 draws its own."""
+    for name, same in (("gdd", True), ("dmd2-gan", False)):
+        steps = [distil_edm(RECIPES[name], sources, CPU).data(step).samples for step in range(6)]
+        assert all(torch.equal(s.cond.labels, s.real_cond.labels) for s in steps) == same
+
+
+def test_the_recipe_says_which_discriminator(sources: EdmSources, monkeypatch: pytest.MonkeyPatch) -> None:
+    gdd = {name: recipe for name, recipe in EDM_RECIPES.items() if isinstance(recipe, EdmGddRecipe)}
+    assert {name for name, recipe in gdd.items() if recipe.discriminator == "small"} == {
+        "cifar10-small-gdd",
+        "cifar10-small-gdd-i",
+    }
+    assert all(bool(recipe.backbones) == (recipe.discriminator == "published") for recipe in gdd.values())
+
+    monkeypatch.setattr(dmd2.training.edm_distil, "TimmFeatures", lambda name, device: Maps(name))
+    monkeypatch.setattr(dmd2.training.edm_distil, "class_embeddings", lambda classes: torch.eye(classes, 5))
+    names = ("vgg16_bn", "tf_efficientnet_lite0")
+    published = replace(RECIPES["gdd"], discriminator="published", backbones=names)
+    method = distil_edm(published, sources, CPU)
+    critic = next(phase.module for phase in method.phases if phase.name == "discriminator")
+    assert isinstance(critic, PublishedDiscriminator) and len(critic.branches) == 2
+    assert critic.embeddings is not None and critic.embeddings.shape == (2, 5)
+
+
+def test_a_teacher_too_narrow_for_a_gan_is_one_line(sources: EdmSources, tmp_path: Path) -> None:
+    narrow = CONFIG.model_copy(update={"model_channels": 8})
+    save_edm(tmp_path / "narrow", EdmNetwork(narrow), name="narrow", licence="none", recipe={})
+    with pytest.raises(UserError, match=r"--init .*narrow: has 16 channels in its middle; expected a multiple of 32"):
+        distil_edm(RECIPES["dmd2-gan"], replace(sources, teacher=tmp_path / "narrow"), CPU)
 
 
 def test_gdd_at_its_boundary_is_the_identity(sources: EdmSources) -> None:
