@@ -117,6 +117,13 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
                 licence=manifest.licence,
                 recipe=asdict(recipe),
                 class_names=manifest.class_names,
+                card=model_card(
+                    "fake score",
+                    manifest.licence,
+                    f"The score of what the student in `model` beside it generates, which began as "
+                    f"{name_of(sources.teacher)}. A recipe that resumes the student goes on with it.",
+                    recipe,
+                ),
             )
 
     return Method(phases, data, student, sample, None, export)
