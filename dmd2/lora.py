@@ -47,6 +47,10 @@ class Lora:
         return any(part != "unet" for part, _ in self.layers)
 
 
+_STABILITYS = re.compile(r"(?:input_blocks|middle_block|output_blocks)_")
+_STABILITYS_OTHERS = re.compile(r"time_embed_|label_emb_|out_[02]$")
+_DIFFUSERS = re.compile(r"(?:down_blocks|mid_block|up_blocks)_")
+
 Loras = Sequence[tuple[Lora, float]]
 """with the scale of each"""
 
@@ -159,11 +163,12 @@ def _scalar(name: str, key: str, value: Tensor) -> float:
 
 def _drop_second_names(found: dict[Layer, tuple[str, Factors]]) -> list[str]:
     """Of a file with both Stability's and diffusers' names of blocks the former go, as in diffusers' loader."""
-    stabilitys = [key for key in found if re.match(r"(?:input_blocks|middle_block|output_blocks)_", key[1])]
-    if any(part == "unet" and re.match(r"(?:down_blocks|mid_block|up_blocks)_", layer) for part, layer in found):
-        for key in stabilitys:
-            del found[key]
-        return [layer for _, layer in stabilitys]
+    layers = [layer for part, layer in found if part == "unet"]
+    if any(map(_STABILITYS.match, layers)) and any(map(_DIFFUSERS.match, layers)):
+        stabilitys = [layer for layer in layers if _STABILITYS.match(layer) or _STABILITYS_OTHERS.match(layer)]
+        for layer in stabilitys:
+            del found["unet", layer]
+        return stabilitys
     return []
 
 

@@ -388,9 +388,7 @@ def test_extras_are_skipped_and_named(
     with pytest.raises(UserError, match=r"holds nothing: bundle_emb\.mine is no name of a LoRA"):
         read_lora(saved(tmp_path / "x.safetensors", {"bundle_emb.mine": torch.zeros(2)}))
     both = spelled(pairs, "unet", "lora_unet_{flat}.lora_{which}.weight down|up", stability) | state
-    assert (
-        len(read_lora(saved(tmp_path / "x.safetensors", both)).layers) == len(UNET_LAYERS) + 4
-    )  # those outside blocks
+    assert len(read_lora(saved(tmp_path / "x.safetensors", both)).layers) == len(UNET_LAYERS)
 
 
 def test_a_layer_twice_is_refused(networks: Networks, pairs: dict[str, Pairs], tmp_path: Path) -> None:
