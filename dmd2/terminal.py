@@ -31,6 +31,18 @@ class Terminal:
     def flush(self) -> None:
         self.write("")
 
+    def fileno(self) -> int:
+        """For tqdm, which asks it how wide the terminal is. Raises OSError or ValueError if there is none."""
+        if self.stream is None:
+            raise OSError("no such stream")
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        try:
+            return os.isatty(self.fileno())
+        except (OSError, ValueError, AttributeError):
+            return False
+
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, OSError) or isinstance(error, BlockingIOError) or self.stream is None:
             return

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd2.errors import UserError
+from dmd2.errors import UserError, shown
 from dmd2.fileio import atomic_path
 from dmd2.ranges import Amount, Count, Decay, Seed, Steps
 from dmd2.terminal import say
@@ -148,7 +148,8 @@ def train(
             kept = (
                 "its checkpoint is whole: --resume goes on from there" if checkpoints.exist() else "nothing is kept"
             )
-            raise UserError(f"{error.filename or out}: {error.strerror or error}; {kept}") from error
+            where, what = shown(error.filename or out, 300), shown(error.strerror or error)
+            raise UserError(f"{where}: {what}; {kept}") from error
 
 
 class _Run:
@@ -198,10 +199,11 @@ class _Run:
 
     def _step(self, step: int) -> Logs:
         settings = self.settings
-        batches = [
-            Batch(step, self.method.data(part), torch.Generator().manual_seed(_mix(settings.seed, part)))
-            for part in range(step * settings.accumulate, (step + 1) * settings.accumulate)
-        ]
+        batches = []
+        for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+            seed = _mix(settings.seed, part)
+            torch.manual_seed(_mix(seed, 0))  # for data that are drawn without a generator of their own
+            batches.append(Batch(step, self.method.data(part), torch.Generator().manual_seed(seed)))
         figures = training_step(self.method.phases, batches[0], settings, batches[1:], self.networks)
         if self.average:
             self.average.update(step)
