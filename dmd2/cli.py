@@ -450,7 +450,8 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """The console script: a `UserError` is one line on stderr and exit status 2."""
+    """The console script: a `UserError` is one line on stderr and exit status 2; so is a file's or a disk's error."""
+    from dmd2.errors import shown
     from dmd2.terminal import Terminal, occupy_standard_streams
 
     occupy_standard_streams()
@@ -458,6 +459,10 @@ def main() -> None:
         app()
     except UserError as error:
         Terminal(sys.stderr).write(f"dmd2: {error}\n")
+        sys.exit(2)
+    except OSError as error:  # a full disk, a file that went away; a broken pipe ends in status 1 by itself
+        where = f"{shown(error.filename, 300)}: " if error.filename else ""
+        Terminal(sys.stderr).write(f"dmd2: {where}{shown(error.strerror or error)}\n")
         sys.exit(2)
 
 

@@ -157,6 +157,25 @@ def test_train_refuses(
     assert named in refused(monkeypatch, capsys, "train", *arguments, *given)
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "dmd2: No space left on device\n"),
+        (OSError(30, "Read-only file system", "/a\nb"), "dmd2: /a b: Read-only file system\n"),
+        (OSError("something else"), "dmd2: something else\n"),
+    ],
+)
+def test_an_error_of_a_disk_is_one_line_whatever_the_command(
+    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dmd2.training.pairs.make_pairs", fail)
+    assert run(monkeypatch, "pairs", "weights", "out", "--device", "cpu") == 2
+    assert capsys.readouterr().err == line
+
+
 def test_train_refuses_a_zip_that_it_cannot_read(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

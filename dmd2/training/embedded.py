@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WINDOW = 32  # tokens; the longest caption of the data has about half of that
+END = "</w>"  # CLIP's mark of a word's end
 TEXT_WIDTH = 128
 TIME_ID_WIDTH = 32
 
 
 def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs are merged until each of `words` is one token; others fall into pieces."""
-    trainer = trainers.BpeTrainer(
-        vocab_size=49408,  # CLIP's own: never reached
-        min_frequency=1,
-        show_progress=False,
-        special_tokens=[],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-    )
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.train_from_iterator(sorted(set(words)), trainer)
-    learned = json_of(bpe)
+    """A CLIP tokenizer whose byte pairs are merged until each of `words` is one token; others fall into pieces.
+
+    The same words give the same tokens in every process, which a run that goes on relies on. (The trainer of the
+    `tokenizers` package breaks ties by the order of a hash table that is seeded anew each time.)
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [tuple(pair) for pair in learned["merges"]]
-    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *("".join(pair) for pair in merges)]
+    merges = _merges(sorted({word.lower() for word in words}))
+    tokens = [*alphabet, *(f"{c}{END}" for c in alphabet), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=WINDOW)
 
 
-def json_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The learned model of a `tokenizers` BPE tokenizer: {"vocab": …, "merges": …}."""
-    import json
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte pair encoding (Sennrich et al. 2016, algorithm 1): the most frequent pair first, ties by alphabet."""
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = [
+        [*spelled[:-1], f"{spelled[-1]}{END}"] for word in words for spelled, _ in to_bytes.pre_tokenize_str(word)
+    ]
+    counts: Counter[tuple[str, str]] = Counter(pair for parts in pieces for pair in pairwise(parts))
+    where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for i, parts in enumerate(pieces):
+        for pair in pairwise(parts):
+            where[pair].add(i)
+    merges = []
+    while counts:
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for i in where.pop(best):
+            for pair in pairwise(pieces[i]):
+                counts[pair] -= 1
+                if not counts[pair]:
+                    del counts[pair]
+            pieces[i] = _merged(pieces[i], best)
+            for pair in pairwise(pieces[i]):
+                counts[pair] += 1
+                where[pair].add(i)
+    return merges
 
-    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
-    return model
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    rest = iter(range(len(parts)))
+    for i in rest:
+        if tuple(parts[i : i + 2]) == pair:
+            merged.append("".join(pair))
+            next(rest, None)
+        else:
+            merged.append(parts[i])
+    return merged
 
 
 def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:

@@ -585,6 +585,7 @@ def test_checkpoints_of_a_folder_without_any(tmp_path: Path) -> None:
 
 
 def dropping(settings: LoopSettings) -> Method:
+    """Draws from the global generator in its network and in its data."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
 
@@ -593,7 +594,7 @@ def dropping(settings: LoopSettings) -> Method:
 
     return Method(
         [Phase("only", 1, module, torch.optim.Adam(module.parameters(), 1e-2), loss)],
-        data=lambda part: torch.randn(8, 4, generator=torch.Generator().manual_seed(part)),
+        data=lambda part: torch.randn(8, 4),
         averaged=module,
     )
 
@@ -603,8 +604,10 @@ def test_resuming_with_dropout_is_bit_identical(accumulate: int, tmp_path: Path)
     settings = replace(SHORT, iterations=5, accumulate=accumulate)
     assert train(dropping(settings), settings, tmp_path / "whole")
     assert not train(stop_at(dropping(settings), 2 * accumulate), settings, tmp_path / "run")
+    method = dropping(settings)
     torch.manual_seed(12345)
-    assert train(dropping(settings), settings, tmp_path / "run", resume=True)
+    assert train(method, settings, tmp_path / "run", resume=True)
+    assert len({tuple(line.values()) for line in log(tmp_path / "run")}) == 5
     assert_same_runs(tmp_path / "whole", tmp_path / "run")
 
 
@@ -675,3 +678,11 @@ def test_streams_that_came_closed_are_not_taken_by_files(tmp_path: Path) -> None
     command = ["sh", "-c", '"$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, code, str(tmp_path / "file")]
     assert subprocess.run(command, check=False, cwd=Path(__file__).parents[2], timeout=600).returncode == 0
     assert (tmp_path / "file").read_text() == "content"
+
+
+def test_a_terminal_knows_its_width_and_what_it_is(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        assert Terminal(file).fileno() == file.fileno() and not Terminal(file).isatty()
+    assert not Terminal(file).isatty() and not Terminal(None).isatty()
+    with pytest.raises(OSError, match="no such stream"):
+        Terminal(None).fileno()
