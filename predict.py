@@ -55,7 +55,7 @@ class Predictor(BaseRunner):
             default=None,
         ),
         mask: Optional[Path] = Input(
-            description="As large as image: where it is light, image is painted anew; elsewhere it keeps its pixels.",
+            description="Light, or a hole in an opaque picture, where image is painted anew. Resized to image.",
             regex=r"^(https://|data:)",
             default=None,
         ),

@@ -69,7 +69,7 @@ def generate(
     num_outputs: Annotated[int, typer.Option(help="Pictures for each prompt; image i uses seed + i.")] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; the weights' own unless given.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to begin with; gives the ratio unless --size.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="As large as --image; light where to paint anew.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Light, or a hole, where to paint --image anew.")] = None,
     prompt_strength: Annotated[float, typer.Option(help="How much of --image goes; 1 is all of it.")] = 0.8,
     lora: Annotated[
         list[str] | None,

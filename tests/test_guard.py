@@ -7,19 +7,15 @@ import contextlib
 import io
 import ipaddress
 import socket
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from PIL import Image
 
 import dmd2.guard
 from dmd2.errors import UserError
-from dmd2.given import MOST_BYTES, fitted, fitted_mask, read_picture
 from dmd2.guard import REDIRECTS, Address, Guard, Patience, is_public, look_up
 
 LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
@@ -347,71 +343,3 @@ def test_data_urls() -> None:
     for length in (10_001, 100_000):
         with pytest.raises(UserError, match="image: larger than"):
             fetch(f"data:;base64,{base64.b64encode(bytes(length)).decode()}")
-
-
-# Pictures
-
-
-def png(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of many black pixels in few bytes; only its head is whole."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1_000_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize(("width", "height"), [(10_000, 8_000), (30_000, 30_000), (1, 2**31 - 1)])
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_decompression_bomb_is_an_error_before_it_is_unpacked(width: int, height: int) -> None:
-    with pytest.raises(UserError, match=r"image: .*expected at most 50 million pixels"):
-        read_picture(bomb(width, height), "image")
-
-
-def test_what_is_no_picture_or_a_damaged_one() -> None:
-    whole = png(Image.effect_noise((64, 64), 50).convert("RGB"))
-    with pytest.raises(UserError, match="mask: a damaged picture"):
-        read_picture(whole[: len(whole) // 2], "mask")
-    for data in (b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", png(Image.new("L", (8, 8)), "TIFF")):
-        with pytest.raises(UserError, match="image: no picture; expected PNG, JPEG, WEBP"):
-            read_picture(data, "image")
-    with pytest.raises(UserError, match="image: larger than 32 MB"):
-        read_picture(bytes(MOST_BYTES + 1), "image")
-
-
-def test_pictures_are_upright_opaque_and_of_three_channels() -> None:
-    half = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
-    half.paste((0, 0, 255, 255), (0, 0, 4, 4))
-    found = read_picture(png(half), "image")
-    assert found.mode == "RGB" and found.getpixel((0, 0)) == (0, 0, 255) and found.getpixel((7, 0)) == (255,) * 3
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
-    turned = read_picture(png(Image.new("RGB", (8, 4)), "JPEG", exif=exif), "image")
-    assert turned.size == (4, 8)
-    for mode in ("L", "P", "1", "LA", "I;16"):
-        assert read_picture(png(Image.new(mode, (8, 8))), "image").mode == "RGB"
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    first = read_picture(png(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), "image")
-    assert first.getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_pictures_are_scaled_and_cut_not_stretched() -> None:
-    wide = Image.new("RGB", (64, 32), "red")
-    wide.paste("blue", (16, 0, 48, 32))
-    square = fitted(wide, (16, 16))
-    assert square.shape == (3, 16, 16) and square[2].min() > 200  # the blue square in the middle
-    assert fitted(wide, (64, 32)).tolist() == fitted(wide.copy(), (64, 32)).tolist()
-    mask = Image.new("L", (64, 32))
-    mask.paste(255, (16, 0, 32, 32))
-    cut = fitted_mask(mask, (16, 16))
-    assert cut.shape == (16, 16) and cut[:, :8].all() and not cut[:, 8:].any()
-    assert fitted_mask(Image.new("L", (4, 4), 127), (4, 4)).any().item() is False
-    assert fitted_mask(Image.new("L", (4, 4), 128), (4, 4)).all().item() is True

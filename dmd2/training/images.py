@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 import zlib
@@ -13,19 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dmd2.errors import UserError
+from dmd2.image_file import ImageFile, Role
 
 LABELS_FILE = "dataset.json"
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 IN_MEMORY_BYTES = 6 * 2**30  # larger sets (ImageNet-64: 15 GB) are decoded anew, batch by batch
 
-_BROKEN = (
-    *(OSError, EOFError, zipfile.BadZipFile, zlib.error, UnidentifiedImageError, NotImplementedError, ValueError),
-    Image.DecompressionBombError,
-)
+_BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,11 @@ class ImageSet:
 
     def _decode(self, name: str, resolution: int | None) -> Tensor:
         try:
-            with Image.open(io.BytesIO(self._files.read(name))) as file:
-                picture = file.convert("RGB")
-                pixels = np.array(_fitted(picture, resolution) if self.fit and resolution else picture)
+            data = self._files.read(name)
         except _BROKEN as error:
             raise UserError(f"{self.path}: {name}: unreadable ({_reason(error)})") from error
+        image = ImageFile.read(data, f"{self.path}: {name}", Role.TRAINING, FORMATS)
+        pixels = np.array(image.decode((resolution, resolution) if self.fit and resolution else None))
         height, width, _ = pixels.shape
         if height != width or resolution not in (None, width):
             side = f"{resolution}x{resolution}" if resolution else "square"
@@ -140,16 +137,6 @@ class ImageSet:
             if classes and not 0 <= by_name[name] < classes:
                 raise UserError(f"{where}: {name} is of class {by_name[name]}; expected 0 to {classes - 1}")
         return torch.tensor([by_name[name] for name in self._files.names])
-
-
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """The central square, `side` pixels wide."""
-    width, height = picture.size
-    short = min(width, height)
-    left, top = (width - short) // 2, (height - short) // 2
-    if (width, height) == (side, side):
-        return picture
-    return picture.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + short, top + short))
 
 
 def _zip(path: Path) -> _Files:
