@@ -60,9 +60,7 @@ class BriefFormatter(logging.Formatter):
 
 def shown(text: object, most: int = 200) -> str:
     """What a file or a stranger says, for a message: printable, on one line, `most` characters at most."""
-    start = str(text)[: most + 1]
-    line = "".join(c if c.isprintable() else " " for c in start)
-    return line if len(line) <= most else line[: most - 1] + "…"
+    return one_line(text, most)
 
 
 def first_error(error: ValidationError) -> str:

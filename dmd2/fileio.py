@@ -91,7 +91,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if len(data) > MOST_JSON:
         raise UserError(f"{path}: larger than {MOST_JSON // 1_000_000} MB; expected a small JSON file")
     try:
-        content = json.loads(data.decode("utf-8-sig"))
+        content = json.loads(data.decode("utf-8-sig"), parse_int=_int)
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; expected a JSON object") from None
     except ValueError as error:
@@ -99,6 +99,13 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
     return content
+
+
+def _int(digits: str) -> int:
+    """Of a JSON file. Larger ones would not go into a float."""
+    if len(digits) > 100:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def sha256_file(path: Path) -> str:

@@ -5,10 +5,12 @@ diffusers' and transformers' own loaders are lenient (a key that is missing is d
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,16 @@ def check_network(kind: Any, path: Path, *, half: bool = False) -> None:
     """Raises UserError where `load_network` would, but for damage within tensors. Reads headers only."""
     network, files = _described(kind, path, half)
     shapes: dict[str, Sequence[int]] = {}
+    floats: dict[str, bool] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+                shapes |= {key: part.get_shape() for key, part in slices.items()}
+                floats |= {key: part.get_dtype().startswith(("F", "BF")) for key, part in slices.items()}
         except SafetensorError as error:
             raise UserError(f"{file}: not a whole safetensors file ({shown(error)})") from None
-    fit(network, files[0], shapes)
+    expect_floats(network, files[0], {name: floats[key] for name, key in fit(network, files[0], shapes).items()})
 
 
 def _described(kind: Any, path: Path, half: bool = False) -> tuple[Any, list[Path]]:
@@ -123,6 +128,7 @@ def build_network(kind: Any, config: Path, settings: Mapping[str, Any] | None = 
     """
     settings = dict(read_object(config) if settings is None else settings)
     check_counts(config, settings)
+    _check_types(config, settings, getattr(kind, "config_class", kind))
     try:
         # Parameters only: buffers that are in no file (CLIP's position_ids) keep the values they are made with.
         with init_empty_weights(include_buffers=False):
@@ -131,6 +137,32 @@ def build_network(kind: Any, config: Path, settings: Mapping[str, Any] | None = 
             return kind.from_config(settings)
     except Exception as error:  # of any kind: what the libraries raise for wrong types and values
         raise UserError(f"{config}: describes no {kind.__name__} ({shown(error)})") from error
+
+
+def _check_types(config: Path, settings: Mapping[str, Any], described: Any) -> None:
+    """Raises UserError unless settings are of the types that the class's signature has for them.
+
+    The libraries look at few of them, and fail when the network runs.
+    """
+    for name, parameter in signature(described).parameters.items():
+        value, default, allowed = settings.get(name), parameter.default, str(parameter.annotation)
+        if name not in settings or (value is None and ("None" in allowed or default is None)):
+            continue
+        if isinstance(value, list) and ("tuple" in allowed or "list" in allowed) and not name.endswith("_id"):
+            continue
+        lowest = -1 if name.endswith("_id") else 0
+        match default:
+            case bool():
+                fine, expected = isinstance(value, bool), "true or false"
+            case int() | float():
+                fine = isinstance(value, int | float) and math.isfinite(value) and value >= lowest
+                expected = f"a number of at least {lowest}"
+            case str():
+                fine, expected = isinstance(value, str), "text"
+            case _:
+                continue
+        if not fine:
+            raise UserError(f"{config}: {name}: {shown(value)}; expected {expected}")
 
 
 def check_counts(config: Path, settings: Mapping[str, Any]) -> None:
@@ -155,10 +187,15 @@ def _read(network: nn.Module, files: Sequence[Path], device: torch.device, dtype
             tensors = {name: _placed(where[key].get_tensor(key), device, dtype) for name, key in keys.items()}
     except SafetensorError as error:
         raise UserError(f"{files[0]}: not a whole safetensors file ({shown(error)})") from None
-    for name, wanted in network.state_dict().items():
-        if tensors[name].is_floating_point() != wanted.is_floating_point():
-            raise UserError(f"{files[0]}: {name}: {tensors[name].dtype}; expected floats (not quantized weights)")
+    expect_floats(network, files[0], {name: tensor.is_floating_point() for name, tensor in tensors.items()})
     return tensors
+
+
+def expect_floats(network: nn.Module, path: Path, floats: Mapping[str, bool]) -> None:
+    """Raises UserError where a file has integers (of whatever quantization) for a network's floats."""
+    for name, wanted in network.state_dict().items():
+        if wanted.is_floating_point() and not floats[name]:
+            raise UserError(f"{path}: {name}: integers; expected floats (quantized weights are not read)")
 
 
 def fit(network: nn.Module, path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -169,7 +206,8 @@ def fit(network: nn.Module, path: Path, shapes: Mapping[str, Sequence[int]]) -> 
     """
     wanted = network.state_dict()
     derived = {name for name, _ in network.named_buffers()} - wanted.keys()
-    keys = {_today(key, wanted.keys() | derived): key for key in shapes}
+    known = wanted.keys() | derived
+    keys = {_today(key, known): key for key in shapes}
     # Older versions of a library stored what newer ones derive.
     keys = {name: key for name, key in keys.items() if name not in derived}
     found = {name: tuple(shapes[key]) for name, key in keys.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from dmd2.configs import Schedule, read_unet_config, read_vae_config
 from dmd2.errors import UserError, shown
 from dmd2.fileio import atomic_text, read_object
-from dmd2.loading import build_network, fit
+from dmd2.loading import build_network, expect_floats, fit
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -104,7 +104,9 @@ class SingleFile:
         except (KeyError, AttributeError, IndexError, TypeError) as error:  # of what is missing, or of another shape
             raise UserError(f"{self.path}: {prefix}*: not SDXL's {name}: {shown(error)}") from error
         renamed.pop("logit_scale", None)  # of CLIP's training
-        keys = fit(network, Path(f"{self.path}: {prefix}*"), {key: value.shape for key, value in renamed.items()})
+        where = Path(f"{self.path}: {prefix}*")
+        keys = fit(network, where, {key: value.shape for key, value in renamed.items()})
+        expect_floats(network, where, {key: renamed[old].is_floating_point() for key, old in keys.items()})
         return {key: renamed[old].contiguous() for key, old in keys.items()}
 
     def write_configs(self, folder: Path) -> None:

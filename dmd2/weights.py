@@ -252,9 +252,12 @@ def load_text_to_image(
             check(name)
             file = folder / name / "model.safetensors"
             encoders.append(load_network(getattr(transformers, kind), file, placement.host(device), dtype))
-            window, most = words[len(encoders) - 1].model_max_length, encoders[-1].config.max_position_embeddings
+            config, words_of = encoders[-1].config, words[len(encoders) - 1]
+            window, most = words_of.model_max_length, config.max_position_embeddings
             if not 3 <= window <= most:
-                raise UserError(f"{folder}: a tokenizer of {window:g} tokens; {name} takes 3 to {most}")
+                raise UserError(f"{folder}: a tokenizer of {shown(window, 20)} tokens; {name} takes 3 to {most}")
+            if len(words_of) > config.vocab_size:
+                raise UserError(f"{folder}: a tokenizer of {len(words_of)} words; {name} knows {config.vocab_size}")
             placement.settle(name, encoders[-1])
         check(vae)
         decoder = load_vae(folder / vae, placement.host(device), dtype)
@@ -277,9 +280,13 @@ def load_tokenizer(folder: Path) -> Any:
     if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: has neither vocab.json nor tokenizer.json; expected CLIP's tokenizer there")
     try:
-        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        numbers = [tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     except Exception as error:  # of any kind: tokenizers raises plain ones
         raise UserError(f"{folder}: no tokenizer of CLIP's, or a damaged one ({shown(error)})") from error
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise UserError(f"{folder}: lacks the tokens that pad, begin or end a text, or its window (model_max_length)")
+    return tokenizer
 
 
 def load_denoisers(

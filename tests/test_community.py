@@ -158,6 +158,10 @@ def test_what_is_missing_or_does_not_fit_is_named_and_nothing_is_left(
     assert "8 input (InstructPix2Pix) and 4 output channels" in refused(copy)
     config.write_text(config.read_text().replace('"in_channels": 8', '"in_channels": 9'))
     assert "has conv_in.weight as 32x4x3x3 instead of 32x9x3x3" in refused(copy)  # before anything is copied
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "quantized"))
+    state = load_file(copy / "unet" / UNET_FILE)
+    save_file(state | {"conv_in.bias": state["conv_in.bias"].to(torch.int8)}, copy / "unet" / UNET_FILE)
+    assert "conv_in.bias: integers; expected floats (quantized weights are not read)" in refused(copy)
     copy = Path(shutil.copytree(checkpoint, tmp_path / "no-tokenizer"))
     shutil.rmtree(copy / "tokenizer")
     assert f"{copy / 'tokenizer'}: missing" in refused(copy)

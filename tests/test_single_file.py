@@ -282,6 +282,10 @@ def without(prefix: str) -> Callable[[State], State]:
             lambda s: s | {"conditioner.embedders.1.model.text_projection": torch.tensor(1.0)},
             r"conditioner\.embedders\.1\.model\.\*: not SDXL's text_encoder_2",
         ),
+        (
+            lambda s: s | {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)},
+            "conv_out.bias: integers; expected floats",
+        ),
         (lambda s: {"x" * 9_000_000: torch.zeros(1)}, r"holds no model\.diffusion_model\.\*"),
         (lambda s: {}, r"\(but nothing\)"),
     ],

@@ -326,6 +326,34 @@ def test_hostile_json_of_text_models_is_one_line(weights: Path, tmp_path: Path, 
     refuses_hostile_json(weights, tmp_path, name, kind)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("unet/config.json", {"norm_eps": "small"}),
+        ("unet/config.json", {"freq_shift": None}),
+        ("unet/config.json", {"flip_sin_to_cos": 7}),
+        ("vae/config.json", {"act_fn": 3}),
+        ("vae/config.json", {"scaling_factor": 10**99}),
+        ("text_encoder/config.json", {"num_attention_heads": -1}),
+        ("text_encoder_2/config.json", {"layer_norm_eps": float("nan")}),
+        ("text_encoder/config.json", {"eos_token_id": []}),
+        ("text_encoder/config.json", {"vocab_size": 100}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": None}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 10**99}),
+        ("tokenizer_2/tokenizer_config.json", {"eos_token": "a new one"}),
+    ],
+)
+def test_settings_of_wrong_types_are_one_line_before_anything_is_drawn(
+    copy: Path, name: str, change: dict[str, Any]
+) -> None:
+    (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | change))
+    write_manifest(copy, read_manifest(copy))
+    with pytest.raises(UserError) as error:
+        load_text_to_image(copy, ["unet"], CPU, torch.float32)
+    assert str(error.value).startswith(str(copy)) and str(error.value).isprintable()
+
+
 def refuses_hostile_json(weights: Path, tmp_path: Path, name: str, kind: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(weights, copy, copy_function=os.link)  # of which one is replaced
