@@ -44,6 +44,7 @@ CANCEL = re.compile(rf"/predictions/({ID})/cancel")
 BUSY = re.compile(r"Prediction failed: (?:Async prediction failed: )?Busy: (.*)", re.DOTALL)
 """how Cog words the exception that dmd2.batcher raises when its queue is full"""
 MOST_TEXT = 500  # characters of a message
+MOST_CONTEXT = 1 << 16  # bytes; Cog loses a slot for good by 8 MB, which it would take as an input
 MOST_JUDGED = 1 << 16  # bytes of an answer that may be a refusal; pictures are larger
 MOST_KNOWN = 1000  # ids of predictions whose end nobody waited for
 LINGER = 5.0  # seconds for which what a refused client still sends is thrown away, so that it can read why
@@ -124,12 +125,18 @@ def _webhook(url: str) -> str:
     return url
 
 
+def _context(context: dict[str, Any]) -> dict[str, Any]:
+    if len(to_json(context)) > MOST_CONTEXT:
+        raise ValueError(f"expected at most {MOST_CONTEXT} bytes")
+    return context
+
+
 class Prediction(BaseModel, strict=True):
     """The body of a request: all that Cog understands, and nothing else."""
 
     id: Annotated[str, StringConstraints(pattern=rf"^{ID}\z")] | None = None
     input: dict[str, Any] = {}
-    context: dict[str, Any] | None = None
+    context: Annotated[dict[str, Any], AfterValidator(_context)] | None = None
     webhook: Annotated[str, StringConstraints(max_length=2000), AfterValidator(_webhook)] | None = None
     webhook_events_filter: list[Literal["start", "output", "logs", "completed"]] | None = None
 

@@ -167,6 +167,18 @@ def test_only_starts_in_a_row_that_never_became_ready_end_it(ends: list[tuple[bo
         assert pause == max(0, failed - 1)
 
 
+def test_a_server_that_was_seen_ready_between_two_checks_was_ready(tmp_path: Path) -> None:
+    """As by a client who asks more often than the supervisor, and then kills it."""
+    supervisor = Supervisor(["unused"], tmp_path, {}, "127.0.0.1", 0)
+    supervisor.address = ("127.0.0.1", 5)
+    supervisor.note(("127.0.0.1", 4), {"status": "READY"})  # of the server before
+    supervisor.note(("127.0.0.1", 5), {"status": "STARTING"})
+    assert not supervisor.noted_ready
+    supervisor.note(("127.0.0.1", 5), {"status": "READY"})
+    supervisor.note(("127.0.0.1", 5), {"status": "UNHEALTHY"})
+    assert supervisor.noted_ready and supervisor.health == {"status": "UNHEALTHY"}
+
+
 # Servers that are only commands
 
 
