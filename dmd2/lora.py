@@ -28,6 +28,8 @@ LARGEST_SCALE = 4.0
 LARGEST_HEADER = 20_000_000
 """bytes of a file's list of tensors and metadata"""
 MOST_TENSORS = 20_000
+LONGEST_NAME = 500
+"""characters, of a tensor"""
 PEFTS_FILE = "adapter_model.safetensors"
 SETTINGS_FILE = "adapter_config.json"
 """PEFT's, beside its file; beside STEM.safetensors `STEM.adapter_config.json` comes first"""
@@ -84,11 +86,12 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
             keys = list(file.keys())
             if len(keys) > MOST_TENSORS:
                 raise UserError(f"LoRA {name}: {len(keys)} tensors; expected at most {MOST_TENSORS}")
-            of_peft = any(map(is_pefts, keys))
             beside = settings_of(path)
             settings = read_settings(read_object(beside), f"LoRA {name}: {SETTINGS_FILE}") if beside else None
             encoder = ((settings and settings.auto_mapping) or {}).get("base_model_class")
             text_part = "text_encoder_2" if encoder == "CLIPTextModelWithProjection" else "text_encoder"
+            if (longest := max(map(len, keys), default=0)) > LONGEST_NAME:
+                raise UserError(f"LoRA {name}: a name of {longest} characters; expected at most {LONGEST_NAME}")
             for key in keys:
                 parsed = parse(name, key, text_part)
                 if parsed is None:
@@ -118,7 +121,12 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
         if fault := factors.fault():
             raise UserError(f"LoRA {name}: {part} {shown(layer, MOST_QUOTED)}: {fault}")
     _apply_settings(name, metadata, settings, found)
-    if of_peft and beside is None and not metadata and all(f.alpha is None for _, f in found.values()):
+    if (
+        beside is None
+        and any(map(is_pefts, keys))
+        and not metadata
+        and all(f.alpha is None for _, f in found.values())
+    ):
         logger.warning("LoRA %s: no %s and no alpha: its strength is taken to be alpha = rank", name, SETTINGS_FILE)
     sha256 = sha256_file(path)
     if beside:
@@ -144,11 +152,14 @@ def _read(name: str, key: str, file: Any) -> Tensor:
         raise UserError(f"{told}: has the shape {shown(shape, MOST_QUOTED)}")
     try:
         value: Tensor = file.get_tensor(key)
+        if value.is_complex() or value.dtype == torch.bool:
+            raise UserError(f"{told}: is {value.dtype}; expected floating-point numbers")
+        finite = bool(value.float().isfinite().all())
+    except UserError:
+        raise
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:  # of a type that torch has not
         raise UserError(f"{told}: cannot be read ({shown(error, MOST_QUOTED)})") from error
-    if value.is_complex() or value.dtype == torch.bool:
-        raise UserError(f"{told}: is {value.dtype}; expected floating-point numbers")
-    if not bool(value.float().isfinite().all()):
+    if not finite:
         raise UserError(f"{told}: has values that are NaN or infinite: the file is damaged, or its training diverged")
     return value
 
