@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -78,19 +79,18 @@ def convert_sdxl(
             schedule = _from_file(source, lora, new, vae, base, schedule)
         else:
             schedule = _from_folder(source, lora, new, vae, schedule)
+        student, licence = Student(subfolder="unet", timesteps=TIMESTEPS), f"that of {source.name}"
         if lora is not None:
             if schedule.prediction_type != "epsilon":
                 logger.warning("%s predicts v; DMD2's LoRA was made for one that predicts epsilon", source)
+            name = re.sub(r"[^\w.-]", "_", lora.name)  # a manifest takes plain names
             (new / "lora").mkdir()
-            shutil.copyfile(lora, new / "lora" / lora.name)
+            shutil.copyfile(lora, new / "lora" / name)
             if settings := settings_of(lora):
-                shutil.copyfile(settings, (new / "lora" / lora.name).with_suffix(f".{SETTINGS_FILE}"))
-        save_pipeline_configs(new, schedule.prediction_type, schedule.zero_snr)
-        student = Student(subfolder="unet", timesteps=TIMESTEPS)
-        licence = f"that of {source.name}"
-        if lora is not None:
-            student = Student(subfolder="unet", timesteps=TIMESTEPS, lora=f"lora/{lora.name}", lora_scale=scale)
+                shutil.copyfile(settings, (new / "lora" / name).with_suffix(f".{SETTINGS_FILE}"))
+            student = student.model_copy(update={"lora": f"lora/{name}", "lora_scale": scale})
             licence += f" and that of {lora.name} (DMD2's is CC BY-NC-SA 4.0: no commercial use)"
+        save_pipeline_configs(new, schedule.prediction_type, schedule.zero_snr)
         manifest = Manifest(name=out.name, native_size=(1024, 1024), licence=licence, students={4: student})
         write_manifest(new, manifest)
         swap(new, out, Path(temporary) / "old")

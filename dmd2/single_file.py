@@ -121,7 +121,10 @@ class SingleFile:
         """Into `folder`; `files` names each network's."""
         for name, tensors in self.networks.items():
             path = folder / name / files[name]
-            save_file(tensors, path, metadata={"format": "pt"})
+            try:
+                save_file(tensors, path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"{path}: cannot be written ({shown(error)})") from error
             path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

@@ -21,7 +21,7 @@ from dmd2.errors import UserError
 from dmd2.loading import load_network
 from dmd2.lora import read_lora
 from dmd2.placement import count_parameters
-from dmd2.weights import UNET_FILE, verify
+from dmd2.weights import UNET_FILE, read_manifest, verify
 from tests.test_lora import ATTENTION, kohya_style, with_text
 from tests.tiny_sdxl import SCHEDULE, build_sdxl_unet, build_vae, save_sdxl
 
@@ -72,6 +72,15 @@ def test_files_in_half_precision_and_another_vae_are_taken(checkpoint: Path, tmp
     fixed, vae = load_file(tmp_path / "fixed" / UNET_FILE), load_file(tmp_path / "made" / "vae" / UNET_FILE)
     assert all(torch.equal(vae[key], value) for key, value in fixed.items())
     Engine(tmp_path / "made", "cpu").draw(["an owl"], [0], "4", SIZE)
+
+
+def test_a_lora_may_have_any_name(checkpoint: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "my\\ lora\n(4).safetensors"
+    shutil.copy(checkpoint.parent / "dmd2.safetensors", lora)
+    manifest = convert_sdxl(checkpoint, lora, tmp_path / "made")
+    assert manifest.students[4].lora == "lora/my__lora__4_.safetensors"
+    assert (tmp_path / "made" / manifest.students[4].lora).read_bytes() == lora.read_bytes()
+    verify(tmp_path / "made", read_manifest(tmp_path / "made"))
 
 
 def test_a_checkpoint_that_predicts_v_keeps_that_and_the_log_says_what_the_lora_is_for(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import dmd2.fetch
 from dmd2.errors import UserError
@@ -248,6 +251,30 @@ def test_tar_of_folders_1200_deep_or_of_too_many_files_is_one_line(
             locate(tmp_path / "bad.tar", environ)
         assert len(one_line(error)) < 500
     assert kept(environ) == []
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4), st.floats(0, 1), st.booleans())
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_tar_is_whole_or_one_line(
+    folder: Path, tmp_path: Path, flips: list[tuple[float, int]], share: float, cut: bool
+) -> None:
+    data = bytearray(pack(folder, tmp_path / "whole.tar").read_bytes())
+    headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
+    for where, value in flips:  # most of a tar is content, which the checksums guard: aim at the headers
+        at = headers[int(where * (len(headers) - 1))] + int(where * 1e6) % 512
+        data[at] = value
+    tar = tmp_path / "damaged.tar"
+    tar.write_bytes(data[: int(len(data) * share)] if cut else data)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as cache:
+        try:
+            found = locate(tar, {"DMD2_CACHE": cache})
+        except UserError as error:
+            assert str(error).isprintable() and not list((Path(cache) / "weights").glob("*"))
+        else:
+            verify(found, read_manifest(found))
+            assert {name: (found / name).read_bytes() for name in FILES} == FILES
 
 
 def test_what_is_no_tar_is_one_line(tmp_path: Path, environ: dict[str, str]) -> None:

@@ -14,6 +14,9 @@ import diffusers.schedulers.scheduling_lcm as scheduling_lcm
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,7 +24,7 @@ import dmd2.weights
 from dmd2.engine import Engine, default_mode
 from dmd2.errors import UserError
 from dmd2.fileio import sha256_file
-from dmd2.noise import seeded_noise
+from dmd2.noise import seeded_noise, zero_snr_sigmas
 from dmd2.training.embedded import build_unet
 from dmd2.weights import (
     DEFAULT,
@@ -32,6 +35,7 @@ from dmd2.weights import (
     load_text_to_image,
     load_vae,
     read_manifest,
+    save_pipeline_configs,
     save_text_to_image,
     swap,
     verify,
@@ -130,6 +134,14 @@ def test_an_export_with_a_card_holds_the_new_student_and_its_teacher_alone(weigh
     assert (model / "README.md").read_text() == "# Mine\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
     load_text_to_image(model, ["unet_1step", "unet_teacher"], CPU, torch.float32)
+
+
+def test_a_student_of_a_teacher_with_zero_terminal_snr_keeps_its_levels(copy: Path, tmp_path: Path) -> None:
+    save_pipeline_configs(copy, "v_prediction", zero_snr=True)
+    write_manifest(copy, read_manifest(copy))
+    save_over(tmp_path / "new", copy)
+    loaded = load_text_to_image(tmp_path / "new", ["unet"], CPU, torch.float32)
+    assert torch.equal(loaded.denoisers["unet"].table, zero_snr_sigmas())
 
 
 def test_loaded_networks_are_frozen_and_of_the_asked_type(weights: Path) -> None:
@@ -248,6 +260,18 @@ def test_manifest_names_nothing_outside_the_folder(copy: Path, field: str, name:
         read_manifest(copy)
     message = str(error.value)
     assert message.startswith(f"{path}: {field}") and message.isprintable() and len(message) < 1000
+
+
+@given(st.lists(st.sampled_from(["..", ".", "", "a", "b c", "/", "\\", "~", "\x00", "…", "\n", "C:"]), max_size=6))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_path_that_a_manifest_may_name_is_in_the_folder(parts: list[str]) -> None:
+    name = "/".join(parts)
+    try:
+        student = Student(subfolder=name, timesteps=[999])
+    except ValidationError:
+        assert not name or not name.isprintable() or "\\" in name or name.startswith("/") or ".." in parts
+    else:
+        assert os.path.normpath(os.path.join("/folder", student.subfolder)).startswith("/folder")  # noqa: PTH118
 
 
 @pytest.mark.parametrize("field", ["students.4.subfolder", "students.4.lora", "teacher.subfolder", "files.x"])
