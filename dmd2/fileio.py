@@ -1,5 +1,6 @@
 """Files that are either whole or not there: write beside the target, flush to disk, rename over it."""
 
+import codecs
 import errno
 import hashlib
 import json
@@ -106,6 +107,26 @@ def _int(digits: str) -> int:
     if len(digits) > 100:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark, or in UTF-16 with one (Windows' programs).
+
+    Raises:
+        UserError: no such file, larger than `MOST_JSON`, or no such text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(data) > MOST_JSON:
+        raise UserError(f"{path}: larger than {MOST_JSON // 1_000_000} MB; expected a smaller text file")
+    try:
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as text in UTF-8 ({error.reason} at byte {error.start})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def sha256_file(path: Path) -> str:

@@ -17,7 +17,7 @@ from dmd2.edm import ClassCondition, RgbCodec
 from dmd2.edm_weights import heun_steps, load_edm
 from dmd2.engine import Engine
 from dmd2.errors import UserError
-from dmd2.fileio import sha256_file
+from dmd2.fileio import read_text, sha256_file
 from dmd2.noise import seeded_noise
 from dmd2.sampling import Churn, conditioned, few_step, heun, teacher_sigmas
 from dmd2.training.images import ImageSet
@@ -229,9 +229,11 @@ def open_pictures(
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty. Raises UserError if there is none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: cannot be read as text in UTF-8 ({error})") from error
+        lines = [
+            line.strip() for line in read_text(path).split("\n")
+        ]  # not splitlines(), which cuts within some prompts
+    except UserError as error:
+        raise UserError(f"--prompts {error}") from error
     prompts = [line for line in lines if line]
     if not prompts:
         raise UserError(f"--prompts {path}: is empty; expected one prompt a line")

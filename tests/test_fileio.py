@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dmd2.errors import UserError
 from dmd2.fileio import atomic_bytes, atomic_path, atomic_text, sha256_file, write_atomically
+from dmd2.samples import read_prompts
 
 
 @pytest.fixture
@@ -144,3 +146,27 @@ def test_sha256_file(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
     (tmp_path / "empty").write_bytes(b"")
     assert sha256_file(tmp_path / "empty") == hashlib.sha256(b"").hexdigest()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_are_read_with_and_without_a_byte_order_mark(tmp_path: Path, encoding: str, end: str) -> None:
+    prompts = ["ein Bär", "über\x85\u2028uns", "a cat"]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(end.join([*prompts[:2], "", "  ", *prompts[2:], ""]).encode(encoding))
+    assert read_prompts(path) == prompts
+
+
+def test_no_text_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    for content in (b"\xff\xfea", b"caf\xe9", b"\xff" * 1_000_000):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"--prompts .*prompts\.txt: cannot be read as text in UTF-8") as raised:
+            read_prompts(path)
+        assert len(str(raised.value)) < 500 + len(str(path))
+    for content in (b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is empty"):
+            read_prompts(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(tmp_path / "nowhere")

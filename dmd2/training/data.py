@@ -332,7 +332,7 @@ def _read_archive(archive: zipfile.ZipFile) -> tuple[list[dict[str, Any]], Tenso
     if "metadata.jsonl" not in present:
         raise ValueError("metadata.jsonl is missing")
     entries, glyphs = [], []
-    for number, line in enumerate(archive.read("metadata.jsonl").decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(archive.read("metadata.jsonl").decode("utf-8-sig").splitlines(), start=1):
         try:
             entry = json.loads(line)
             file_name = entry["file_name"]

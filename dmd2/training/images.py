@@ -5,33 +5,41 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.errors import UserError
-from dmd2.image_file import ImageFile, Role
+from dmd2.errors import UserError, shown
+from dmd2.image_file import MOST_BYTES, ImageFile, Role
 
 LABELS_FILE = "dataset.json"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MOST_LABELS = 500_000_000
+"""bytes of `dataset.json`, at most; ImageNet's has 45 million"""
+MOST_CLASSES = 2**31
 IN_MEMORY_BYTES = 6 * 2**30  # larger sets (ImageNet-64: 15 GB) are decoded anew, batch by batch
 
-_BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError)
+_BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError)
+# RuntimeError: an encrypted entry, or (NotImplementedError) an unknown compression
 
 
 @dataclass(frozen=True)
 class _Files:
+    plain: list[str]
+    """names of the images, sorted; relative to the root, with /"""
     names: list[str]
-    """of the images, sorted; relative to the root, with /"""
+    """the same as the file system or the archive spells them"""
     read: Callable[[str], bytes]
     labels: bytes | None
     """content of `dataset.json`"""
+    labels_name: str
+    """where it is"""
 
 
 class ImageSet:
@@ -74,7 +82,7 @@ class ImageSet:
 
     @property
     def names(self) -> list[str]:
-        """Of the files, in the order of the rows; relative to `path`."""
+        """Of the files, as they are spelled there, in the order of the rows; relative to `path`."""
         return self._files.names
 
     def images(self, rows: Tensor) -> Tensor:
@@ -106,21 +114,24 @@ class ImageSet:
         try:
             data = self._files.read(name)
         except _BROKEN as error:
-            raise UserError(f"{self.path}: {name}: unreadable ({_reason(error)})") from error
-        image = ImageFile.read(data, f"{self.path}: {name}", Role.TRAINING, FORMATS)
+            raise UserError(f"{self.path}: {shown(name)}: unreadable ({_reason(error)})") from error
+        image = ImageFile.read(data, f"{self.path}: {shown(name)}", Role.TRAINING, FORMATS)
         pixels = np.array(image.decode((resolution, resolution) if self.fit and resolution else None))
         height, width, _ = pixels.shape
         if height != width or resolution not in (None, width):
             side = f"{resolution}x{resolution}" if resolution else "square"
-            raise UserError(f"{self.path}: {name} is {width}x{height} pixels; expected {side}")
+            raise UserError(f"{self.path}: {shown(name)} is {width}x{height} pixels; expected {side}")
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def _labels(self, classes: int) -> Tensor | None:
-        where = f"{self.path}: {LABELS_FILE}"
+        where = f"{self.path}: {self._files.labels_name}"
         try:
+            # Bytes: so it is UTF-8 with or without a byte-order mark, UTF-16 or UTF-32.
             content: Any = json.loads(self._files.labels or b"{}")
+        except RecursionError:
+            raise UserError(f'{where}: nested too deeply; expected {{"labels": [["NAME", CLASS], …]}}') from None
         except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
+            raise UserError(f"{where}: not JSON ({shown(error)})") from error
         entries = content.get("labels") if isinstance(content, dict) else None
         if entries is None:
             if classes:
@@ -128,15 +139,49 @@ class ImageSet:
                 raise UserError(f"{where}: {what}; a model of {classes} classes needs the class of every image")
             return None
         try:
-            by_name = {str(name): int(label) for name, label in entries}
+            by_name = {_plain(str(name)): label for name, label in entries}
         except (TypeError, ValueError):
             raise UserError(f'{where}: labels: expected [["NAME", CLASS], …]') from None
-        for name in self._files.names:
-            if name not in by_name:
-                raise UserError(f"{where}: no label for {name}")
-            if classes and not 0 <= by_name[name] < classes:
-                raise UserError(f"{where}: {name} is of class {by_name[name]}; expected 0 to {classes - 1}")
-        return torch.tensor([by_name[name] for name in self._files.names])
+        root = PurePosixPath(self._files.labels_name).parent
+        labels = []
+        for name in self._files.plain:
+            inner = PurePosixPath(name)
+            key = inner.relative_to(root).as_posix() if inner.is_relative_to(root) else name
+            if key not in by_name:
+                raise UserError(f"{where}: no label for {shown(key)}")
+            label, most = by_name[key], classes or MOST_CLASSES
+            whole = isinstance(label, int | float) and not isinstance(label, bool) and label == label // 1
+            if not whole or not 0 <= label < most:
+                said = shown(json.dumps(label), 50)
+                raise UserError(f"{where}: {shown(key)} is of class {said}; expected a whole number, 0 to {most - 1}")
+            labels.append(int(label))
+        return torch.tensor(labels)
+
+
+def _plain(name: str) -> str:
+    """A name as zips and label files should spell it: some programs of Windows write back slashes."""
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _listed(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, str] | None]:
+    """Plain names of images → their names, in the order of the former; and both names of the file of labels.
+
+    What Finder and Explorer leave among them (`__MACOSX`, `._name`, `.DS_Store`, `Thumbs.db`) is passed over, as is
+    whatever else is hidden. Labels may lie in a folder that holds everything; the names in them begin there.
+    """
+    plain = {}
+    for name in names:
+        parts = PurePosixPath(_plain(name)).parts
+        if not name.endswith(("/", "\\")) and not any(p == "__MACOSX" or p.startswith(".") for p in parts):
+            plain["/".join(parts)] = name
+    images = {each: plain[each] for each in sorted(plain) if PurePosixPath(each).suffix.lower() in SUFFIXES}
+    labels = [each for each in plain if PurePosixPath(each).name == LABELS_FILE]
+    nearest = min(labels, key=lambda each: (each.count("/"), each), default=None)
+    if nearest is None or not all(
+        PurePosixPath(each).is_relative_to(PurePosixPath(nearest).parent) for each in images
+    ):
+        return images, None  # there are none, or those of a part
+    return images, (nearest, plain[nearest])
 
 
 def _zip(path: Path) -> _Files:
@@ -144,22 +189,31 @@ def _zip(path: Path) -> _Files:
         raise UserError(f"--data {path}: no such file or folder; expected a zip or a folder of images")
     try:
         archive = zipfile.ZipFile(path)
-        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
-        labels = archive.read(LABELS_FILE) if LABELS_FILE in archive.namelist() else None
+        images, labels = _listed(archive.namelist())
+
+        def read(name: str, most: int = MOST_BYTES) -> bytes:
+            with archive.open(name) as file:  # one byte more than is taken: then it is refused, whatever follows
+                return file.read(most + 1)
+
+        content = None if labels is None else read(labels[1], MOST_LABELS)
     except _BROKEN as error:
         raise UserError(f"{path}: not a whole zip file ({_reason(error)})") from error
-    return _Files(names, archive.read, labels)
+    return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
 
 
 def _folder(path: Path) -> _Files:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    labels = path / LABELS_FILE
-    return _Files(
-        [p.relative_to(path).as_posix() for p in files],
-        lambda name: (path / name).read_bytes(),
-        labels.read_bytes() if labels.is_file() else None,
-    )
+    images, labels = _listed(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+    def read(name: str, most: int = MOST_BYTES) -> bytes:
+        with (path / name).open("rb") as file:
+            return file.read(most + 1)
+
+    try:
+        content = None if labels is None else read(labels[1], MOST_LABELS)
+    except OSError as error:
+        raise UserError(f"{path}: {LABELS_FILE}: cannot be read ({error.strerror})") from error
+    return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    return shown(str(error) or type(error).__name__)

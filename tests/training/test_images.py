@@ -103,13 +103,114 @@ def test_labels_are_optional_only_where_the_model_has_no_classes(tmp_path: Path)
         ("{", "not JSON"),
         ([["00000/img00000000.png", 1]], "no label for 00000/img00000001.png"),
         ([["00000/img00000000.png"]], "labels: expected"),
-        ([[f"{i // 4:05d}/img{i:08d}.png", i] for i in range(10)], "is of class 3; expected 0 to 2"),
+        ([[f"{i // 4:05d}/img{i:08d}.png", i] for i in range(10)], "is of class 3; expected a whole number, 0 to 2"),
+        *(
+            ([[f"{i // 4:05d}/img{i:08d}.png", label] for i in range(10)], "is of class .*; expected a whole number")
+            for label in (1.7, -1, "1", True, None, [1], float("nan"), float("inf"), 10**30, 1e300, "x" * 10**6)
+        ),
+        ("[" * 100_000, "nested too deeply|not JSON"),
     ],
 )
 def test_wrong_labels_are_one_clear_line(tmp_path: Path, labels: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         ImageSet(write_zip(tmp_path / "set.zip", pictures(), labels), 8, 3)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("label", [1.7, -3, 10**30])
+def test_labels_are_whole_numbers_also_without_a_model(tmp_path: Path, label: float) -> None:
+    labels = [[f"{i // 4:05d}/img{i:08d}.png", label] for i in range(10)]
+    with pytest.raises(UserError, match="expected a whole number"):
+        ImageSet(write_zip(tmp_path / "set.zip", pictures(), labels), 8)
+
+
+LITTER = {
+    "__MACOSX/._img0.png": b"\0\5\x16\7",
+    "__MACOSX/set/._dataset.json": b"\0\5\x16\7",
+    "._img1.png": b"\0\5\x16\7",
+    "sub/._img1.png": b"\0\5\x16\7",
+    ".DS_Store": b"\0",
+    "Thumbs.db": b"\0",
+    "sub/Thumbs.db": b"\0",
+    "desktop.ini": b"",
+    ".ipynb_checkpoints/img0-checkpoint.png": b"",
+}
+
+
+@pytest.mark.parametrize("top", ["", "set/", "a/b/"])
+@pytest.mark.parametrize("slash", ["/", "\\"])
+@pytest.mark.parametrize("form", ["zip", "folder"])
+def test_sets_as_people_pack_them(tmp_path: Path, top: str, slash: str, form: str) -> None:
+    """By Finder and Explorer, with a top folder, back slashes and a byte-order mark."""
+    images = pictures(4)
+    names = ["img0.png", "sub/img1.png", "sub/img2.PNG", "sub/deep/img3.png"]
+    labels = json.dumps({"labels": [[name.replace("/", slash), i] for i, name in enumerate(names)]})
+    content = dict(LITTER)
+    content |= {top + name: png(image) for name, image in zip(names, images, strict=True)}
+    content[f"{top}dataset.json"] = b"\xef\xbb\xbf" + labels.encode()
+    path = tmp_path / "set.zip"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("sub.png/", b"")  # a folder
+            for name, data in content.items():
+                info = zipfile.ZipInfo("x")
+                info.filename = name.replace("/", slash)
+                archive.writestr(info, data)
+    else:
+        path = tmp_path / "set"
+        for name, data in content.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    dataset = ImageSet(path, 8, 4)
+    assert len(dataset) == 4 and dataset.labels is not None and dataset.labels.tolist() == [0, 3, 1, 2]
+    for row, image in enumerate([images[0], images[3], images[1], images[2]]):
+        assert np.array_equal(dataset.images(torch.tensor([row]))[0].permute(1, 2, 0).numpy(), image)
+
+
+def test_labels_of_a_part_are_not_those_of_the_set(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_zip(tmp_path / "set.zip", pictures(1))
+        (tmp_path / "set" / part).mkdir(parents=True)
+        (tmp_path / "set" / part / "a.png").write_bytes(png(pictures(1)[0]))
+    (tmp_path / "set" / "test" / "dataset.json").write_text('{"labels": [["a.png", 0]]}')
+    assert ImageSet(tmp_path / "set", 8).labels is None
+    with pytest.raises(UserError, match="missing; a model of 3 classes"):
+        ImageSet(tmp_path / "set", 8, 3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_labels_in_any_unicode(tmp_path: Path, encoding: str) -> None:
+    labels = json.dumps({"labels": [["ü.png", 2]]}, ensure_ascii=False)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("ü.png", png(pictures(1)[0]))
+        archive.writestr("dataset.json", labels.encode(encoding))
+    found = ImageSet(tmp_path / "set.zip", 8, 3).labels
+    assert found is not None and found.tolist() == [2]
+
+
+def test_training_images_are_turned_and_lie_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 8, 4))  # its upper half is blue
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "b.png")
+    first, second = ImageSet(tmp_path, 8).images(torch.arange(2))
+    assert first[:, 0, 0].tolist() == [255, 255, 255] and first[:, 7, 7].tolist() == [0, 0, 255]
+    assert second.unique().tolist() == [128]
+
+
+def test_an_entry_that_unpacks_without_end_and_an_encrypted_one_are_one_clear_line(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", png(pictures(1)[0]) + bytes(40_000_000))
+    with pytest.raises(UserError, match=r"bomb\.zip: a\.png: larger than 32 MB"):
+        ImageSet(tmp_path / "bomb.zip")
+    data = bytearray(write_zip(tmp_path / "set.zip", pictures(1)).read_bytes())
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # the flags
+    (tmp_path / "locked.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"locked\.zip: .*encrypted"):
+        ImageSet(tmp_path / "locked.zip")
 
 
 def test_broken_sets_are_one_clear_line(tmp_path: Path) -> None:
