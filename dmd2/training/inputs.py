@@ -25,7 +25,9 @@ def hashes(paths: Mapping[str, Path]) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content; of a folder of weights, what its manifest lists; of another folder, names and contents.
+    """Of a file's content; of a folder of weights, what its manifest lists; of another, names and contents.
+
+    Hidden files, such as a lock, do not count.
 
     Raises:
         UserError: it cannot be read.
@@ -37,8 +39,9 @@ def sha256(path: Path) -> str:
             raise UserError(f"{path}: no such file or folder")
         files = read_manifest(path).files if (path / MANIFEST).is_file() else {}
         if not files:
-            found = sorted(p for p in path.rglob("*") if p.is_file())
-            files = {p.relative_to(path).as_posix(): sha256_file(p) for p in found}
+            names = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.is_file()}
+            visible = {name: p for name, p in names.items() if not any(part.startswith(".") for part in name.parts)}
+            files = {name.as_posix(): sha256_file(p) for name, p in visible.items()}
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
     return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()

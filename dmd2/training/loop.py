@@ -225,7 +225,7 @@ class _Run:
 
     def _save(self, done: int, logs: RunLogs) -> None:
         networks = [(phase.name, phase.module) for phase in self.method.phases]
-        bad = first_not_finite(networks + ([("average", self.averaged)] if self.averaged else []))
+        bad = first_not_finite(networks + ([("average", self.averaged)] if self.averaged is not None else []))
         if bad:
             raise TrainingDiverged(
                 f"step {done}: weights are no longer finite ({bad}); the checkpoint before is kept"
@@ -234,7 +234,7 @@ class _Run:
             p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()}
             for p in self.method.phases
         }
-        average = self.averaged.state_dict() if self.averaged else None
+        average = self.averaged.state_dict() if self.averaged is not None else None
         state = {"step": done, **self.about, "phases": phases, "average": average}
         self.checkpoints.save(state | {"guard": self.guard.state(), "log": logs.sums})
 
@@ -263,14 +263,14 @@ class _Run:
         for p in self.method.phases:
             check_module(f"{path}: {p.name}", p.module, phases[p.name].get("module"))
             check_optimizer(f"{path}: {p.name}", p.optimizer, phases[p.name].get("optimizer"))
-        if self.averaged:
+        if self.averaged is not None:
             check_module(f"{path}: average", self.averaged, state["average"])
         self.first, self.guard = int(state["step"]), Guard.of(state["guard"])
         self.sums = {name: [float(value) for value in values] for name, values in state["log"].items()}
         for p in self.method.phases:
             p.module.load_state_dict(phases[p.name]["module"])
             p.optimizer.load_state_dict(phases[p.name]["optimizer"])
-        if self.averaged:
+        if self.averaged is not None:
             self.averaged.load_state_dict(state["average"])
         self._check_length(state)
 

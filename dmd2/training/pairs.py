@@ -8,6 +8,7 @@ and clip what the teacher drew beyond the range; and any x0 fits, latents too.
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from dmd2.sampling import conditioned, heun, teacher_sigmas
 from dmd2.tensors import save_tensors
 from dmd2.terminal import Terminal
 from dmd2.training.dmd import RegressionPairs
+from dmd2.training.run_folder import locked
 from dmd2.weights import read_manifest
 
 PAIRS_FILE = "pairs.json"
+STALE = re.compile(r"\.pairs(\.json|-\d{5,}\.safetensors)\.[0-9a-f]{8}\.tmp")
 FIRST_SEED = 2**31
 """PyTorch's CPU generator uses 32 bits of a seed: the upper half is for pairs, so that a student that is judged by
 seeds from 0 on is never judged by noise that it was shown."""
@@ -121,10 +124,15 @@ def make_pairs(
         first_seed=FIRST_SEED,
     )
     _begin(out, config)
+    with locked(out, str(out), STALE):
+        _make_missing(teacher, out, config, batch)
+
+
+def _make_missing(teacher: Edm, out: Path, config: PairsConfig, batch: int) -> None:
     missing = [(name, pairs) for name, pairs in config.shards() if not _is_there(out / name, config, pairs)]
-    interval = 0.5 if sys.stderr.isatty() else 30
-    left = sum(len(pairs) for _, pairs in missing)
-    with tqdm(total=count, initial=count - left, unit="pair", mininterval=interval, file=Terminal(sys.stderr)) as bar:
+    terminal, done = Terminal(sys.stderr), config.count - sum(len(pairs) for _, pairs in missing)
+    interval = 0.5 if terminal.isatty() else 30
+    with tqdm(total=config.count, initial=done, unit="pair", mininterval=interval, file=terminal) as bar:
         for name, pairs in missing:
             images = []
             for start in range(pairs.start, pairs.stop, batch):

@@ -1,4 +1,4 @@
-"""The folder of a run: one trainer at a time, checked before the first step, without what killed ones left."""
+"""The folder of a run: one process at a time, checked before the first step, without what killed ones left."""
 
 from __future__ import annotations
 
@@ -58,46 +58,60 @@ def open_run(out: Path, resume: bool) -> Iterator[None]:
     """`out`, made if need be, checked, locked against other trainers, and freed of what killed ones left half done.
 
     Raises:
-        UserError: see `check_out`; another trainer is at work there; nothing can be written there.
+        UserError: see `check_out` and `locked`.
     """
     check_out(out, resume)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
-    try:
-        _lock(descriptor, out)
+    with locked(out, f"--out {out}", STALE):
         check_out(out, resume)  # another trainer may have written there until now
+        yield
+
+
+@contextmanager
+def locked(folder: Path, named: str, stale: re.Pattern[str]) -> Iterator[None]:
+    """`folder`, made if need be, for this process alone; without the files called `stale`, which killed ones left.
+
+    Args:
+        named: what to call it in messages.
+
+    Raises:
+        UserError: another process is at work there; nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"{named}: cannot be written to ({error.strerror})") from error
+    try:
+        _lock(descriptor, named)
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            _tidy(out)
+            _tidy(folder, stale)
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+            raise UserError(f"{named}: cannot be written to ({error.strerror})") from error
         yield
     finally:
         os.close(descriptor)  # and the lock with it, as it would be with the process
 
 
-def _lock(descriptor: int, out: Path) -> None:
+def _lock(descriptor: int, named: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
         who = f"process {owner}" if owner.isdigit() else "another process"
-        raise UserError(f"--out {out}: {who} is training there; wait for it, or name another folder") from None
+        raise UserError(f"{named}: {who} is at work there; wait for it, or name another folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-            raise UserError(f"--out {out}: cannot be locked ({error.strerror})") from error
-        say(f"--out {out}: this file system knows no locks; start no second run there")
+            raise UserError(f"{named}: cannot be locked ({error.strerror})") from error
+        say(f"{named}: this file system knows no locks; start no second process there")
 
 
-def _tidy(out: Path) -> None:
-    """Removes what only a killed trainer can have left: the lock says that there is none now."""
-    for folder in (out, out / "samples"):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if STALE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+def _tidy(folder: Path, stale: re.Pattern[str]) -> None:
+    """Removes what only a killed process can have left: the lock says that there is none now."""
+    for place in (folder, folder / "samples"):
+        for path in place.iterdir() if place.is_dir() else ():
+            if stale.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
             elif STALE_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

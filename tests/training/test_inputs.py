@@ -153,6 +153,8 @@ def test_hashes_are_of_content(weights: Path, tmp_path: Path) -> None:
     (folder / "a" / "1.png").write_bytes(b"1")
     first = sha256(folder)
     assert first == sha256(folder) and len(first) == 64
+    (folder / ".lock").write_text("7")
+    assert first == sha256(folder)
     (folder / "a" / "1.png").rename(folder / "a" / "2.png")
     second = sha256(folder)
     (folder / "a" / "2.png").write_bytes(b"2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -124,6 +125,24 @@ def test_after_a_kill_the_rest_is_made_and_every_byte_is_the_same(teacher: Path,
     assert shards(out) == shards(whole)
     assert (out / "pairs-00000.safetensors").stat().st_mtime_ns == kept  # not made again
     Pairs(out, teacher)
+
+
+def test_one_process_makes_pairs_and_what_killed_ones_left_is_removed(
+    teacher: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    shutil.copytree(whole, out)
+    stale = out / ".pairs-00000.safetensors.0123abcd.tmp"
+    stale.write_text("half a shard")
+    first = next(iter(shards(out)))
+    (out / first).unlink()
+    with (out / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"{out}: process {os.getpid()} is at work there") as error:
+            make(teacher, out)
+    assert "\n" not in str(error.value) and stale.exists() and not (out / first).exists()
+    make(teacher, out)
+    assert not stale.exists() and shards(out) == shards(whole)
 
 
 def test_batches_are_a_function_of_seed_and_step(teacher: Path, whole: Path) -> None:

@@ -474,7 +474,7 @@ def test_a_second_trainer_is_told_so(tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with (out / ".lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=rf"--out .*: process {os.getpid()} is training there") as error:
+        with pytest.raises(UserError, match=rf"--out .*: process {os.getpid()} is at work there") as error:
             resume(out)
     one_line(error)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
