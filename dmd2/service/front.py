@@ -28,6 +28,7 @@ import httpx2
 import uvicorn
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic_core import from_json, to_json
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dmd2.errors import UserError
 from dmd2.service.gate import Full, Gate
@@ -49,7 +50,9 @@ MOST_JUDGED = 1 << 16  # bytes of an answer that may be a refusal; pictures are 
 MOST_KNOWN = 1000  # ids of predictions whose end nobody waited for
 LINGER = 5.0  # seconds for which what a refused client still sends is thrown away, so that it can read why
 HEALTH = 2.0  # seconds that Cog has to answer a health check
-READ = 300.0  # seconds that a body may take to arrive
+IDLE = 30.0  # seconds that a connection may take to bring a request's head
+READ, SLOWEST = 30.0, 100_000  # a body may take so many seconds, and one more for each so many bytes that came
+SMALL = 1 << 16  # bytes of a request that is let in however many large ones are held
 WRITE = 60.0  # seconds that a client may take no byte of its answer
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "proxy-connection"}
 NOT_SENT_BACK = HOP_BY_HOP | {"date", "server"}
@@ -297,7 +300,8 @@ class Front:
             raise too_large
         chunks, size = [], 0
         try:
-            async with asyncio.timeout(READ):
+            async with asyncio.timeout(READ) as limit:
+                until = limit.when() or 0.0
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -306,13 +310,15 @@ class Front:
                     size += len(chunk)
                     if size > most:
                         raise too_large
-                    hold(len(chunk))
+                    limit.reschedule(until + size / SLOWEST)
+                    if size > SMALL:
+                        hold(len(chunk))
                     chunks.append(chunk)
                     if not message.get("more_body"):
                         request.read = True
                         return b"".join(chunks)
         except TimeoutError:
-            raise Refused.failed(408, f"the request did not arrive within {READ:.0f} s") from None
+            raise Refused.failed(408, f"the request came slower than {SLOWEST // 1000} kB/s") from None
 
     async def _while_connected(self, request: Request, receive: Receive, send: Send) -> None:
         """Answers; stops, and lets Cog cancel, when the client hangs up."""
@@ -522,6 +528,30 @@ async def refuse(refusal: Refused, send: Send, receive: Receive | None) -> None:
     await give(send, {"type": "http.response.body", "body": b""})
 
 
+class Connection(H11Protocol):
+    """Ends where no request comes. uvicorn itself sees to that only after an answer, and until the next byte."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look_again()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _look_again(self) -> None:
+        self._timer = self.loop.call_later(IDLE, self._look, self.cycle, self._idle())
+
+    def _look(self, cycle: object, was_idle: bool) -> None:
+        if was_idle and self._idle() and self.cycle is cycle:
+            self.transport.close()
+        else:
+            self._look_again()
+
+
 @contextmanager
 def serving(application: Front, host: str, port: int) -> Iterator[None]:
     """Serves in a thread of its own. At the end answers under way have ten seconds.
@@ -532,7 +562,7 @@ def serving(application: Front, host: str, port: int) -> Iterator[None]:
     listener = listen(host, port)
     config = uvicorn.Config(
         application,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         loop="asyncio",

@@ -277,20 +277,42 @@ def test_a_body_that_grows_too_large_is_refused_where_it_does() -> None:
     assert sent[0]["status"] == 413 and read == 11_000
 
 
-def test_bodies_together_are_bounded() -> None:
+def test_large_bodies_together_are_bounded_and_small_ones_always_find_room() -> None:
     async def test() -> None:
-        world = World(Cog(slots=9), slots=9, body=10_000, bodies=15_000)
+        world = World(Cog(slots=9), slots=9, body=1_000_000, bodies=250_000)
         world.cog.hold = True
-        first = world.start("a", context={"x": "y" * 8000})
+        large = {"input": {"name": "large", "image": "x" * 200_000}}
+        first = world.start(**large)
         await until(lambda: world.cog.running)
-        refused = await world.predict("b", context={"x": "y" * 8000})
+        refused = await world.predict(**large)
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
-        world.cog.running["a"].set()
-        assert (await first).status_code == 200
+        world.cog.running["large"].set()
         world.cog.hold = False
-        assert (await world.predict("b", context={"x": "y" * 8000})).status_code == 200
+        assert (await world.predict("small")).status_code == 200
+        assert (await first).status_code == 200
+        assert (await world.predict(**large)).status_code == 200
 
     run(test())
+
+
+def test_a_body_that_trickles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "READ", 0.01)
+    sent: list[dict[str, Any]] = []
+    messages = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal messages
+        messages += 1
+        if sent:
+            return {"type": "http.disconnect"}
+        await asyncio.sleep(0.005)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def test() -> None:
+        await World().front(scope("POST", "/predictions", 1000), receive, keep(sent))
+
+    run(test())
+    assert sent[0]["status"] == 408 and b"slower than 100 kB/s" in sent[1]["body"]
 
 
 def test_cogs_quotes_are_cut() -> None:
@@ -681,3 +703,24 @@ def test_over_a_socket() -> None:
     with socket.socket() as probe:  # the port is free again
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
+
+
+def test_a_connection_that_brings_no_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "IDLE", 0.05)
+    port = free_port()
+    with serving(World(Slow()).front, "127.0.0.1", port):
+        for head in (b"", b"POST /predic", b"GET /health-check HTTP/1.1\r\nHost: x\r\n\r\nGET /"):
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+                client.sendall(head)
+                while client.recv(1000):
+                    pass
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/predictions", b'{"input": {"name": "slow"}}', JSON)
+        assert connection.getresponse().status == 200  # however long it takes
+        connection.close()
+
+
+class Slow(Cog):
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        await asyncio.sleep(0.3)
+        return await super().handle_async_request(request)
