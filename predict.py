@@ -66,7 +66,7 @@ class Predictor(BaseRunner):
             default=0.8,
         ),
         lora_weights: Optional[str] = Input(
-            description="LoRAs, separated by spaces: https URL, owner/name of the hub, name. Each may end in :scale.",
+            description="LoRAs, by spaces or commas: https URL, owner/name of the hub, name. Each may end in :scale.",
             max_length=2000,
             default=None,
         ),

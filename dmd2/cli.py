@@ -435,10 +435,12 @@ def _control(given: Path | None, weights: Path) -> Path | None:
 def _loras(sources: list[str], weights: Path) -> tuple[tuple[Lora, float], ...]:
     if not sources:
         return ()
-    from dmd2.lora_files import LoraFiles, cache_folder, split_scale
+    from dmd2.lora_files import LoraFiles, cache_folder, split_list, split_scale
 
     files = LoraFiles(weights, cache_folder(), paths=True, token=None)
-    found = [split_scale(source) for source in sources]
+    exact = [os.path.exists(split_scale(source)[0]) for source in sources]  # noqa: PTH110  # which raises at long names
+    parts = [[source] if here else split_list(source) for source, here in zip(sources, exact, strict=True)]
+    found = [split_scale(source) for part in parts for source in part]
     return tuple((files.find(source), scale) for source, scale in found)
 
 

@@ -96,6 +96,10 @@ def is_public(address: Address) -> bool:
     return any(address in network for network in _REACHABLE) or not any(address in network for network in _REFUSED)
 
 
+class Missing(UserError):
+    """The server says that there is no such file."""
+
+
 class Patience:
     """How long downloads may go on, all of those together that it is given to.
 
@@ -175,7 +179,8 @@ class Guard:
             if response.status in (301, 302, 303, 307, 308) and "location" in told:
                 return told["location"]
             if response.status != 200:
-                raise UserError(f"{field}: the server answers {response.status}; expected a file there")
+                kind = Missing if response.status in (404, 410) else UserError
+                raise kind(f"{field}: the server answers {response.status}; expected a file there")
             self._check_size(int(told["content-length"]) if told.get("content-length", "").isdigit() else 0, field)
             size = 0
             for block in response.iter_stream():

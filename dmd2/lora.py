@@ -57,13 +57,19 @@ Loras = Sequence[tuple[Lora, float]]
 """with the scale of each"""
 
 
+def settings_beside(path: Path) -> Iterator[Path]:
+    """Where PEFT's settings of a file of tensors may lie, whether they do or not."""
+    yield path.with_suffix(f".{SETTINGS_FILE}")
+    yield path.with_name(SETTINGS_FILE)
+
+
 def settings_of(path: Path) -> Path | None:
     """The file with PEFT's settings of a LoRA that can be read, if that has PEFT's name or its naming of tensors."""
-    own, usual = path.with_suffix(f".{SETTINGS_FILE}"), path.with_name(SETTINGS_FILE)
-    if own.is_file() or not usual.is_file():
-        return own if own.is_file() else None
+    found = next((beside for beside in settings_beside(path) if beside.is_file()), None)
+    if found is None or path.name == PEFTS_FILE:
+        return found
     with safe_open(path, "pt") as file:
-        return usual if path.name == PEFTS_FILE or any(map(is_pefts, file.keys())) else None
+        return found if any(map(is_pefts, file.keys())) else None
 
 
 def read_lora(path: Path, name: str | None = None) -> Lora:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import parse_qs, unquote, urljoin, urlsplit
 
 import httpx2  # huggingface_hub's own client, whose errors it lets through
 
 from dmd2.errors import UserError, shown
 from dmd2.fileio import atomic_path, sha256_file
-from dmd2.guard import SILENCE, Guard, Patience
-from dmd2.lora import LARGEST_SCALE, Lora, read_lora
+from dmd2.guard import SILENCE, Guard, Missing, Patience
+from dmd2.lora import LARGEST_SCALE, PEFTS_FILE, SETTINGS_FILE, Lora, read_lora, settings_beside
+
+logger = logging.getLogger(__name__)
 
 GUARD = Guard(most_bytes=1_000_000_000, seconds=300)
 KEPT_FILES = 10_000_000_000
@@ -30,8 +34,23 @@ READ_AT_ONCE = 4
 """by all threads: a file is as large in memory as on the disk"""
 MOST_LISTED = 20_000
 """files of a repository"""
+LARGEST_SETTINGS = 1_000_000
+"""bytes of an adapter_config.json"""
 
+HUBS = ("huggingface.co", "hf.co")
+CIVITAI = ("civitai.com", "civitai.green")
 EXPECTED = "expected an https URL, a repository of the Hugging Face hub (owner/name or owner/name/file.safetensors)"
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """What a repository, or a page about it, names."""
+
+    repository: str
+    filename: str | None = None
+    """None: the only one, or the usual one, in `folder`"""
+    folder: str = ""
+    revision: str | None = None
 
 
 @dataclass
@@ -53,7 +72,7 @@ class LoraFiles:
     paths: bool = False
     token: str | bool | None = False
     guard: Guard = GUARD
-    _read: OrderedDict[tuple[Path, int, int], Lora] = field(default_factory=OrderedDict, init=False)
+    _read: OrderedDict[tuple[object, ...], Lora] = field(default_factory=OrderedDict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _readers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(READ_AT_ONCE), init=False)
 
@@ -65,30 +84,42 @@ class LoraFiles:
         """
         patience = patience or Patience(self.guard.seconds)
         name = "data URL" if source[:5].lower() == "data:" else shown(re.split(r"[?#]", source)[0])
+        if re.match(rf"(?:{'|'.join(map(re.escape, (*HUBS, *CIVITAI)))})/", source, re.IGNORECASE):
+            source = f"https://{source}"
         if re.match(r"https?://", source, re.IGNORECASE):
-            return self._load(self._fetched(source, patience), name)
+            try:
+                urlsplit(source)
+            except ValueError as error:
+                raise UserError(f"LoRA {name}: is no URL ({shown(error)})") from error
+            source = _of_civitai(source, name)
+            on_hub = _page_of_hub(source, name)
+            return self._from_hub(on_hub, patience) if on_hub else self._from_url(source, name, patience)
         if name == "data URL":
             with tempfile.TemporaryDirectory() as temporary:
                 path = Path(temporary) / "lora"
                 with path.open("wb") as file:
                     self.guard.fetch(source, file, "LoRA")
                 return self._read_file(path, name)
-        own = self.folder / "lora" / (source if source.endswith(".safetensors") else f"{source}.safetensors")
-        if re.fullmatch(r"\w[\w.-]*", source) and _is_file(own):
-            return self._load(own, name)
-        if self.paths and _is_file(Path(os.path.expanduser(source))):  # noqa: PTH111  # which raises at "~nobody"
-            return self._load(Path(source).expanduser(), name)
+        if re.fullmatch(r"\w[\w.-]*", source):
+            own = self.folder / "lora" / source
+            for path in (own if own.suffix == ".safetensors" else own.with_name(f"{own.name}.safetensors"), own):
+                if found := _in_folder(path, name):
+                    return self._load(found, name)
+        if self.paths and source and (found := _in_folder(Path(os.path.expanduser(source)), name)):  # noqa: PTH111  # "~nobody"
+            return self._load(found, name)
         match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w./-]+\.safetensors))?", source)
         if match is None or ".." in source:
             here = sorted(path.stem for path in (self.folder / "lora").glob("*.safetensors"))
             names = f", or one of these weights' own: {', '.join(here)}" if here else ""
             raise UserError(f"LoRA {shown(source)}: {EXPECTED}{', a file' if self.paths else ''}{names}")
-        return self._load(self._from_hub(match[1], match[2], patience), name)
+        return self._from_hub(OnHub(match[1], match[2]), patience)
 
     def find_all(
         self, text: str, scale: float = 1.0, gone: threading.Event | None = None
     ) -> tuple[tuple[Lora, float], ...]:
         """LoRAs and scales of "SOURCE[:SCALE] SOURCE[:SCALE] …"; `scale` is that of all that name none.
+
+        Commas part them as spaces do (a URL has %2C for one of its own).
 
         Args:
             gone: set, from another thread, once nobody waits for them: downloads end then.
@@ -96,7 +127,7 @@ class LoraFiles:
         Raises:
             UserError: as `find`; too many, a scale out of bounds.
         """
-        found = [split_scale(part, scale) for part in text.split()]
+        found = [split_scale(part, scale) for part in split_list(text)]
         if len(found) > MOST_AT_ONCE:
             raise UserError(f"LoRA: {len(found)} at once; expected at most {MOST_AT_ONCE}")
         patience = Patience(self.guard.seconds, gone)
@@ -107,7 +138,7 @@ class LoraFiles:
             status = path.stat()
         except OSError as error:
             raise UserError(f"LoRA {name}: {error.strerror}") from error
-        key = (path, status.st_mtime_ns, status.st_size)
+        key = (path, status.st_mtime_ns, status.st_size, *map(_stamp, settings_beside(path)))
         with self._lock:
             if key in self._read:
                 self._read.move_to_end(key)
@@ -123,43 +154,88 @@ class LoraFiles:
         with self._readers:
             return read_lora(path, name)
 
-    def _fetched(self, url: str, patience: Patience) -> Path:
-        path = self._place(url)
-        if not path.is_file():
-            with self._room(), atomic_path(path) as temporary, temporary.open("wb") as file:
-                self.guard.fetch(url, file, "LoRA", patience)
-        return path
+    def _cached(self, place: Path, name: str, fetch: Callable[[], None]) -> Lora:
+        """What `fetch` puts at `place`, once. What cannot be read there is fetched again, once, and not kept."""
+        if place.is_file():
+            try:
+                return self._load(place, name)
+            except UserError as error:
+                logger.warning("%s; it is fetched again", error)
+                _drop(place)
+        with self._room():
+            fetch()
+        try:
+            return self._load(place, name)
+        except UserError:
+            _drop(place)
+            raise
 
-    def _from_hub(self, repository: str, filename: str | None, patience: Patience) -> Path:
+    def _from_url(self, url: str, name: str, patience: Patience) -> Lora:
+        place = self._place(url)
+
+        def fetch() -> None:
+            if urlsplit(url).path.endswith(f"/{PEFTS_FILE}"):
+                settings = place.with_suffix(f".{SETTINGS_FILE}")
+                query = f"?{urlsplit(url).query}" if urlsplit(url).query else ""
+                try:
+                    with atomic_path(settings) as temporary, temporary.open("wb") as file:
+                        small = replace(self.guard, most_bytes=LARGEST_SETTINGS)
+                        small.fetch(urljoin(url, SETTINGS_FILE) + query, file, f"LoRA: {SETTINGS_FILE}", patience)
+                except Missing:
+                    logger.info("%s: has no %s beside it", name, SETTINGS_FILE)
+            with atomic_path(place) as temporary:
+                with temporary.open("wb") as file:
+                    self.guard.fetch(url, file, "LoRA", patience)
+                with temporary.open("rb") as file:
+                    if file.read(200).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+                        raise UserError(
+                            f"LoRA {name}: a web page is there, no safetensors (to log in, or about the file); "
+                            "expected the address of the file itself, if need be with a token"
+                        )
+
+        return self._cached(place, name, fetch)
+
+    def _from_hub(self, wanted: OnHub, patience: Patience) -> Lora:
         from huggingface_hub import HfApi, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from huggingface_hub.hf_api import RepoFile
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented
 
+        repository = wanted.repository
         what = f"LoRA {shown(repository)}"
+
+        def download(entry: RepoFile, target: Path) -> None:
+            url = hf_hub_url(repository, entry.path, revision=commit)
+            headers = build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"}
+            with atomic_path(target) as temporary:
+                with temporary.open("wb") as file:
+                    _download(url, file, headers, entry.size, what, patience)
+                if entry.lfs is not None and sha256_file(temporary) != entry.lfs.sha256:
+                    raise UserError(f"{what}: {shown(entry.path)}: came damaged; try again")
+
         try:
             api = HfApi(token=self.token)
-            commit = str(api.model_info(repository, timeout=SILENCE).sha)
+            commit = str(api.model_info(repository, revision=wanted.revision, timeout=SILENCE).sha)
             tree = _patiently(api.list_repo_tree(repository, recursive=True, revision=commit), what, patience)
-            files = {e.path: e for e in tree if isinstance(e, RepoFile) and e.path.endswith(".safetensors")}
-            filename = filename or _only(what, sorted(files))
-            if filename not in files:
-                raise UserError(
-                    f"{what}: has no {shown(filename)}; expected one of {', '.join(sorted(files)) or 'none'}"
-                )
-            size, lfs = files[filename].size, files[filename].lfs
-            if size > self.guard.most_bytes:
-                raise UserError(f"{what}: {filename}: larger than {self.guard.most_bytes / 1e6:.0f} MB")
-            path = self._place(f"{repository}@{commit}/{filename}")
-            if not path.is_file():
-                url = hf_hub_url(repository, filename, revision=commit)
-                headers = build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"}
-                with self._room(), atomic_path(path) as temporary:
-                    with temporary.open("wb") as file:
-                        _download(url, file, headers, size, what, patience)
-                    if lfs is not None and sha256_file(temporary) != lfs.sha256:
-                        raise UserError(f"{what}: {filename}: came damaged; try again")
-            return path
+            files = {e.path: e for e in tree if isinstance(e, RepoFile) and e.path.startswith(wanted.folder)}
+            names = sorted(name for name in files if name.endswith(".safetensors"))
+            filename = wanted.filename or _only(what, names, wanted.folder)
+            if filename not in names:
+                there = shown(", ".join(names) or "none", 300)
+                raise UserError(f"{what}: has no {shown(filename)}; expected one of {there}")
+            if files[filename].size > self.guard.most_bytes:
+                raise UserError(f"{what}: {shown(filename)}: larger than {self.guard.most_bytes / 1e6:.0f} MB")
+            place = self._place(f"{repository}@{commit}/{filename}")
+            settings = files.get(f"{filename.rpartition('/')[0]}/{SETTINGS_FILE}".lstrip("/"))
+
+            def fetch() -> None:
+                if settings is not None:
+                    if settings.size > LARGEST_SETTINGS:
+                        raise UserError(f"{what}: {SETTINGS_FILE}: larger than {LARGEST_SETTINGS / 1e6:.0f} MB")
+                    download(settings, place.with_suffix(f".{SETTINGS_FILE}"))
+                download(files[filename], place)
+
+            return self._cached(place, f"{shown(repository)}/{shown(filename)}", fetch)
         except HFValidationError as error:
             raise UserError(f"{what}: is no name of a repository; {EXPECTED}") from error
         except HfHubHTTPError as error:
@@ -192,14 +268,68 @@ class _Room:
         for path in files:
             total += path.stat().st_size
             if total > KEPT_FILES:
-                path.unlink(missing_ok=True)
+                _drop(path)
 
 
-def _is_file(path: Path) -> bool:
+def _drop(place: Path) -> None:
+    place.unlink(missing_ok=True)
+    place.with_suffix(f".{SETTINGS_FILE}").unlink(missing_ok=True)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Tells a file from what it was before. None: there is none."""
     try:
-        return path.is_file()
-    except OSError:  # a name too long, a folder that may not be read
-        return False
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def _in_folder(path: Path, name: str) -> Path | None:
+    """A file; or the usual file, or the only one, of a folder."""
+    try:
+        if path.is_dir() and (files := sorted(file.name for file in path.glob("*.safetensors"))):
+            return path / _only(f"LoRA {name}", files)
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # a name too long, a folder that may not be read
+        return None
+
+
+def _of_civitai(url: str, name: str) -> str:
+    """The address of the file that a page of CivitAI is about, if it says which. Other addresses as they are."""
+    parts = urlsplit(url)
+    if (parts.hostname or "").removeprefix("www.") not in CIVITAI or not parts.path.startswith("/models/"):
+        return url
+    version = parse_qs(parts.query).get("modelVersionId", [""])[0]
+    if version.isascii() and version.isdigit():
+        return f"https://{parts.hostname}/api/download/models/{version[:20]}"
+    raise UserError(
+        f"LoRA {name}: is a page about a LoRA; expected the address behind its download button, "
+        "https://civitai.com/api/download/models/NUMBER"
+    )
+
+
+def _page_of_hub(url: str, name: str) -> OnHub | None:
+    """What a page of the Hugging Face hub is about. None: another server, or the address of a file."""
+    from huggingface_hub import constants
+
+    parts = urlsplit(url)
+    host = parts.netloc.lower().removeprefix("www.")
+    if host not in (*HUBS, urlsplit(constants.ENDPOINT).netloc.lower()):
+        return None
+    owner, repository, kind, revision, *rest = [*map(unquote, filter(None, parts.path.split("/"))), *[""] * 4]
+    path = "/".join(filter(None, rest))
+    if kind == "resolve" or (host not in HUBS and kind not in ("", "blob", "tree")):
+        return None
+    if ".." in path or not repository or owner in ("api", "datasets", "spaces", "docs", "papers", "collections"):
+        raise UserError(f"LoRA {name}: is no page of a model; {EXPECTED}")
+    if not kind:
+        return OnHub(f"{owner}/{repository}", parse_qs(parts.query).get("show_file_info", [None])[0])
+    if kind in ("blob", "raw") and path:
+        return OnHub(f"{owner}/{repository}", path, revision=revision)
+    if kind == "tree" and revision:
+        return OnHub(f"{owner}/{repository}", folder=f"{path}/" if path else "", revision=revision)
+    raise UserError(f"LoRA {name}: is no page of a file; {EXPECTED}")
 
 
 def _patiently(entries: Iterable[Any], what: str, patience: Patience) -> Iterator[Any]:
@@ -229,6 +359,12 @@ def _download(url: str, file: BinaryIO, headers: Mapping[str, str], size: int, w
         raise UserError(f"{what}: came cut or too long; try again")
 
 
+def split_list(text: str) -> list[str]:
+    """The sources in a text, parted by spaces and commas. A data URL has a comma of its own."""
+    parts = text.split()
+    return [one for part in parts for one in ([part] if part[:5].lower() == "data:" else part.split(",")) if one]
+
+
 def split_scale(text: str, scale: float = 1.0) -> tuple[str, float]:
     """ "SOURCE:0.8" → SOURCE, 0.8; without a scale, `scale`.
 
@@ -243,12 +379,12 @@ def split_scale(text: str, scale: float = 1.0) -> tuple[str, float]:
     return text, scale
 
 
-def _only(what: str, names: list[str]) -> str:
-    usual = "pytorch_lora_weights.safetensors"
-    if usual in names:
-        return usual
+def _only(what: str, names: list[str], folder: str = "") -> str:
+    for usual in ("pytorch_lora_weights.safetensors", PEFTS_FILE):
+        if folder + usual in names:
+            return folder + usual
     if len(names) != 1:
-        told = ", ".join(names[:5]) or "none"
+        told = shown(", ".join(names[:5]) or "none")
         raise UserError(f"{what}: has {len(names)} safetensors files ({told}); expected owner/name/file.safetensors")
     return names[0]
 

@@ -17,9 +17,11 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
+import dmd2.cli
 import dmd2.lora_files
 from dmd2.errors import UserError
 from dmd2.guard import Guard, Patience
+from dmd2.lora import Lora
 from dmd2.lora_files import GUARD, LoraFiles, split_scale
 from tests.hub import Hub, sha256
 
@@ -104,7 +106,7 @@ def test_a_url_is_fetched_once(files: LoraFiles, hub: Hub) -> None:
         files.find(f"{url}/nothing.safetensors")
     with pytest.raises(UserError, match=r"refused, because 127\.0\.0\.1 is no public address"):
         replace(files, guard=GUARD).find(f"{url}/b.safetensors")
-    assert len(list(files.cache.iterdir())) == 2  # what was whole: nothing half-written is left
+    assert len(list(files.cache.iterdir())) == 1  # what is a LoRA
 
 
 def test_a_data_url(files: LoraFiles) -> None:
@@ -250,6 +252,155 @@ def test_a_repository_of_endless_files_is_given_up(
     assert len(hub.lines("/tree/")) == before + 2  # pages of ten
 
 
+PEFTS = save({"base_model.model.conv_in.lora_A.weight": torch.ones(2, 4), "conv_in.lora_B.weight": torch.ones(4, 2)})
+SETTINGS = b'{"peft_type": "LORA", "r": 2, "lora_alpha": %d}'
+
+
+def alphas(lora: Lora) -> set[float | None]:
+    return {factors.alpha for factors in lora.layers.values()}
+
+
+def test_pefts_settings_come_along(files: LoraFiles, hub: Hub, tmp_path: Path) -> None:
+    """Else the strength is another: from the hub, from any server, of a folder, of the weights' own."""
+    two = {"adapter_model.safetensors": PEFTS, "adapter_config.json": SETTINGS % 8, "README.md": b""}
+    hub.push("me/peft", two)
+    assert alphas(files.find("me/peft")) == {8}
+    hub.push("me/peft", two | {"adapter_config.json": SETTINGS % 4})
+    assert alphas(files.find("me/peft")) == {4}
+    many = {f"text_encoder/{name}": content for name, content in two.items()} | {"x.safetensors": content(1)}
+    hub.push("me/many", {f"unet/{name}": content for name, content in two.items()} | many)
+    assert alphas(files.find("me/many/unet/adapter_model.safetensors")) == {8}
+    assert alphas(files.find(f"{hub.endpoint}/me/many/tree/main/unet")) == {8}
+
+    url = f"{hub.endpoint}/me/peft/resolve/main/adapter_model.safetensors?download=true"
+    assert alphas(files.find(url)) == {4}
+    hub.push("me/bare", {"adapter_model.safetensors": PEFTS})
+    assert alphas(files.find(f"{hub.endpoint}/me/bare/resolve/main/adapter_model.safetensors")) == {None}
+    hub.on("GET /me/down/resolve/main/adapter_config", status=503)
+    hub.push("me/down", two)
+    with pytest.raises(UserError, match=r"^LoRA: adapter_config\.json: the server answers 503"):
+        files.find(f"{hub.endpoint}/me/down/resolve/main/adapter_model.safetensors")
+
+    for folder in (files.folder / "lora" / "mine", tmp_path / "folder"):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(PEFTS)
+        (folder / "adapter_config.json").write_bytes(SETTINGS % 3)
+    assert alphas(files.find("mine")) == {3}
+    mine = replace(files, paths=True)
+    assert alphas(mine.find(str(tmp_path / "folder"))) == {3}
+    (tmp_path / "folder" / "adapter_config.json").write_bytes(SETTINGS % 16)
+    assert alphas(mine.find(str(tmp_path / "folder"))) == {16}  # read anew
+    with pytest.raises(UserError, match="expected an https URL"):
+        files.find(str(tmp_path / "folder"))
+
+
+def test_pages_of_the_hub_are_what_they_are_about(
+    files: LoraFiles, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = hub.push("me/one", {"style.safetensors": content(1)})
+    hub.push("me/one", {"style.safetensors": content(2)})
+    hub.push("me/two", {"a.safetensors": content(3), "b/c.safetensors": content(4)})
+    for host in ("https://huggingface.co", "huggingface.co", "http://www.huggingface.co", "HF.co", hub.endpoint):
+        for page, value in (
+            ("me/one", 2),
+            ("me/one/", 2),
+            ("me/one/blob/main/style.safetensors", 2),
+            (f"me/one/blob/{before}/style.safetensors?x=y#z", 1),
+            ("me/one/tree/main", 2),
+            ("me/two/tree/main/b", 4),
+            ("me/two?show_file_info=b%2Fc.safetensors", 4),
+        ):
+            assert files.find(f"{host}/{page}").sha256 == sha256(content(value)), page
+    assert files.find_all("huggingface.co/me/one:0.5")[0][1] == 0.5
+    for page in ("me", "spaces/me/one", "me/one/discussions", "datasets/me/one", "me/one/blob/main/../../x"):
+        with pytest.raises(
+            UserError, match=r"^LoRA huggingface\.co/.*: is no page of a .*; expected an https URL, a rep"
+        ):
+            files.find(f"huggingface.co/{page}")
+    with pytest.raises(UserError, match=r"^LoRA http://\[::1/x: is no URL"):
+        files.find("http://[::1/x")
+
+
+def test_pages_of_civitai(files: LoraFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def fetch(self: Guard, url: str, file: BinaryIO, field: str, patience: Patience) -> None:
+        fetched.append(url)
+        file.write(content(1))
+
+    monkeypatch.setattr(Guard, "fetch", fetch)
+    for page in (
+        "https://civitai.com/models/12/a-style",
+        "civitai.com/models/12",
+        "civitai.com/models/12?modelVersionId=x",
+    ):
+        with pytest.raises(
+            UserError, match=r"12.*: is a page about a LoRA; expected the address behind its download"
+        ):
+            files.find(page)
+    assert not fetched
+    assert files.find("civitai.com/models/12/a-style?modelVersionId=345").sha256 == sha256(content(1))
+    files.find("https://civitai.com/api/download/models/678?token=mine")
+    files.find("https://example.org/models/1")
+    assert fetched == [
+        "https://civitai.com/api/download/models/345",
+        "https://civitai.com/api/download/models/678?token=mine",
+        "https://example.org/models/1",
+    ]
+
+
+def test_what_is_no_lora_is_not_kept(files: LoraFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page to log in with status 200, a file that stops half-way, NaN: the next time the right one is fetched."""
+    page = b"\xef\xbb\xbf\n <!DOCTYPE html><html>Please log in</html>"
+    answers = [page, content(1)[:-4], content(float("nan")), content(1)]
+
+    def fetch(self: Guard, url: str, file: BinaryIO, field: str, patience: Patience) -> None:
+        file.write(answers.pop(0))
+
+    monkeypatch.setattr(Guard, "fetch", fetch)
+    url = "https://example.org/style"
+    for message in ("style: a web page is there, no safetensors", "cannot be read as safetensors", "NaN"):
+        with pytest.raises(UserError, match=message):
+            files.find(url)
+        assert not list(files.cache.iterdir())
+    assert files.find(url).sha256 == sha256(content(1))
+    assert files.find(url).sha256 == sha256(content(1)) and not answers
+
+
+def test_a_file_of_the_cache_that_turned_bad_is_fetched_again(
+    files: LoraFiles, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.push("me/one", {"style.safetensors": content(1)})
+    for source in ("me/one", f"{hub.endpoint}/me/one/resolve/main/style.safetensors"):
+        for bad in (b"<html>", b"", content(1)[:-1], content(float("inf"))):
+            assert files.find(source).sha256 == sha256(content(1))
+            (kept,) = files.cache.iterdir()
+            kept.write_bytes(bad)
+            before = len(hub.lines("GET /cdn"))
+            assert files.find(source).sha256 == sha256(content(1))
+            assert len(hub.lines("GET /cdn")) == before + 1
+            assert "it is fetched again" in caplog.messages[-1]
+        kept.write_bytes(b"bad")
+        hub.on("GET /cdn", damage=True)
+        with pytest.raises(UserError):
+            files.find(source)
+        assert not list(files.cache.iterdir())  # fetched once more, not for ever
+        hub.heal()
+
+
+def test_commas_part_sources_too(files: LoraFiles) -> None:
+    (files.folder / "lora" / "other.safetensors").write_bytes(content(2))
+    for text in ("own,other:0.25", "own, other:0.25,", " own ,other:0.25", "own other:0.25"):
+        assert [(lora.sha256, scale) for lora, scale in files.find_all(text)] == [
+            (sha256(content(1)), 1.0),
+            (sha256(content(2)), 0.25),
+        ]
+    url = f"data:application/octet-stream;base64,{base64.b64encode(content(5)).decode()}"
+    assert [lora.name for lora, _ in files.find_all(f"own,other {url}")] == ["own", "other", "data URL"]
+    with pytest.raises(UserError, match="LoRA: 6 at once; expected at most 5"):
+        files.find_all("own," * 6)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -271,3 +422,18 @@ def test_scales_are_split_off(text: str, expected: tuple[str, float]) -> None:
 def test_scales_have_bounds(text: str) -> None:
     with pytest.raises(UserError, match=r"LoRA own: scale .*; expected -4 to 4"):
         split_scale(text)
+
+
+def test_the_command_lines_loras_may_be_lists_and_files_with_any_name(
+    files: LoraFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMD2_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a, b.safetensors").write_bytes(content(2))
+    found = dmd2.cli._loras([f"{tmp_path}/a, b.safetensors:0.5", "own,own:2"], files.folder)
+    assert [(lora.sha256, scale) for lora, scale in found] == [
+        (sha256(content(2)), 0.5),
+        (sha256(content(1)), 1.0),
+        (sha256(content(1)), 2.0),
+    ]
+    with pytest.raises(UserError, match="expected an https URL"):
+        dmd2.cli._loras(["x" * 5000], files.folder)
