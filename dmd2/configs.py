@@ -14,7 +14,6 @@ from typing import Any, cast
 
 from dmd2.errors import UserError, shown
 from dmd2.fileio import read_object
-from dmd2.loading import check_counts
 from dmd2.stable_diffusion import INPAINTING_CHANNELS, LATENT_CHANNELS, PredictionType
 
 VAES = ("AutoencoderKL", "AutoencoderTiny")
@@ -119,7 +118,6 @@ def read_unet_config(folder: Path, *, sdxl: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: missing; expected a diffusers UNet there")
     config = read_object(path)
-    check_counts(path, config)
     name = config.get("_class_name", "UNet2DConditionModel")
     if name != "UNet2DConditionModel":
         raise UserError(f"{path}: describes a {shown(name)}; expected a UNet2DConditionModel")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmd2.errors import UserError, shown
 from dmd2.fileio import read_object
-from dmd2.loading import build_network, load_network
+from dmd2.loading import build_network, load_network, weight_files
 from dmd2.stable_diffusion import LATENT_CHANNELS, Control, TextCondition
 
 SCALE = 0.8
@@ -161,15 +163,18 @@ def load_control(folder: Path, device: torch.device, dtype: torch.dtype, unet: A
     name = config.get("_class_name")
     if name not in KINDS:
         raise UserError(f"{path}: describes a {shown(name)}; expected one of {', '.join(KINDS)}")
-    kind, task = getattr(diffusers, name), None
-    network = build_network(kind, path)
+    weights, task = folder / "diffusion_pytorch_model.safetensors", None
+    if name == "ControlNetModel" and (tasks := _tasks_in(weights)):  # xinsir's unions say that they are plain ones
+        name, config = "ControlNetUnionModel", config | {"num_control_type": tasks}
+    kind = getattr(diffusers, name)
+    network = build_network(kind, path, config)
     if name == "T2IAdapter":
         _check_adapter(path, network, unet)
     else:
         _check_control_net(path, network.config, unet)
     if name == "ControlNetUnionModel":
         task = _task(folder, network.config.num_control_type)
-    network = load_network(kind, folder / "diffusion_pytorch_model.safetensors", device, dtype)
+    network = load_network(kind, weights, device, dtype, config)
     return ControlModel(network.to(memory_format=torch.channels_last), device, task)
 
 
@@ -201,6 +206,14 @@ def _check_control_net(path: Path, config: Any, unet: Any) -> None:
         own, wanted = ([*value] if isinstance(value, tuple | list) else value for value in (own, wanted))
         if own != wanted:
             raise UserError(f"{path}: made for another UNet: {key} is {shown(own)}; this one's is {shown(wanted)}")
+
+
+def _tasks_in(weights: Path) -> int:
+    """Of a ControlNet Union's weights, how many tasks they know; 0 if these are others, or none that can be read."""
+    with suppress(SafetensorError, UserError), safe_open(weight_files(weights)[0], "pt") as file:
+        if "task_embedding" in file.keys():  # noqa: SIM118
+            return int(file.get_slice("task_embedding").get_shape()[0])
+    return 0  # what is wrong will be said when they are loaded
 
 
 def _task(folder: Path, count: int) -> int:

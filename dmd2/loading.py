@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, suppress
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,21 @@ NAMED = 3  # keys in an error message, at most
 
 
 @torch.inference_mode(False)  # or weights could not be changed later, wherever this is called
-def load_network(kind: Any, path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def load_network(
+    kind: Any, path: Path, device: torch.device, dtype: torch.dtype, settings: Mapping[str, Any] | None = None
+) -> Any:
     """The network of class `kind` whose weights are in `path` and whose `config.json` lies beside it, frozen.
 
     In place of `path` there may be shards of it or files in half precision, see `weight_files`. Each tensor goes from
     the file to `device` in `dtype`, convolutions in channels_last; nothing is drawn at random and nothing is held
-    twice. On a CPU, what is in `dtype` already is mapped, not read.
+    twice. On a CPU, what is in `dtype` already is mapped, not read. `settings` are used in place of those in
+    `config.json`.
 
     Raises:
         UserError: a file is missing or broken, or they do not fit together: names the keys that are missing,
             unexpected or of the wrong shape.
     """
-    network, files = _described(kind, path)
+    network, files = _described(kind, path, settings=settings)
     network.load_state_dict(_read(network, files, device, dtype), strict=True, assign=True)
     return network.requires_grad_(False).eval().to(device)  # the last for buffers that no file holds
 
@@ -63,12 +66,14 @@ def check_network(kind: Any, path: Path, *, half: bool = False) -> None:
     expect_floats(network, files[0], {name: floats[key] for name, key in fit(network, files[0], shapes).items()})
 
 
-def _described(kind: Any, path: Path, half: bool = False) -> tuple[Any, list[Path]]:
+def _described(
+    kind: Any, path: Path, half: bool = False, settings: Mapping[str, Any] | None = None
+) -> tuple[Any, list[Path]]:
     config = path.with_name("config.json")
     if not config.is_file():
         raise UserError(f"{config}: missing; expected a {kind.__name__} there")
     files = weight_files(path, half=half)
-    return build_network(kind, config), files
+    return build_network(kind, config, settings), files
 
 
 def weight_files(path: Path, *, half: bool = False) -> list[Path]:
@@ -127,8 +132,11 @@ def build_network(kind: Any, config: Path, settings: Mapping[str, Any] | None = 
         UserError: it describes none.
     """
     settings = dict(read_object(config) if settings is None else settings)
-    check_counts(config, settings)
-    _check_types(config, settings, getattr(kind, "config_class", kind))
+    parameters = signature(getattr(kind, "config_class", kind)).parameters
+    # Others are notes of those who made it: of training, of versions.
+    known = {name: value for name, value in settings.items() if name in parameters}
+    _check_counts(config, known)
+    _check_types(config, known, parameters)
     try:
         # Parameters only: buffers that are in no file (CLIP's position_ids) keep the values they are made with.
         with init_empty_weights(include_buffers=False):
@@ -139,15 +147,15 @@ def build_network(kind: Any, config: Path, settings: Mapping[str, Any] | None = 
         raise UserError(f"{config}: describes no {kind.__name__} ({shown(error)})") from error
 
 
-def _check_types(config: Path, settings: Mapping[str, Any], described: Any) -> None:
-    """Raises UserError unless settings are of the types that the class's signature has for them.
+def _check_types(config: Path, settings: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
+    """Raises UserError unless settings are of the types that a class's parameters have.
 
     The libraries look at few of them, and fail when the network runs.
     """
-    for name, parameter in signature(described).parameters.items():
-        value, default, allowed = settings.get(name), parameter.default, str(parameter.annotation)
-        if name not in settings or (value is None and ("None" in allowed or default is None)):
-            continue
+    for name, value in settings.items():
+        default, allowed = parameters[name].default, str(parameters[name].annotation)
+        if value is None and ("None" in allowed or default is None or isinstance(default, bool)):
+            continue  # SDXL's own has "upcast_attention": null
         if isinstance(value, list) and ("tuple" in allowed or "list" in allowed) and not name.endswith("_id"):
             continue
         lowest = -1 if name.endswith("_id") else 0
@@ -165,7 +173,7 @@ def _check_types(config: Path, settings: Mapping[str, Any], described: Any) -> N
             raise UserError(f"{config}: {name}: {shown(value)}; expected {expected}")
 
 
-def check_counts(config: Path, settings: Mapping[str, Any]) -> None:
+def _check_counts(config: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError for numbers (of layers, channels, …) so large that no network could be built of them."""
     for name, value in settings.items():
         flat, left = [], [value]

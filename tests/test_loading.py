@@ -133,6 +133,21 @@ def refused(copy: Path, change: Any) -> str:
     return message
 
 
+def test_nulls_and_notes_in_published_configurations_are_no_error(copy: Path) -> None:
+    """SDXL's own has such nulls; inpainting ones keep what their average was made with."""
+    path = copy / "unet" / "config.json"
+    notes = {
+        "optimization_step": 37_000_000,
+        "decay": 0.9999,
+        "_name_or_path": "x",
+        "blocks": 10**9,
+        "layers": "many",
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"upcast_attention": None, "dropout": 0} | notes))
+    network = load_network(UNet2DConditionModel, copy / "unet" / UNET_FILE, CPU, torch.float32)
+    assert network.config.upcast_attention is None
+
+
 def test_missing_keys_are_named(copy: Path) -> None:
     assert refused(copy, lambda tensors: tensors.pop("conv_in.bias")).endswith("describes: lacks conv_in.bias")
 
