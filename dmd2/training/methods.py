@@ -22,7 +22,7 @@ from dmd2.training.autoencoder import train_autoencoder
 from dmd2.training.classifier import train_classifier
 from dmd2.training.data import EmojiScenes
 from dmd2.training.distil import distil
-from dmd2.training.edm_distil import EdmSources, distil_edm
+from dmd2.training.edm_distil import FAKE_SCORE, EdmSources, distil_edm
 from dmd2.training.edm_teacher import train_edm_teacher
 from dmd2.training.image_classifier import train_image_classifier
 from dmd2.training.images import ImageSet
@@ -48,7 +48,10 @@ def inputs_of(recipe: Recipe, paths: Mapping[str, Path | None]) -> dict[str, Pat
     emoji = isinstance(recipe, AutoencoderRecipe | ClassifierRecipe | TeacherRecipe | Dmd2Recipe)
     defaults = {"data": EMOJI / "emoji.zip", "init": EMOJI} if emoji else {}
     names = INPUTS.get(type(recipe), ("data",))
-    return {name: path for name in names if (path := paths.get(name) or defaults.get(name))}
+    found = {name: path for name in names if (path := paths.get(name) or defaults.get(name))}
+    if isinstance(recipe, EdmDmd2Recipe) and recipe.resumed and "student" in found:
+        found["student (its fake score)"] = found["student"].parent / FAKE_SCORE
+    return found
 
 
 def build_method(recipe: Recipe, paths: dict[str, Path | None], device: torch.device) -> Method:

@@ -16,12 +16,12 @@ from dmd2.terminal import say
 from dmd2.training.checkpoints import Checkpoints
 
 LOCK = ".lock"
-EXPORTS = ("model", "classifier.safetensors")
+EXPORTS = ("model", "fake_score", "classifier.safetensors")
 """what `Method.export` may write"""
 STALE = re.compile(
     r"\.(checkpoint\.pt|recipe\.json|log\.jsonl|classifier\.safetensors|\d{7,}\.png)\.[0-9a-f]{8}\.tmp"
 )
-STALE_FOLDER = re.compile(r"\.model\.[a-z0-9_]{8}")  # by tempfile: an export that was cut short
+STALE_FOLDER = re.compile(r"\.(model|fake_score)\.[a-z0-9_]{8}")  # by tempfile: an export that was cut short
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -41,16 +41,11 @@ def check_out(out: Path, resume: bool) -> None:
         raise UserError(f"--out {out}: holds no checkpoint to --resume from; without --resume, a run begins there")
     if there and not resume:
         raise UserError(f"--out {out}: holds a run already; add --resume to continue it, or name another folder")
-    model, classifier = (out / name for name in EXPORTS)
-    if not resume:
-        for path in (model, classifier):
-            if path.is_file() or (path.is_dir() and any(path.iterdir())):
-                raise UserError(
-                    f"--out {out}: holds {path.name} already, of no run that is there; name another folder"
-                )
-    if (model.exists() and not model.is_dir()) or classifier.is_dir():
-        wrong = classifier if classifier.is_dir() else model
-        raise UserError(f"{wrong}: in the way of what the run is going to write there; move it")
+    for path in (out / name for name in EXPORTS):
+        if path.exists() and path.is_dir() == bool(path.suffix):
+            raise UserError(f"{path}: in the way of what the run is going to write there; move it")
+        if not resume and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+            raise UserError(f"--out {out}: holds {path.name} already, of no run that is there; name another folder")
 
 
 @contextmanager

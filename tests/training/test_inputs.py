@@ -183,6 +183,8 @@ def test_each_recipe_names_what_it_depends_on(tmp_path: Path) -> None:
     assert found["emoji-vae"] == found["cifar10-classifier"] == found["cifar10-small-teacher"] == {"data"}
     assert found["emoji-teacher"] == found["emoji-dmd2-1step"] == {"data", "init"}
     assert found["cifar10-small-dmd"] == {"data", "init", "student", "pairs", "lpips"}
+    resumed = inputs_of(recipes.RECIPES["imagenet64-dmd2-gan-resumed"], given)
+    assert resumed["student (its fake score)"] == tmp_path / "fake_score"
     defaults = inputs_of(recipes.RECIPES["emoji-dmd2-1step"], {})
     assert defaults["data"].name == "emoji.zip" and defaults["init"].name == "emoji"
     assert inputs_of(recipes.RECIPES["cifar10-small-teacher"], {}) == {}

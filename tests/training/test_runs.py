@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -484,7 +485,8 @@ def test_a_second_trainer_is_told_so(tmp_path: Path) -> None:
 def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "run"
     (out / "samples").mkdir(parents=True)
-    (out / ".model.ab_1cd2e" / "model").mkdir(parents=True)
+    for name in ("model", "fake_score"):
+        (out / f".{name}.ab_1cd2e" / name).mkdir(parents=True)
     stale = [out / ".checkpoint.pt.0123abcd.tmp", out / "samples" / ".0000020.png.0123abcd.tmp"]
     others = [out / ".checkpoint.pt.tmp", out / "note.tmp", out / ".mine.0123abcd.tmp", out / ".model.txt"]
     elsewhere = tmp_path / "elsewhere"
@@ -494,17 +496,26 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> No
     link = out / ".log.jsonl.0123abcd.tmp"
     link.symlink_to(elsewhere)
     finished(out)
-    assert not any(path.exists() for path in stale) and not (out / ".model.ab_1cd2e").exists()
+    assert not any(path.exists() for path in stale) and not list(out.glob(".*.ab_1cd2e"))
     assert all(path.exists() for path in [*others, link]) and elsewhere.read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", ["model", "classifier.safetensors"])
+@pytest.mark.parametrize("name", ["model", "fake_score", "classifier.safetensors"])
 def test_a_place_that_is_taken_is_noticed_before_the_first_step(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out, method = tmp_path / "run", replace(toy(SHORT), data=lambda part: pytest.fail("a step was made"))
     (out / name).mkdir(parents=True)
     (out / name / "file").write_text("")
-    with pytest.raises(UserError, match=f"holds {name} already") as error:
-        train(replace(toy(SHORT), data=lambda part: pytest.fail("a step was made")), SHORT, out)
+    with pytest.raises(UserError, match=f"holds {name} already|in the way") as error:
+        train(method, SHORT, out)
+    one_line(error)
+    shutil.rmtree(out / name)
+    wrong = out / name
+    if wrong.suffix:
+        wrong.mkdir()
+    else:
+        wrong.write_text("")
+    with pytest.raises(UserError, match="in the way of what the run is going to write") as error:
+        train(method, SHORT, out)
     one_line(error)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; expected a folder"):
