@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Factors:
         cores = [value for name, value in self.tensors.items() if name == "mid" or "_t" in name]
         if any(max(core.shape[:2], default=0) > LARGEST_CORE for core in cores):
             return f"a rank over {LARGEST_CORE}"
-        return "" if not kinds or self._shape() else f"its factors do not match: {self.shapes()}"
+        return "" if not kinds or self._shape else f"its factors do not match: {self.shapes()}"
 
     def shapes(self) -> str:
         """For messages."""
@@ -86,7 +87,7 @@ class Factors:
             return False
         if not self.kinds:
             return True
-        shape = self._shape()
+        shape = self._shape
         fits = shape is not None and shape[0] == len(weight) and math.prod(shape) == weight.numel()
         if fits and shape is not None and len(shape) > 2 and weight.ndim > 2:
             fits = list(shape) == list(weight.shape)
@@ -145,8 +146,9 @@ class Factors:
             return 1
         return 0 if magnitude.numel() == len(weight) else None
 
+    @cached_property
     def _shape(self) -> torch.Size | None:
-        """Of the product, without computing it."""
+        """Of the product, without computing it. Once all tensors are there."""
         try:
             return _product(
                 {name: torch.empty(value.shape, device="meta") for name, value in self.tensors.items()}

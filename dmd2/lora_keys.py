@@ -24,6 +24,8 @@ MOST_QUOTED = 100
 """characters of a tensor's name, in messages"""
 PATTERN_SECONDS = 10.0
 """that all of a file's patterns may take"""
+MOST_EXPRESSIONS = 500
+"""of a file's patterns, besides plain names"""
 
 Layer = tuple[str, str]
 """(unet, text_encoder or text_encoder_2; the layer's name with _ for each dot)"""
@@ -201,6 +203,8 @@ class Patterns:
             except (re.error, RecursionError, OverflowError):
                 raise UserError(f"{where}: pattern {shown(pattern, 50)}: is no regular expression") from None
             self._expressions.append((index, expression, value))
+            if len(self._expressions) > MOST_EXPRESSIONS:
+                raise UserError(f"{where}: more than {MOST_EXPRESSIONS} regular expressions")
 
     def find(self, layer: str) -> float | None:
         """The value for a layer (with dots), None if no pattern matches."""
