@@ -391,7 +391,7 @@ def save_text_to_image(
     with whole_folder(folder) as new:
         left_out = {MANIFEST, unet_subfolder}
         if card is not None:
-            belongs = {*PARTS, old.teacher.subfolder if old and old.teacher else "vae"}
+            belongs = {*PARTS, *(Path(old.teacher.subfolder).parts[:1] if old and old.teacher else ())}
             left_out |= {path.name for path in init.iterdir() if path.name not in belongs}
             atomic_text(new / "README.md", card)
         shutil.copytree(init, new, ignore=lambda at, _: left_out if Path(at) == init else (), dirs_exist_ok=True)

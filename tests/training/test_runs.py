@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,21 @@ def test_a_stop_request_sets_a_flag_and_writes_nothing(
         os.kill(os.getpid(), number)  # parents that pass signals on send the same one twice
         assert stopped()
     assert capfd.readouterr() == ("", "")
+
+
+def test_only_a_second_ctrl_c_a_while_later_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ended = [0.0], list[int]()
+    monkeypatch.setattr("dmd2.training.signals.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    with stop_signals():
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        clock[0] = 5.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 def test_a_signal_that_was_ignored_stays_so_and_threads_have_no_handlers() -> None:
