@@ -104,6 +104,24 @@ def test_a_full_queue_says_so_and_takes_jobs_again_later(bench: Bench, batcher: 
     assert batcher.submit("a").future.result(300).result == "a!"
 
 
+def test_a_stream_of_others_starves_nobody(bench: Bench) -> None:
+    """Whoever is oldest says what is drawn next, however many of another key keep coming."""
+    later: list[Ticket[str, str]] = []
+
+    def draw(jobs: list[str], check: Check) -> list[str]:
+        if not later or not other.future.done():
+            later.append(batcher.submit("a"))
+        return bench.draw(jobs, check)
+
+    batcher = Batcher[str, str](draw, lambda job: job[0], max_batch=3, max_waiting=5)
+    with batcher._changed:  # so that both are queued before the first is drawn
+        batcher.submit("a")
+        other = batcher.submit("b")
+    assert other.future.result(120).result == "b!"
+    batcher.close()
+    assert ["b"] in bench.batches[:3]
+
+
 def test_an_error_hits_only_the_job_that_it_belongs_to(bench: Bench, batcher: Batcher[str, str]) -> None:
     bench.hold(batcher)
     tickets = [batcher.submit(job) for job in ("a1", "a bad", "a2")]

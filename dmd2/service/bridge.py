@@ -39,15 +39,15 @@ async def begun(items: AsyncGenerator[T, None]) -> Iterator[T]:
         try:
             async for item in items:
                 arrived.put((item, None))
-            arrived.put((None, StopAsyncIteration()))
-        except BaseException as error:
-            arrived.put((None, error))
-            raise
         finally:
             await items.aclose()
 
+    def ended(task: asyncio.Task[None]) -> None:  # also if it was cancelled before it began
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        arrived.put((None, error or StopAsyncIteration()))  # it is raised in the other thread
+
     task = loop.create_task(forward())
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is raised in the other thread
+    task.add_done_callback(ended)
 
     def generator() -> Generator[T, None, None]:
         try:

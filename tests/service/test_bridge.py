@@ -49,6 +49,30 @@ def test_items_arrive_one_by_one_in_another_thread() -> None:
     asyncio.run(main())
 
 
+def test_a_task_that_is_cancelled_before_it_begins_keeps_no_thread_waiting() -> None:
+    """As when the loop ends: a worker whose thread waits for ever never ends."""
+    got: list[BaseException] = []
+
+    def iterate(items: Iterator[int]) -> None:
+        try:
+            list(items)
+        except asyncio.CancelledError as error:
+            got.append(error)
+
+    async def main() -> None:
+        source = Source()
+        source.release.release()
+        items = await begun(source.items())
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        thread = threading.Thread(target=iterate, args=(items,), daemon=True)
+        thread.start()
+        await asyncio.to_thread(thread.join, 120)
+        assert not thread.is_alive() and len(got) == 1
+
+    asyncio.run(main())
+
+
 def test_cancelled_while_it_waits_for_the_first_item_it_closes_the_source() -> None:
     async def main() -> None:
         source = Source()
