@@ -167,7 +167,7 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Weights to start from; the embedded ones for recipes of theirs.")
     ] = None,
-    judge: Annotated[Path | None, typer.Option(help="Classifier that scores samples of emoji.")] = None,
+    judge: Annotated[Path | None, typer.Option(help="Classifier that scores samples.")] = None,
     student: Annotated[Path | None, typer.Option(help="Student to go on from, for recipes that resume one.")] = None,
     pairs_folder: Annotated[Path | None, typer.Option("--pairs", help="Folder of `dmd2 pairs`, for DMD.")] = None,
     lpips: Annotated[

@@ -84,7 +84,7 @@ class ImageClassifierRecipe:
     widths: tuple[Width, Width, Width]
     """channels at the picture's own side, at a half, at a quarter and below"""
     features: Width
-    held_out: Count
+    held_out: Steps
     """pictures of the data that only score it"""
     classes: Annotated[tuple[Name, ...], Field(min_length=2)]
     """what the labels 0, 1, … mean"""
@@ -253,7 +253,7 @@ def resolve(name: str, overrides: list[str]) -> Recipe:
         try:
             value = checked(type(part), field, _literal(text))
         except UserError as error:
-            raise UserError(f"--set {error}") from None
+            raise UserError(f"--set {key.removesuffix(field)}{error}") from None
         if part is recipe.loop:
             recipe = replace(recipe, loop=replace(recipe.loop, **{field: value}))
         else:

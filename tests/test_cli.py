@@ -131,7 +131,7 @@ def test_generate_refuses_an_out_that_is_a_file(
         (["emoji-dmd2-4step", "--set", "lr"], "--set lr: expected key=value"),
         (["emoji-dmd2-4step", "--set", "lr=fast"], "--set lr=fast: "),
         (["emoji-dmd2-4step", "--set", "iterations=1.5"], "--set iterations=1.5: "),
-        (["emoji-dmd2-4step", "--set", "loop.seed=null"], "--set seed=null: expected a whole number from 0"),
+        (["emoji-dmd2-4step", "--set", "loop.seed=null"], "--set loop.seed=null: expected a whole number from 0"),
         (["emoji-dmd2-4step", "--set", "timesteps=[999,x]"], "--set timesteps=[999,x]: "),
         (["emoji-dmd2-4step", "--set", "precision=fp8"], "--set precision=fp8: "),
         (["emoji-dmd2-4step", "--set", "batch_size=0"], "--set batch_size=0: expected a whole number from 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dmd2.training.loop import Batch, Method, Phase
 from dmd2.training.muon import Muon
 from dmd2.training.pairs import Pairs
 from dmd2.training.perceptual import regression_distance
-from dmd2.training.preview import ClassPreview
+from dmd2.training.preview import ClassPreview, ClassScore
 from dmd2.training.published_discriminator import PublishedDiscriminator, class_embeddings
 from dmd2.weights import read_manifest
 
@@ -52,6 +53,8 @@ class EdmSources:
     """`model` of the run to go on from, instead of from the teacher's weights; its fake score lies beside it"""
     pairs: Path | None = None
     lpips: Path | None = None
+    judge: Path | None = None
+    """classifier that scores samples; None: CIFAR-10's for CIFAR-10, else none"""
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,24 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
     build = {EdmDmdRecipe: _dmd, EdmDmd2Recipe: _dmd2, EdmGddRecipe: _gdd}[type(recipe)]
     parts = _Parts(recipe, sources, teacher, student, fake, device)
     data = parts.data()  # before feature networks are fetched
+    images = parts.images if sources.data is not None else None
+    judge = ClassScore.find(sources.judge, teacher.config, manifest.class_names, images, device)
     phases = build(parts)
 
     preview = ClassPreview(teacher.config, manifest.class_names)
 
     @torch.no_grad()
-    def sample(averaged: nn.Module | None) -> Tensor:
+    def draw(averaged: nn.Module | None, noise: Tensor, cond: ClassCondition) -> Tensor:
         denoiser = Edm(averaged or student)  # type: ignore[arg-type]
-        noise, cond = preview.inputs(device, len(recipe.sigmas))
         x0 = few_step(conditioned(denoiser, cond), denoiser.start, noise.unbind(1), recipe.sigmas)
-        return preview.grid(RgbCodec().decode(x0))
+        return RgbCodec().decode(x0)
+
+    def sample(averaged: nn.Module | None) -> Tensor:
+        return preview.grid(draw(averaged, *preview.inputs(device, len(recipe.sigmas))))
+
+    def score(averaged: nn.Module | None) -> dict[str, float]:
+        assert judge is not None
+        return judge.score(draw(averaged, *judge.inputs(device, len(recipe.sigmas))))
 
     def export(averaged: nn.Module | None, out: Path) -> None:
         network = averaged or student
@@ -126,7 +137,7 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
                 ),
             )
 
-    return Method(phases, data, student, sample, None, export)
+    return Method(phases, data, student, sample, score if judge else None, export)
 
 
 def _student(recipe: EdmDistilRecipe, sources: EdmSources, teacher: Edm, device: torch.device) -> EdmNetwork:
@@ -186,7 +197,7 @@ class _Parts:
         """step → classes drawn uniformly, real pictures where the method asks for them, and pairs."""
         recipe, config, n = self.recipe, self.teacher.config, self.recipe.loop.batch_size
         shape = (n, config.channels, config.resolution, config.resolution)
-        images = self._images() if recipe.needs_images else None
+        images = self.images if recipe.needs_images else None
         pairs = self._pairs() if isinstance(recipe, EdmDmdRecipe) else None
 
         def step_data(step: int) -> _Step:
@@ -208,7 +219,8 @@ class _Parts:
 
         return step_data
 
-    def _images(self) -> ImageSet:
+    @cached_property
+    def images(self) -> ImageSet:
         if self.sources.data is None:
             raise UserError("--data: missing; this recipe learns from real pictures, a zip or a folder")
         return ImageSet(self.sources.data, self.teacher.config.resolution, self.teacher.config.classes)

@@ -36,6 +36,7 @@ from dmd2.training.run_folder import open_run
 from dmd2.training.signals import stop_signals
 
 Logs = dict[str, float | Tensor]
+EARLY = 20  # step of a first look, however rare the others are
 EMA_RAMP_UP = 0.05  # a half-life is at most this part of what has been (Karras et al. 2022's code; GDD)
 
 
@@ -179,8 +180,7 @@ class _Run:
         logs = RunLogs(out, self.first, settings.iterations, settings.log_every, images, self.sums)
         last_saved = time.monotonic()
         with stop_signals() as stopped, logs:
-            if self.first:
-                self._show(logs, self.first)
+            self._show(logs, self.first)
             for step in range(self.first, settings.iterations):
                 logs.add(self._step(step))
                 done = step + 1
@@ -217,8 +217,10 @@ class _Run:
     def _show(self, logs: RunLogs, done: int) -> None:
         """What is due after `done` steps: a line of the log, a picture, a score."""
         logs.line(done)
-        if done % self.settings.sample_every == 0 or done == self.settings.iterations:
-            if self.method.sample and (done != self.first or not logs.picture_path(done).exists()):
+        # Before the first step, too, and soon after: only so one sees that training helps, or that it does not.
+        if done % self.settings.sample_every == 0 or done in (EARLY, self.settings.iterations):
+            made_up_for = done == self.first > 0 and logs.picture_path(done).exists()
+            if self.method.sample and not made_up_for:
                 logs.picture(done, self.method.sample(self.averaged))
             if self.method.score and logs.lacks(done, "score"):
                 logs.score(done, self.method.score(self.averaged))

@@ -18,6 +18,7 @@ from dmd2.recipes import (
     Recipe,
     TeacherRecipe,
 )
+from dmd2.terminal import say
 from dmd2.training.autoencoder import train_autoencoder
 from dmd2.training.classifier import train_classifier
 from dmd2.training.data import EmojiScenes
@@ -31,6 +32,7 @@ from dmd2.training.teacher import train_teacher
 from dmd2.weights import ROOT
 
 EMOJI = ROOT / "weights" / "emoji"
+EMOJI_JUDGE = EMOJI / "classifier.safetensors"
 
 
 INPUTS: dict[type, tuple[str, ...]] = {
@@ -77,7 +79,7 @@ def build_method(recipe: Recipe, paths: dict[str, Path | None], device: torch.de
             images = ImageSet(path("data"), network.resolution, network.classes)
             return train_edm_teacher(recipe, images, device)
         case EdmDmdRecipe() | EdmDmd2Recipe() | EdmGddRecipe():
-            given = {name: paths.get(name) for name in ("data", "student", "pairs", "lpips")}
+            given = {name: paths.get(name) for name in ("data", "student", "pairs", "lpips", "judge")}
             return distil_edm(recipe, EdmSources(path("init"), **given), device)
         case ImageClassifierRecipe():
             images = ImageSet(path("data"), classes=len(recipe.classes))
@@ -87,8 +89,10 @@ def build_method(recipe: Recipe, paths: dict[str, Path | None], device: torch.de
 
 def _emoji_method(recipe: Recipe, path: Callable[[str, Path], Path], device: torch.device) -> Method:
     scenes = EmojiScenes(path("data", EMOJI / "emoji.zip"))
-    init, judge_file = path("init", EMOJI), path("judge", EMOJI / "classifier.safetensors")
+    init, judge_file = path("init", EMOJI), path("judge", EMOJI_JUDGE)
     judge = EmojiJudge.load(judge_file, device) if judge_file.is_file() else None
+    if judge is None and isinstance(recipe, TeacherRecipe | Dmd2Recipe):
+        say(f"--judge {judge_file}: no such file; samples get no scores")
     match recipe:
         case AutoencoderRecipe():
             return train_autoencoder(recipe, scenes, device)

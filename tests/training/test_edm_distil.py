@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import dmd2.training.edm_distil
+import dmd2.training.preview
 from dmd2.edm import ClassCondition, EdmNetwork
 from dmd2.edm_recipes import EDM_RECIPES, EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
 from dmd2.edm_weights import load_edm, save_edm
@@ -23,6 +24,7 @@ from dmd2.training.pairs import make_pairs
 from dmd2.training.published_discriminator import PublishedDiscriminator
 from dmd2.weights import read_manifest
 from tests.training.pixels import CONFIG, same_weights, write_set, write_teacher
+from tests.training.test_preview import Brightness
 from tests.training.test_published_discriminator import Maps
 
 CPU = torch.device("cpu")
@@ -169,6 +171,16 @@ def test_a_teacher_too_narrow_for_a_gan_is_one_line(sources: EdmSources, tmp_pat
     save_edm(tmp_path / "narrow", EdmNetwork(narrow), name="narrow", licence="none", recipe={})
     with pytest.raises(UserError, match=r"--init .*narrow: has 16 channels in its middle; expected a multiple of 32"):
         distil_edm(RECIPES["dmd2-gan"], replace(sources, teacher=tmp_path / "narrow"), CPU)
+
+
+def test_a_student_is_scored_where_a_classifier_is_at_hand(
+    sources: EdmSources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert distil_edm(RECIPES["gdd"], sources, CPU).score is None
+    monkeypatch.setattr(dmd2.training.preview, "SmallFeatures", Brightness)
+    method = distil_edm(RECIPES["gdd"], replace(sources, judge=Path("judge")), CPU)
+    assert method.score is not None
+    assert 0 <= method.score(None)["accuracy"] <= 1
 
 
 def test_gdd_at_its_boundary_is_the_identity(sources: EdmSources) -> None:

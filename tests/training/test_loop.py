@@ -271,7 +271,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_writes_recipe_log_samples_checkpoint_and_what_it_is_for(whole: Path) -> None:
     assert json.loads((whole / "recipe.json").read_text()) == {"name": "toy", "loop": asdict(TOY)}
-    assert sorted(p.name for p in (whole / "samples").iterdir()) == ["0000020.png", "0000040.png", "0000060.png"]
+    assert sorted(p.name for p in (whole / "samples").iterdir()) == [
+        f"00000{step:02d}.png" for step in (0, 20, 40, 60)
+    ]
     exported = torch.load(whole / "exported.pt", weights_only=True)
     state = checkpoint(whole)
     assert state["step"] == 60
@@ -282,7 +284,7 @@ def test_a_run_writes_recipe_log_samples_checkpoint_and_what_it_is_for(whole: Pa
     lines = log(whole)
     assert [line["step"] for line in lines if "critic" in line] == list(range(1, 61))
     assert [line["step"] for line in lines if "generator" in line] == list(range(1, 61, 3))
-    assert [line["step"] for line in lines if "score/weight" in line] == [20, 40, 60]
+    assert [line["step"] for line in lines if "score/weight" in line] == [0, 20, 40, 60]
     assert all(line["images_per_second"] > 0 for line in lines if "critic" in line)
     assert not [p for p in whole.iterdir() if p.name.endswith(".tmp")]
 

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import Any
 
-from dmd2.training.preview import tile
+import pytest
+import torch
+from torch import Tensor
+
+import dmd2.training.preview
+from dmd2.cifar10 import CLASSES as CIFAR10
+from dmd2.edm import EdmConfig
+from dmd2.errors import UserError
+from dmd2.training.images import ImageSet
+from dmd2.training.preview import QUICK_N, ClassScore, tile
+from tests.training.pixels import CONFIG, write_set
+
+
+class Brightness:
+    """In a small classifier's place: tells dark pictures (class 0) from bright ones (class 1) of 8×8 pixels."""
+
+    size = 8
+    classes = ("dark", "bright")
+
+    def __init__(self, path: Path, device: Any) -> None:
+        self.path = path
+
+    def __call__(self, images: Tensor, *, answers: bool = False) -> tuple[Tensor, Tensor | None]:
+        means = images.float().mean((2, 3)) / 127.5 - 1
+        return means, torch.stack([-means.sum(1), means.sum(1)], dim=1)
 
 
 def test_pictures_lie_row_by_row_and_missing_ones_are_white() -> None:
@@ -13,3 +38,40 @@ def test_pictures_lie_row_by_row_and_missing_ones_are_white() -> None:
     assert grid.shape == (3, 4, 12)
     assert [int(grid[0, 0, 4 * column]) for column in range(3)] == [0, 1, 2]
     assert [int(grid[0, 2, 4 * column]) for column in range(3)] == [3, 4, 255]
+
+
+@pytest.fixture
+def brightness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmd2.training.preview, "SmallFeatures", Brightness)
+
+
+def test_a_class_conditional_student_is_scored_by_a_classifier(
+    brightness: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = ImageSet(write_set(tmp_path / "set.zip", 2 * QUICK_N), 8, 2)
+    score = ClassScore.find(Path("judge"), CONFIG, ["dark", "bright"], images, "cpu")
+    assert score is not None
+    noise, cond = score.inputs(torch.device("cpu"), 2)
+    assert noise.shape == (QUICK_N, 2, 3, 8, 8) and cond.labels.sum(0).tolist() == [QUICK_N / 2] * 2
+    drawn = torch.full((QUICK_N, 3, 8, 8), 30, dtype=torch.uint8)
+    drawn[cond.labels[:, 1] > 0] = 220
+    right = score.score(drawn)
+    assert right["accuracy"] == 1 and right["fd_small"] >= 0
+    assert score.score(255 - drawn)["accuracy"] == 0
+    assert score.score(255 * (drawn > 128))["fd_small"] > right["fd_small"]
+    assert capsys.readouterr().out.count(f"scores here are of {QUICK_N} images") == 1
+
+
+def test_a_classifier_of_other_images_is_refused_and_none_is_guessed(brightness: None) -> None:
+    assert ClassScore.find(None, CONFIG, ["dark", "bright"], None, "cpu") is None
+    larger = EdmConfig.model_validate(CONFIG.model_dump() | {"resolution": 32, "classes": 10})
+    with pytest.raises(UserError, match="--judge judge: knows 2 classes at 8x8 pixels; expected 10 at 32x32"):
+        ClassScore.find(Path("judge"), larger, CIFAR10, None, "cpu")
+
+
+def test_cifar10_s_classifier_is_at_hand() -> None:
+    config = EdmConfig.model_validate(CONFIG.model_dump() | {"resolution": 32, "classes": 10})
+    score = ClassScore.find(None, config, CIFAR10, None, "cpu")
+    assert score is not None and score.network.classes == list(CIFAR10)
+    scores = score.score(torch.zeros(QUICK_N, 3, 32, 32, dtype=torch.uint8))
+    assert scores.keys() == {"accuracy"} and scores["accuracy"] < 0.2  # one and the same picture
