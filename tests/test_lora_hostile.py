@@ -86,7 +86,7 @@ def metadata(**content: str) -> bytes:
             packed({"x" * 9_000_000: entry(1, at=(0, 4))}, bytes(4)),
             "a name of 9000000 characters; expected at most 500",
         ),
-        (packed({"x" * 400: entry(1, at=(0, 4))}, bytes(4)), "holds nothing: x{99}… is no name"),
+        (packed({"x" * 400: entry(1, at=(0, 4))}, bytes(4)), "holds nothing: x{30,}.*… ?x* is no name"),
         (packed({"\n\x1b[2J": entry(1, at=(0, 4))}, bytes(4)), "holds nothing"),
         (packed(b" " * 20_000_001 + b"{}", bytes(4)), "lists 20 MB of names"),
     ],
