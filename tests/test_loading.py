@@ -133,6 +133,14 @@ def refused(copy: Path, change: Any) -> str:
     return message
 
 
+@pytest.mark.parametrize(("kind", "folder", "file"), KINDS)
+def test_files_with_fp16_in_their_names_are_loaded(copy: Path, kind: Any, folder: str, file: str) -> None:
+    expected = load_network(kind, copy / folder / file, CPU, torch.float32).state_dict()
+    (copy / folder / file).rename(copy / folder / file.replace(".safetensors", ".fp16.safetensors"))
+    found = load_network(kind, copy / folder / file, CPU, torch.float32).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 def test_nulls_and_notes_in_published_configurations_are_no_error(copy: Path) -> None:
     """SDXL's own has such nulls; inpainting ones keep what their average was made with."""
     path = copy / "unet" / "config.json"

@@ -17,6 +17,7 @@ import numpy
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -27,12 +28,14 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextModel
 
-from dmd2.configs import judge, read_schedule
+from dmd2.configs import Schedule, judge, read_schedule
 from dmd2.edit import PLAIN, Edit
 from dmd2.engine import Engine
 from dmd2.errors import UserError
 from dmd2.given import fitted
+from dmd2.loading import build_network
 from dmd2.noise import zero_snr_sigmas
 from dmd2.stable_diffusion import LatentCodec, TextCondition
 from dmd2.weights import read_manifest, write_manifest
@@ -298,6 +301,77 @@ def test_what_a_folder_is_is_known_before_it_is_loaded(
         judge(folder, ["unet"], folder / "vae")
     message = str(error.value)
     assert message.startswith(str(folder)) and message.isprintable() and len(message) < 600
+
+
+def test_configurations_as_they_are_published_are_taken(tmp_path: Path) -> None:
+    """Those of SDXL and its inpainting UNet, with their nulls and notes; networks of full size, without memory."""
+    published: dict[str, dict[str, Any]] = {
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "attention_head_dim": [5, 10, 20],
+            "block_out_channels": [320, 640, 1280],
+            "class_embed_type": None,
+            "cross_attention_dim": 2048,
+            "decay": 0.9999,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "encoder_hid_dim": None,
+            "in_channels": 9,
+            "mid_block_only_cross_attention": None,
+            "num_attention_heads": None,
+            "optimization_step": 37000,
+            "projection_class_embeddings_input_dim": 2816,
+            "time_cond_proj_dim": None,
+            "transformer_layers_per_block": [1, 2, 10],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "upcast_attention": None,
+            "use_linear_projection": True,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [128, 256, 512, 512],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "force_upcast": True,
+            "latents_mean": None,
+            "latents_std": None,
+            "layers_per_block": 2,
+            "scaling_factor": 0.13025,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        },
+        "text_encoder": {"dropout": 0.0, "hidden_size": 768, "projection_dim": 768, "torch_dtype": "float16"},
+        "text_encoder_2": {"dropout": 0.0, "hidden_size": 1280, "projection_dim": 1280, "torch_dtype": "float16"},
+        "scheduler": SCHEDULE
+        | {
+            "_class_name": "EulerDiscreteScheduler",
+            "interpolation_type": "linear",
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+            "sample_max_value": 1.0,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            "trained_betas": None,
+        },
+    }
+    tokens = {
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "vocab_size": 49408,
+        "model_type": "clip_text_model",
+    }
+    heads = {"text_encoder": 12, "text_encoder_2": 20}
+    for name, config in published.items():
+        if name in heads:
+            config |= tokens | {"num_attention_heads": heads[name]}
+        (tmp_path / name).mkdir()
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        (tmp_path / name / file).write_text(json.dumps(config))
+    assert judge(tmp_path, ["unet"], tmp_path / "vae") == Schedule()
+    unet = build_network(UNet2DConditionModel, tmp_path / "unet" / "config.json")
+    assert len(unet.state_dict()) == 1680 and unet.conv_in.weight.shape == (320, 9, 3, 3)
+    for kind, name in ((AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"), (CLIPTextModel, "text_encoder_2")):
+        build_network(kind, tmp_path / name / "config.json")
 
 
 def test_another_scheduler_is_said_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,13 +12,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmd2.errors import UserError
@@ -66,6 +66,7 @@ class Predictor(BaseRunner):
         return os.getpid()
 """
 
+quietly = settings(deadline=None, derandomize=True)
 FAST = Limits(poll=0.02, orphaned=3, drain=0.2, pauses=(0.0, 0.01))
 
 
@@ -129,6 +130,7 @@ def test_what_does_not(statuses: list[str | None]) -> None:
     assert set(judge_all(*statuses)) == {None}
 
 
+@quietly
 @given(st.lists(st.sampled_from(["READY", "BUSY", "UNHEALTHY", None]), max_size=60))
 def test_one_bad_answer_is_never_enough(statuses: list[str | None]) -> None:
     kept: list[str | None] = []
@@ -150,9 +152,27 @@ def test_ready_counts_from_the_first_time() -> None:
     assert watch.ready_since == 1.0
 
 
+@quietly
+@given(st.lists(st.sampled_from(["READY", "BUSY", "STARTING", "UNHEALTHY", "DEFUNCT", None]), max_size=40))
+def test_a_server_is_replaced_by_what_it_said_in_a_row_and_nothing_else(statuses: list[str | None]) -> None:
+    watch, limits = Watch(Limits(), 0.0), Limits()
+    for i, status in enumerate(statuses):
+        said = [other for other in statuses[: i + 1] if other is not None]
+        sick = list(itertools.takewhile(lambda other: other in ("UNHEALTHY", "DEFUNCT"), reversed(said)))
+        silent = list(itertools.takewhile(lambda other: other is None, reversed(statuses[: i + 1])))
+        reason = watch.judge(status, True, 0.5 * i)
+        if status is None:
+            assert (reason is not None) == (bool(said) and len(silent) >= limits.silent)
+        else:
+            assert (reason is not None) == (len(sick) >= limits.unhealthy)
+        if reason is not None:
+            return
+
+
 ENDS = st.tuples(st.booleans(), st.booleans()).filter(lambda end: not all(end))  # was ready, setup failed
 
 
+@quietly
 @given(st.lists(ENDS, max_size=40), st.integers(1, 5))
 def test_only_starts_in_a_row_that_never_became_ready_end_it(ends: list[tuple[bool, bool]], most: int) -> None:
     restarts = Restarts([float(i) for i in range(most)])
@@ -324,7 +344,7 @@ FAMILY = """
 import os, pathlib, subprocess, sys, time
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 pathlib.Path(os.environ["TMPDIR"], "left").write_text("by a prediction that failed")
-pathlib.Path("family.new").write_text(f"{os.getpid()} {worker.pid} {os.environ['TMPDIR']}")
+pathlib.Path("family.new").write_text(f"{os.getppid()} {os.getpid()} {worker.pid} {os.environ['TMPDIR']}")
 os.replace("family.new", "family")
 time.sleep(600)
 """
@@ -336,15 +356,21 @@ sys.exit(Supervisor(command, pathlib.Path.cwd(), os.environ, "127.0.0.1", 0).run
 """
 
 
-def test_a_killed_supervisor_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+def test_a_killed_supervisor_or_leash_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    family = tmp_path / "family"
     supervisor = subprocess.Popen([sys.executable, "-c", RUN, FAMILY], cwd=tmp_path, env=environment)
     try:
-        wait_for((tmp_path / "family").exists)
+        wait_for(family.exists)
+        leash, *before, _ = family.read_text().split()
+        family.unlink()
+        os.kill(int(leash), signal.SIGKILL)
+        wait_for(family.exists)  # a new one
+        assert not any(is_running(int(pid)) for pid in before)
     finally:
         supervisor.kill()
         supervisor.wait()
-    *pids, temporary = (tmp_path / "family").read_text().split()
+    *pids, temporary = family.read_text().split()
     assert Path(temporary).parent == tmp_path
     wait_for(lambda: not any(is_running(int(pid)) for pid in pids))
     wait_for(lambda: not Path(temporary).exists())
@@ -531,6 +557,26 @@ def test_without_the_front_it_is_cogs_own_server(tmp_path: Path) -> None:
         assert httpx.post(f"{service.url}/predictions", json={"input": {}, "id": "a b"}).status_code == 200
     finally:
         assert service.stop() == 0
+
+
+def test_a_signal_under_load_leaves_nobody_without_an_answer(service: Service) -> None:
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(f"{service.url}/predictions", json={"input": {"seconds": 0.5}}, timeout=300)
+
+    with ThreadPoolExecutor(9) as clients:
+        answers = [clients.submit(ask, i) for i in range(9)]
+        wait_for((service.folder / "began").exists)
+        wait_for(lambda: sum(answer.running() for answer in answers) == 9 or any(map(Future.done, answers)))
+        assert service.stop() == 0
+        for answer in answers:
+            try:
+                response = answer.result()
+            except httpx.ConnectError:  # came after the end
+                continue
+            if response.status_code == 200:
+                assert response.json()["status"] == "succeeded"
+            else:
+                assert response.status_code == 503 and response.headers["retry-after"]
 
 
 def test_a_setup_that_fails_ends_it_and_says_why(tmp_path: Path) -> None:
