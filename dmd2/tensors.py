@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,11 +29,20 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             raise UserError(f"{path}: not written, for {name} has values that are not finite in {kind}")
 
     def write(temporary: Path) -> None:
-        try:
+        with os_errors(path):
             save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else None, str(error), str(path)) from error
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
     write_atomically(path, write)
+
+
+@contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Makes an `OSError` of what safetensors and tokenizers raise for a full disk: "… (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        number = None if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -30,7 +30,7 @@ from dmd2.memory import save_memory
 from dmd2.noise import zero_snr_sigmas
 from dmd2.placement import Placement
 from dmd2.stable_diffusion import LatentCodec, PredictionType, StableDiffusion, TextEncoder
-from dmd2.tensors import save_tensors
+from dmd2.tensors import os_errors, save_tensors
 
 MANIFEST = "dmd2.json"
 LICENCE = "Apache-2.0; the emoji it learned are Noto Color Emoji, SIL OFL 1.1"
@@ -399,7 +399,8 @@ def save_text_to_image(
         if text is not None:
             tokenizer, *encoders = text
             for suffix, encoder in zip(("", "_2"), encoders, strict=True):
-                tokenizer.save_pretrained(new / f"tokenizer{suffix}")
+                with os_errors(folder):
+                    tokenizer.save_pretrained(new / f"tokenizer{suffix}")
                 _save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
         levels = (init / "scheduler").is_dir() and read_schedule(init / "scheduler").zero_snr
         save_pipeline_configs(new, prediction_type, levels and prediction_type == "v_prediction")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import itertools
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_path
-from dmd2.tensors import save_tensors
+from dmd2.tensors import os_errors, save_tensors
 from dmd2.terminal import Terminal, say
 from dmd2.training.checkpoints import Checkpoints, check_inputs, check_recipe, digest, read
 from dmd2.training.divergence import IN_A_ROW, WINDOW, Guard, TrainingDiverged
@@ -314,6 +315,30 @@ def test_weights_that_are_not_finite_are_not_written(value: float, dtype: torch.
         save_tensors({"too-large": torch.tensor([1e5]).half()}, path)
     save_tensors({"a": torch.ones(2), "n": torch.tensor([3])}, path)
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_is_the_same_error_whoever_meets_it(tmp_path: Path) -> None:
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from dmd2.tensors import save_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    save_tensors({"a": torch.zeros(1000)}, Path(sys.argv[1]))
+except OSError as error:
+    print(error.errno, error.strerror)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model.safetensors")]
+    done = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[2], timeout=600, capture_output=True, text=True
+    )
+    assert done.stdout == f"{errno.EFBIG} {os.strerror(errno.EFBIG)}\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No space left") as error, os_errors(tmp_path):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path)
+    with pytest.raises(KeyError), os_errors(tmp_path):
+        raise KeyError("something else")
 
 
 # Checkpoints
