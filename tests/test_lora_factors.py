@@ -58,7 +58,7 @@ def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], before
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    assert sum(not torch.equal(ours[name], before[name]) for name in ours) > 3
+    assert sum(not torch.equal(ours[name], before[name]) for name in ours) > 2
 
 
 CONFIGS = {
@@ -455,3 +455,32 @@ def test_the_kinds_that_only_lycoris_writes(unet: Any, tmp_path: Path) -> None:
     assert close(change(norm, w_norm=random(32), b_norm=random(32)), 0.5 * random(32))
     with pytest.raises(UserError, match=r"to_q is \[64, 64\] here, the LoRA's factors diff_b \[32\]"):
         change(q, diff_b=random(32))  # has no bias
+
+
+def test_magnitudes_and_alphas_in_files_as_diffusers_takes_them(
+    networks: Networks, pairs: dict[str, Pairs], text_models: Any, tmp_path: Path
+) -> None:
+    """DoRA's among diffusers' names; kohya's, of another alpha and rank in each layer."""
+    state = spelled(pairs, "unet", "unet.{layer}.lora_{which}.weight A|B")
+    for layer in UNET_LAYERS:
+        weight = networks["unet"].get_submodule(layer).weight
+        norm = weight.flatten(1).norm(dim=1)
+        magnitude = norm * (1 + random(len(norm)))
+        state[f"unet.{layer}.lora_magnitude_vector"] = (
+            magnitude if weight.ndim == 2 else magnitude[None, :, None, None]
+        )
+    path = saved(tmp_path / "dora.safetensors", state)
+    expected = fused_by_diffusers(networks, text_models[0], path)
+    assert_same(all_changed(networks, path), expected, weights_of(networks))
+
+    state = {}
+    for rank, layer in enumerate(
+        ("down_blocks.1.attentions.0.proj_in", "mid_block.attentions.0.proj_out", "conv_in"), 2
+    ):
+        weight, key = networks["unet"].get_submodule(layer).weight, f"lora_unet_{layer.replace('.', '_')}"
+        state[f"{key}.lora_down.weight"] = random(rank, *weight.shape[1:])
+        state[f"{key}.lora_up.weight"] = random(len(weight), rank, *(1 for _ in weight.shape[2:]))
+        state[f"{key}.alpha"] = torch.tensor(7.0 - rank)
+    path = saved(tmp_path / "kohya.safetensors", state)
+    expected = fused_by_diffusers(networks, text_models[0], path)
+    assert_same(all_changed(networks, path), expected, weights_of(networks))
