@@ -8,8 +8,8 @@ animation the first frame counts. What transparency means depends on the role:
 - a control lies on black, as lines, poses and depths are drawn, or on white where all that is visible is dark;
 - a mask is light where the image is to be painted anew. One with transparency is read by its alpha channel alone:
   what is transparent is painted anew (a photograph with a hole erased into it; a canvas larger than the photograph),
-  unless the edge of the mask is mostly transparent and what is visible is light: then somebody drew strokes on an
-  empty layer, and the strokes are painted anew.
+  unless what is visible is light and the mask's edge mostly transparent, or not wholly opaque where it is white: then
+  somebody drew strokes on an empty layer, and the strokes are painted anew.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MOST_WORK = 40 * MOST_PIXELS
 """pixels times scans of a JPEG: each scan of a progressive one goes over all of them"""
 WEBP_COST = 2
 """a WebP's pixels count so often: libwebp's decoder of animations, which Pillow uses for all, keeps two copies"""
-LIGHT = 128
-"""a mask is light from here on"""
+LIGHT, WHITE = 128, 250
+"""a mask is light, and purely white, from here on"""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -271,7 +271,8 @@ def _mask(image: Image.Image) -> Image.Image:
         return image.convert("L") if high else Image.new("L", image.size, 255)
     alpha = alpha.point([min(255, value * 255 // high) for value in range(256)])  # strokes may be faint
     visible = alpha.point([255 * (value >= 128) for value in range(256)])
-    if _mean(_edge(visible)) < 128 and _share(image.convert("L").histogram(visible), LIGHT) > 0.95:
+    seen, edge = image.convert("L").histogram(visible), _share(_edge(visible), 128)
+    if _share(seen, LIGHT) > 0.95 and edge < (0.9 if _share(seen, WHITE) > 0.95 else 0.5):
         return alpha
     return ImageChops.invert(alpha)
 
@@ -293,7 +294,3 @@ def _edge(image: Image.Image) -> list[int]:
     width, height = image.size
     sides = ((0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height))
     return [sum(counts) for counts in zip(*(image.crop(side).histogram() for side in sides), strict=True)]
-
-
-def _mean(histogram: list[int]) -> float:
-    return sum(value * count for value, count in enumerate(histogram)) / sum(histogram)

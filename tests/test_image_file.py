@@ -235,6 +235,21 @@ def test_masks_as_people_make_them_mark_the_same_part(mask: Image.Image) -> None
         assert np.array_equal(found.numpy(), expected)
 
 
+@pytest.mark.parametrize("part", [(0, 0, 64, 40), (0, 0, 40, 64), (0, 0, 64, 60), (1, 1, 63, 63), (30, 0, 64, 64)])
+def test_white_strokes_may_reach_the_edge(part: tuple[int, int, int, int]) -> None:
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask.paste("white", part)
+    found = fitted_mask(read_image(png(mask), "mask", Role.MASK), (64, 64)).numpy()
+    assert np.array_equal(found, np.asarray(mask.getchannel("A")) == 255)
+
+
+def test_a_hole_at_the_edge_of_a_bright_picture() -> None:
+    mask = Image.fromarray(np.random.default_rng(0).integers(180, 246, (64, 64, 3), dtype=np.uint8)).convert("RGBA")
+    mask.paste((0, 0, 0, 0), (20, 40, 40, 64))
+    found = fitted_mask(read_image(png(mask), "mask", Role.MASK), (64, 64)).numpy()
+    assert np.array_equal(found, np.asarray(mask.getchannel("A")) == 0)
+
+
 def test_what_surrounds_a_picture_on_a_larger_canvas_is_painted_anew() -> None:
     mask = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     mask.paste(photo(20), HOLE)
