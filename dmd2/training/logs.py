@@ -7,10 +7,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dmd2.fileio import atomic_path
 from dmd2.terminal import Terminal, say
 
-Logs = Mapping[str, float | Tensor]
+Logs = dict[str, float | Tensor]
 
 
 class RunLogs:
@@ -83,9 +83,16 @@ class RunLogs:
                 self.board.close()
 
     def add(self, figures: Logs) -> None:
-        """Remembers the figures of a step."""
-        for name, value in figures.items():
-            self.sums.setdefault(name, []).append(float(value))
+        """Remembers the figures of a step, all brought over from the device at once: each copy would wait for it.
+
+        Once a step and not once a line: what a step skips is decided in its middle, where the loop waits anyhow.
+        """
+        tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+        brought: list[float] = []
+        if tensors:
+            brought = torch.stack([value.detach().double().reshape(()) for value in tensors.values()]).tolist()
+        for name, number in (figures | dict(zip(tensors, brought, strict=True))).items():
+            self.sums.setdefault(name, []).append(float(number))
 
     def lacks(self, done: int, what: str) -> bool:
         """Whether the log has yet to be told `what` ("line" or "score") of step `done`. Only `first` may have it."""

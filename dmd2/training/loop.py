@@ -312,13 +312,14 @@ def training_step(
             other.module.requires_grad_(False)
         phase.module.requires_grad_(True)
         buffers = _buffers([*(p.module for p in phases), *networks])
-        losses = []
+        losses, told = [], []
         for part in (batch, *rest):
             # What is drawn without `part.generator`, dropout above all: from (seed, step, part, phase), too.
             torch.manual_seed(_mix(part.generator.initial_seed(), 1 + index))
             loss, logs = phase.loss(part)
             (loss / (1 + len(rest))).backward()
             losses.append(loss.detach())
+            told.append(logs)
         norm, finite = _gradient(phase, settings)
         finite = finite and bool(torch.isfinite(torch.stack(losses)).all()) and _still_finite(buffers)
         for group in phase.optimizer.param_groups:
@@ -330,8 +331,14 @@ def training_step(
                 buffer.copy_(before)
         phase.optimizer.zero_grad(set_to_none=True)
         figures |= {phase.name: torch.stack(losses).mean(), f"{phase.name}/gradient_norm": norm}
-        figures |= {f"{phase.name}/skipped": float(not finite), **logs}
+        figures |= {f"{phase.name}/skipped": float(not finite), **_means(told)}
     return figures
+
+
+def _means(parts: Sequence[Logs]) -> Logs:
+    """Each figure's mean over the parts of a step that have it."""
+    values = {name: [logs[name] for logs in parts if name in logs] for logs in parts for name in logs}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def _gradient(phase: Phase, settings: LoopSettings) -> tuple[Tensor, bool]:
@@ -374,6 +381,11 @@ def schedule(step: int, settings: LoopSettings) -> float:
 class Average:
     """Exponential moving average of a module's parameters; short-memoried at first, so that it can start at once.
 
+    It goes on at every step, also where the module moves at every k-th alone: at the end of each k steps it is what
+    an average of the module's own updates with the decay to the power of k would be, and a recipe's decay means the
+    same time whatever k is. What batch normalisation keeps is averaged alike, for it describes the raw weights, whose
+    mean the averaged ones are; whole numbers and constants are copied.
+
     Args:
         decay: of one step.
         half_life: in steps; if not 0, instead of `decay`.
@@ -392,7 +404,10 @@ class Average:
         sources: list[Tensor] = list(self.source.parameters())
         torch._foreach_lerp_(targets, sources, 1 - decay)
         for target, source in zip(self.module.buffers(), self.source.buffers(), strict=True):
-            target.copy_(source)
+            if target.is_floating_point():
+                target.lerp_(source, 1 - decay)
+            else:
+                target.copy_(source)
 
 
 def _mix(seed: int, step: int) -> int:

@@ -249,13 +249,44 @@ def test_a_half_life_is_at_most_a_twentieth_of_what_has_been() -> None:
         assert float(average.module.weight) == pytest.approx(1 - 0.5 ** (1 / half_life), rel=1e-5)
 
 
-def test_average_copies_buffers_as_they_are() -> None:
+def test_the_average_of_batch_normalisation_is_of_what_it_keeps_too() -> None:
     module = nn.BatchNorm1d(3)
     average = Average(module, 0.99)
-    module(torch.randn(8, 3) + 5)
-    average.update(0)
-    assert torch.equal(average.module.running_mean, module.running_mean)
-    assert int(average.module.num_batches_tracked) == 1
+    expected = torch.zeros(3)
+    for step in range(4):
+        module(torch.randn(8, 3) + 5)
+        average.update(step)
+        expected = torch.lerp(expected, module.running_mean, 1 - (1 + step) / (10 + step))
+    assert torch.allclose(average.module.running_mean, expected)
+    assert int(average.module.num_batches_tracked) == 4
+
+
+def test_an_average_of_steps_is_one_of_updates_with_the_decay_to_the_power_of_k() -> None:
+    """So a recipe's decay means the same time, whichever step the module moves at."""
+    module, k, decay = nn.Linear(1, 1, bias=False), 3, 0.5
+    average = Average(module, decay)
+    expected, generator = float(module.weight.detach()), torch.Generator().manual_seed(0)
+    for step in range(30, 60):  # past the short memory of the beginning
+        if step % k == 0:
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(1, 1, generator=generator))
+            expected = decay**k * expected + (1 - decay**k) * float(module.weight.detach())
+        average.update(step)
+        if step % k == k - 1:
+            assert float(average.module.weight) == pytest.approx(expected, abs=1e-5)
+
+
+def test_figures_are_means_over_the_batches_that_make_one_update() -> None:
+    network = nn.Linear(1, 1)
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        told: Logs = {"tensor": batch.data.mean(), "number": float(batch.data)}
+        return network(batch.data).mean(), told | ({"rare": 7.0} if float(batch.data) == 3 else {})
+
+    phase = Phase("only", 1, network, torch.optim.SGD(network.parameters(), 0.1), loss)
+    parts = [Batch(0, torch.full((1, 1), float(value)), torch.Generator()) for value in (1, 2, 6, 3)]
+    figures = training_step([phase], parts[0], TOY, parts[1:])
+    assert float(figures["tensor"]) == figures["number"] == 3 and figures["rare"] == 7
 
 
 # Whole runs, in this process
