@@ -59,8 +59,9 @@ class BriefFormatter(logging.Formatter):
 
 
 def shown(text: object, most: int = 200) -> str:
-    """What a file or a stranger says, for a message: printable, on one line, `most` characters at most."""
-    return one_line(text, most)
+    """What a file or a stranger says, for a message: printable, on one line, its first `most` characters at most."""
+    start = str(text)[: most + 1]
+    return one_line(start if len(start) <= most else start[: most - 1] + "…", most)
 
 
 def first_error(error: ValidationError) -> str:
