@@ -160,7 +160,8 @@ def parse(name: str, key: str, text_part: str = "text_encoder") -> tuple[str, st
     if match is None or not part:
         if match is None and not part:
             return None
-        raise UserError(f"LoRA {name}: {told}: is no name of a LoRA for Stable Diffusion")
+        whole = " (whole weights, as of modules_to_save or bias, are not taken)" * rest.endswith((".weight", ".bias"))
+        raise UserError(f"LoRA {name}: {told}: is no name of a LoRA for Stable Diffusion{whole * (match is None)}")
     layer = rest[len(prefix) : match.start()].removeprefix("base_model.model.")
     layer = layer.replace(".processor.", ".").replace("_processor_", "_")
     found = match["factor"] or match["magnitude"] or match["factors"] or match["plain"]

@@ -90,6 +90,7 @@ def metadata(**content: str) -> bytes:
         (packed({"\n\x1b[2J": entry(1, at=(0, 4))}, bytes(4)), "holds nothing"),
         (packed(b" " * 20_000_001 + b"{}", bytes(4)), "lists 20 MB of names"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_hostile_files_are_one_clear_line(tmp_path: Path, content: bytes, message: str) -> None:
     assert re.search(message, refused(tmp_path / "x.safetensors", content))
