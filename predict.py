@@ -30,7 +30,7 @@ class Predictor(BaseRunner):
     async def run(
         self,
         prompt: str = Input(
-            description="What to draw. A prompt longer than the text encoder's window is read in parts, not cut.",
+            description="What to draw. Beyond the text encoder's window it is read in parts; at most 1500 tokens.",
             min_length=1,
             max_length=5000,
         ),
