@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def read_lock(path: Path) -> dict[str, Locked]:
     if not path.exists():
         return {}
     try:
-        return Lock.model_validate_json(path.read_bytes()).root
+        return Lock.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8)).root
     except (OSError, ValidationError) as error:
         raise UserError(f"{path}: not a lock file; expected sha256 sums by file name") from error
 

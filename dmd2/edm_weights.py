@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def load_edm(
 
 def _read_config(path: Path) -> EdmConfig:
     try:
-        return EdmConfig.model_validate_json(path.read_bytes())
+        return EdmConfig.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error)}") from None
 

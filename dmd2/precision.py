@@ -100,7 +100,7 @@ def resolve_precision(
 def recorded_precision(run: Path) -> str | None:
     """What the run in this folder computes in; None if there is none, or it does not say."""
     try:
-        recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):  # the checkpoint has it, too, and is what a damaged file is measured by
         return None
     found = recipe.get("precision") if isinstance(recipe, dict) else None

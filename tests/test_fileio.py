@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dmd2.assets import read_lock
+from dmd2.edm_weights import _read_config
 from dmd2.errors import UserError
 from dmd2.fileio import atomic_bytes, atomic_path, atomic_text, sha256_file, write_atomically
+from dmd2.precision import recorded_precision
 from dmd2.samples import read_prompts
 
 
@@ -170,3 +173,15 @@ def test_no_text_is_one_clear_line(tmp_path: Path) -> None:
             read_prompts(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "nowhere")
+
+
+def test_files_of_our_own_that_an_editor_saved_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_text('{"a.zip": {"url": "x", "sha256": "%s", "bytes": 1}}' % ("0" * 64), encoding="utf-8-sig")
+    assert read_lock(path)["a.zip"].bytes == 1
+    path.write_text('{"architecture": "ddpmpp", "resolution": 8}', encoding="utf-8-sig")
+    with pytest.raises(UserError) as raised:  # its other fields are asked for, not its first byte
+        _read_config(path)
+    assert "JSON" not in str(raised.value)
+    (tmp_path / "recipe.json").write_text('{"precision": "bf16"}', encoding="utf-8-sig")
+    assert recorded_precision(tmp_path) == "bf16"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import torch
@@ -194,7 +195,7 @@ def _read_config(folder: Path) -> PairsConfig:
     if not path.is_file():
         raise UserError(f"{folder}: holds no {PAIRS_FILE}; `dmd2 pairs` makes such a folder")
     try:
-        return PairsConfig.model_validate_json(path.read_bytes())
+        return PairsConfig.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error)}") from None
 
