@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmd2.configs import Schedule, read_unet_config, read_vae_config
 from dmd2.errors import UserError, shown
 from dmd2.fileio import atomic_text, read_object
 from dmd2.loading import build_network, expect_floats, fit
+from dmd2.tensors import save_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -120,12 +120,10 @@ class SingleFile:
     def write_weights(self, folder: Path, files: Mapping[str, str]) -> None:
         """Into `folder`; `files` names each network's."""
         for name, tensors in self.networks.items():
-            path = folder / name / files[name]
             try:
-                save_file(tensors, path, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise UserError(f"{path}: cannot be written ({shown(error)})") from error
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
+                save_tensors(tensors, folder / name / files[name], {"format": "pt"})
+            except UserError as error:  # says of which checkpoint, not where it is for a moment
+                raise UserError(str(error).replace(f"{folder}/", f"{self.path}: ")) from None
 
 
 def check_base(base: Path) -> None:

@@ -283,6 +283,10 @@ def without(prefix: str) -> Callable[[State], State]:
             r"conditioner\.embedders\.1\.model\.\*: not SDXL's text_encoder_2",
         ),
         (
+            lambda s: s | {"model.diffusion_model.out.2.bias": torch.full((4,), float("nan"))},
+            "not written, for conv_out.bias has values that are not finite",
+        ),
+        (
             lambda s: s | {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)},
             "conv_out.bias: integers; expected floats",
         ),
