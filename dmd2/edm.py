@@ -198,16 +198,8 @@ class UNet(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """F(x) (B, C, H, W) and the encoder's last activations (B, C', h, w), in x's dtype. See `embed`."""
         embedding = self.embed(c_noise, labels, augment)
-        skips: list[Tensor] = []
-        pyramid = x
-        for name, layer in self.enc.items():
-            if name.endswith("_aux_residual"):
-                x = pyramid = (x + layer(pyramid)) * math.sqrt(0.5)
-                skips[-1] = x
-            else:
-                x = layer(x, embedding) if isinstance(layer, Block) else layer(x)
-                skips.append(x)
-        bottleneck = x
+        skips = self.encode(x, embedding)
+        x = bottleneck = skips[-1]
         for name, layer in self.dec.items():
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
@@ -220,6 +212,19 @@ class UNet(nn.Module):
         if self.adm:
             x = self.out_conv(F.silu(self.out_norm(x)))
         return x, bottleneck
+
+    def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+        """What the decoder takes over, finest first."""
+        skips: list[Tensor] = []
+        pyramid = x
+        for name, layer in self.enc.items():
+            if name.endswith("_aux_residual"):
+                x = pyramid = (x + layer(pyramid)) * math.sqrt(0.5)
+                skips[-1] = x
+            else:
+                x = layer(x, embedding) if isinstance(layer, Block) else layer(x)
+                skips.append(x)
+        return skips
 
 
 def channels_last(module: Any) -> Any:
@@ -265,6 +270,18 @@ class EdmNetwork(nn.Module):
         Raises:
             ValueError: a shape is not as above.
         """
+        scaled, c_skip, c_out = self._precondition(x, sigma, labels)
+        output, bottleneck = self.model(scaled, sigma.float().log() / 4, labels.float(), augment)
+        return c_skip * x + c_out * output.float(), bottleneck.float()
+
+    def bottleneck(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        """What `forward` returns beside x0; the decoder is not run."""
+        scaled, _, _ = self._precondition(x, sigma, labels)
+        embedding = self.model.embed(sigma.float().log() / 4, labels.float(), None)
+        return self.model.encode(scaled, embedding)[-1].float()
+
+    def _precondition(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The raw network's input, c_skip and c_out."""
         config = self.config
         shape = (len(x), config.channels, config.resolution, config.resolution)
         if x.shape != shape or sigma.shape != shape[:1] or labels.shape != (len(x), config.classes):
@@ -278,8 +295,7 @@ class EdmNetwork(nn.Module):
         c_skip = d**2 / ((s - epsilon) ** 2 + d**2)
         c_out = (s - epsilon) * d / norm
         scaled = (x / norm).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        output, bottleneck = self.model(scaled, sigma.float().log() / 4, labels.float(), augment)
-        return c_skip * x + c_out * output.float(), bottleneck.float()
+        return scaled, c_skip, c_out
 
 
 # The adapter
@@ -349,6 +365,7 @@ class Edm:
         table = karras_sigmas(1000, self.config.sigma_min, self.config.sigma_max)
         self.sigmas = table.float().to(self.device)
         self._network: Any = torch.compile(network) if compile else network
+        self._encoder: Any = torch.compile(network.bottleneck) if compile else network.bottleneck
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> Tensor:
         return self.features(x, sigma, cond)[0]
@@ -356,6 +373,11 @@ class Edm:
     def features(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> tuple[Tensor, Tensor]:
         x0, bottleneck = self._network(x, sigma, cond.labels)
         return x0, bottleneck
+
+    def bottleneck(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> Tensor:
+        """The second of `features`, for half of the work: the decoder is not run."""
+        bottleneck: Tensor = self._encoder(x, sigma, cond.labels)
+        return bottleneck
 
     def recording(self) -> AbstractContextManager[None]:
         """As `StableDiffusion.recording`; there is nothing to record."""

@@ -388,6 +388,10 @@ def test_a_picture_is_the_same_in_any_company_and_guidance_goes_through(name: st
     assert torch.allclose(pushed, free + 3 * (together - free), atol=1e-4)
     x0, bottleneck = denoiser.features(x, sigma, cond)
     assert torch.equal(x0, together) and bottleneck.shape == (3, 2 * TINY[name].model_channels, 4, 4)
+    ran: list[str] = []
+    for layer, module in denoiser.network.model.dec.items():
+        module.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    assert torch.equal(denoiser.bottleneck(x, sigma, cond), bottleneck) and ran == []  # for half of the work
 
 
 def test_heun_samples_from_a_network_and_each_picture_keeps_its_seed() -> None:

@@ -39,7 +39,9 @@ def noised_logits(denoiser: Denoiser, head: nn.Module, x0: Tensor, cond: Cond, g
     """The classifier on a noisy version of x0 (B, C, H, W), σ drawn uniformly from the whole table."""
     sigma = draw_sigma(denoiser.sigmas, len(x0), generator)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    logits: Tensor = head(denoiser.features(add_noise(x0, sigma, noise), sigma, cond)[1])
+    noisy = add_noise(x0, sigma, noise)
+    half = getattr(denoiser, "bottleneck", None)  # EDM's networks; diffusers' UNet runs as a whole or not at all
+    logits: Tensor = head(half(noisy, sigma, cond) if half else denoiser.features(noisy, sigma, cond)[1])
     return logits
 
 
