@@ -179,6 +179,22 @@ def test_broken_exif_is_ignored(form: str, block: bytes) -> None:
     assert found.size == (8, 4) and pixels(found)[0, 0, 0] > 240
 
 
+# An orientation, and one more value of the wrong type: Pillow's exif_transpose() raises at these.
+HALF_BROKEN = [
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    + tag
+    + b"\0\0\0\x26\0\0\0\0\0\0\0\x48\0\0\0\x01"
+    for tag in (b"\x01\x1a\0\x01\0\0\0\x01", b"\x01\x41\0\x05\0\0\0\x01", b"\x01\x4d\0\x05\0\0\0\x01")
+]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("block", HALF_BROKEN)
+def test_an_orientation_beside_broken_values_counts(form: str, block: bytes) -> None:
+    data = png(Image.new("RGB", (8, 4), "red"), form, exif=block)
+    assert read_image(data, "image").size == (4, 8)
+
+
 # Transparency
 
 
