@@ -137,7 +137,10 @@ class Dmd2Recipe:
 
 Recipe = AutoencoderRecipe | ClassifierRecipe | ImageClassifierRecipe | TeacherRecipe | Dmd2Recipe | EdmRecipe
 
+# How long the emoji recipes take: hours of one x86-64 core with AVX-512 in fp32, from the CPU time of two or three
+# steps of each while other work went on (so rather more than less), without samples and scores.
 RECIPES: dict[str, Recipe] = {
+    # 1 core hour
     "emoji-vae": AutoencoderRecipe(
         loop=LoopSettings(
             iterations=4000,
@@ -153,6 +156,7 @@ RECIPES: dict[str, Recipe] = {
         decoder_blocks=(5, 2, 0),
         latent_noise=0.05,
     ),
+    # 0.3 core hours
     "emoji-classifier": ClassifierRecipe(
         loop=LoopSettings(
             iterations=4000, batch_size=64, warmup=300, clip_norm=5.0, ema_decay=0.99, sample_every=500
@@ -178,6 +182,7 @@ RECIPES: dict[str, Recipe] = {
         held_out=1000,
         classes=CIFAR10,
     ),
+    # 2.5 core hours, uncompiled.
     # v-prediction, unlike SDXL's eps: at t = 999 an eps error is multiplied by σ = 14.6 on its way to x0, which
     # a small network in bf16 feels; the UNet, the schedule and all code paths are the same.
     "emoji-teacher": TeacherRecipe(
@@ -197,6 +202,7 @@ RECIPES: dict[str, Recipe] = {
         still_until=1500,
         free_from=2500,
     ),
+    # 2.3 core hours.
     # Not compiled: in runs as short as these, compiling five graphs costs what it saves. A GAN heavier than
     # the papers', and a teacher less guided than when it samples (2): both keep the pictures as varied as the data.
     "emoji-dmd2-4step": Dmd2Recipe(
@@ -212,6 +218,7 @@ RECIPES: dict[str, Recipe] = {
         gan_critic=3e-2,
         compile=False,
     ),
+    # 1.7 core hours.
     # Starts from the 4-step student, whose first step is a one-step generator already; v-prediction makes
     # t = 999 as good a place to start from as SDXL's t = 399.
     "emoji-dmd2-1step": Dmd2Recipe(
