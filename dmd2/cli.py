@@ -85,6 +85,10 @@ def generate(
     previews: Annotated[
         bool, typer.Option("--previews", help="Also write what the steps before the last make.")
     ] = False,
+    churn: Annotated[
+        str | None,
+        typer.Option(metavar="S_CHURN[,S_TMIN,S_TMAX,S_NOISE]", help="Noise that an EDM teacher's sampler adds."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
@@ -107,6 +111,7 @@ def generate(
     from dmd2.engine import Engine, default_mode
     from dmd2.given import Given
     from dmd2.picture import save_grid, save_png
+    from dmd2.sampling import Churn
     from dmd2.weights import locate, read_manifest
 
     if weights.is_file():
@@ -118,7 +123,7 @@ def generate(
     if previews and steps == "teacher":
         raise UserError("--previews: the teacher's own sampler shows none; expected --steps with a student")
     given = Given.read(image, mask, prompt_strength, control_image, control_scale)
-    engine = Engine(weights, device, modes=(steps,), vae=vae)
+    engine = Engine(weights, device, modes=(steps,), vae=vae, churn=None if churn is None else Churn.parse(churn))
     engine.check_prompts(prompts)
     pixels = given.size(pixels, manifest.native_size, engine.size_unit)
     engine.check_size(pixels)
@@ -135,6 +140,7 @@ def generate(
                 "steps": steps,
                 "weights_sha256": engine.sha256(steps),
                 **edit.facts,
+                **({} if churn is None else {"churn": churn}),
             }
 
             def preview(step: int, _: list[int], images: Tensor, facts: dict[str, object] = facts) -> None:

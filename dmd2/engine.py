@@ -25,7 +25,7 @@ from dmd2.fileio import read_object
 from dmd2.memory import LARGE, peak_memory
 from dmd2.noise import seeded_noise
 from dmd2.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
-from dmd2.sampling import Denoise, conditioned, dpm_solver_2m, heun, last_steps, teacher_sigmas
+from dmd2.sampling import Churn, Denoise, conditioned, dpm_solver_2m, heun, last_steps, teacher_sigmas
 from dmd2.stable_diffusion import StableDiffusion, TextCondition
 from dmd2.weights import (
     DEFAULT,
@@ -80,6 +80,7 @@ class Engine:
         modes: to load at once, so that a broken file is an error now and the first picture is fast.
         vae: "kl" decodes with the folder's `vae`, whatever that is; "tiny" with its TAESDXL: a twentieth of the work,
             and less sharp.
+        churn: noise that the sampler of an EDM teacher adds, by the pictures' seeds; None for none.
         text_cache: bytes of encoded prompts that are remembered on the device, at most.
     """
 
@@ -89,6 +90,7 @@ class Engine:
     modes: tuple[str, ...] = ()
     trace: bool = False
     vae: str = "kl"
+    churn: Churn | None = None
     text_cache: int = TEXT_CACHE
     _encoders: Hashable = field(default=(), init=False)
     """what LoRAs have made of the text encoders"""
@@ -102,6 +104,10 @@ class Engine:
         subfolders = list(dict.fromkeys(self._plan(mode)[0] for mode in self.modes))
         parameters = count_parameters(self.folder, subfolders)
         self.dtype = self.dtype or default_dtype(self.device, parameters)
+        if self.churn is not None and (
+            self.manifest.family != "edm" or any(mode != "teacher" for mode in self.modes)
+        ):
+            raise UserError("--churn: only of an EDM teacher's sampler; expected its weights and --steps teacher")
         self.placement = Placement()
         self.model: TextToImage | ClassToImage
         self._solve: Callable[..., Tensor] = dpm_solver_2m
@@ -280,7 +286,11 @@ class Engine:
         if student is not None and student.sigmas:
             sigmas = student.sigmas
         began = time.perf_counter()
-        shape = (max(1, len(sigmas)), codec.channels, size[1] // codec.factor, size[0] // codec.factor)
+        levels = len(sigmas)
+        if self.churn is not None and mode == "teacher":
+            assert self.manifest.teacher is not None
+            levels = 1 + self.manifest.teacher.steps
+        shape = (max(1, levels), codec.channels, size[1] // codec.factor, size[0] // codec.factor)
         noise = seeded_noise(seeds, shape, denoiser.device)
 
         def each_step() -> Iterator[Tensor]:
@@ -291,7 +301,7 @@ class Engine:
         inpaints = isinstance(denoiser, StableDiffusion) and denoiser.inpaints
         network: Any = partial(denoiser, known=edit.known(codec, size)) if inpaints else denoiser
         if mode == "teacher":
-            x0 = self._teach(denoiser, network, cond, self._no_text(cond, size), noise[:, 0])
+            x0 = self._teach(denoiser, network, cond, self._no_text(cond, size), noise)
         else:
             scale = 1.0
             if mode.startswith("teacher"):
@@ -340,9 +350,12 @@ class Engine:
     def _teach(self, denoiser: StableDiffusion | Edm, network: Any, cond: Any, uncond: Any, noise: Tensor) -> Tensor:
         assert self.manifest.teacher is not None
         sigmas = teacher_sigmas(denoiser, self.manifest.teacher.steps)
-        start = denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
+        start = denoiser.start(noise[:, 0], torch.full((len(noise),), sigmas[0], device=noise.device))
         scale = self.manifest.teacher.guidance_scale
-        return self._solve(conditioned(network, cond, uncond, scale), start, sigmas)
+        denoise = conditioned(network, cond, uncond, scale)
+        if self.churn is not None:
+            return heun(denoise, start, sigmas, noise[:, 1:].unbind(1), self.churn)
+        return self._solve(denoise, start, sigmas)
 
     def _clock(self) -> float:
         if isinstance(self.device, torch.device) and self.device.type == "cuda":

@@ -19,7 +19,7 @@ from dmd2.edm_weights import load_edm, save_edm
 from dmd2.engine import Engine, default_mode, modes_of
 from dmd2.errors import UserError
 from dmd2.noise import seeded_noise
-from dmd2.sampling import heun, teacher_sigmas
+from dmd2.sampling import Churn, heun, teacher_sigmas
 from dmd2.service.pictures import PictureFile, PictureRequest, PictureService
 from dmd2.weights import read_manifest
 
@@ -110,6 +110,33 @@ def test_the_teacher_draws_by_heun(teacher: Path) -> None:
     with torch.inference_mode():
         x0 = heun(lambda x, sigma: denoiser(x, sigma, one_hot(0)), sigmas[0] * noise, sigmas)
     assert torch.equal(Engine(teacher, "cpu").draw(["an airplane"], [7], "teacher"), RgbCodec().decode(x0))
+
+
+def test_the_teacher_s_sampler_may_add_noise_by_the_same_seeds(teacher: Path, student: Path) -> None:
+    churn = Churn(40, 0.05, 50, 1.003)
+    denoiser = load_edm(teacher, "cpu")
+    sigmas = teacher_sigmas(denoiser, 18)
+    noise = seeded_noise([7], (19, 3, 16, 16))
+    with torch.inference_mode():
+        one = one_hot(0)
+        x0 = heun(lambda x, s: denoiser(x, s, one), sigmas[0] * noise[:, 0], sigmas, noise[:, 1:].unbind(1), churn)
+    engine = Engine(teacher, "cpu", churn=churn)
+    assert torch.equal(engine.draw(["an airplane"], [7], "teacher"), RgbCodec().decode(x0))
+    with pytest.raises(UserError, match="--churn: only of an EDM teacher's sampler"):
+        Engine(student, "cpu", modes=("1",), churn=churn)
+
+
+def test_churn_is_checked_and_written_into_the_picture(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--weights", teacher, "--seed", "7", "--out", tmp_path]
+    assert run(monkeypatch, "generate", "cat", *options, "--churn", "40,0.05,50,1.003") == 0
+    (path,) = tmp_path.glob("*.png")
+    with Image.open(path) as image:
+        assert image.info["churn"] == "40,0.05,50,1.003"
+    capsys.readouterr()
+    assert run(monkeypatch, "generate", "cat", *options, "--churn", "nan") == 2
+    assert "--churn nan: expected S_churn" in capsys.readouterr().err
 
 
 def test_only_their_own_size(student: Path) -> None:

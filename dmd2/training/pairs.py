@@ -1,5 +1,7 @@
 """Noise-image pairs for DMD's regression: what a teacher's deterministic sampler makes of each noise.
 
+There is no S_churn here: with noise added on the way, an image would not follow from the noise it is paired with.
+
 A folder holds `pairs.json` and shards of equal size. Of the noise only seeds are kept: `seeded_noise` makes it anew.
 Images are kept in fp16: rounding moves a pixel by less than 1/2000 of the range, where uint8 would move it by 1/500
 and clip what the teacher drew beyond the range; and any x0 fits, latents too.
