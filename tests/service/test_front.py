@@ -537,6 +537,20 @@ def test_what_is_only_for_now_says_when_to_come_again(
     run(test())
 
 
+def test_what_was_cancelled_as_it_began_is_cancelled() -> None:
+    """Cog 0.23 calls it failed; seen with real requests under load."""
+
+    async def test() -> None:
+        world = World()
+        error = "Prediction failed: Failed to submit coroutine: CancelationException: "
+        answer = {"id": "a", "status": "failed", "error": error, "output": None}
+        world.cog.answer = lambda request: httpx2.Response(200, json=answer)
+        response = await world.predict()
+        assert (response.status_code, response.json()) == (200, answer | {"status": "canceled", "error": None})
+
+    run(test())
+
+
 def test_other_failures_are_predictions() -> None:
     async def test() -> None:
         world = World()
