@@ -393,11 +393,12 @@ def test_a_missing_prompt_is_named(server: CogServer) -> None:
     [
         {"width": 16, "height": 16},
         {"width": 16, "height": 2048},
-        {"prompt": "x" * 5000},
+        {"prompt": "an owl " * 714},  # 4,998 characters, 1,428 tokens
         {"prompt": "?"},
         {"seed": 0},
         {"seed": 2**32 - 1, "num_outputs": 4},
         {"output_quality": 1, "guidance_scale": 20, "disable_safety_checker": True},
+        {"image": PHOTOGRAPH, "mask": data_url(Image.new("L", (8, 8)))},  # is resized
     ],
 )
 def test_what_is_just_within_bounds_is_drawn(server: CogServer, inputs: dict[str, Any]) -> None:
@@ -414,7 +415,7 @@ def test_what_is_just_within_bounds_is_drawn(server: CogServer, inputs: dict[str
         ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio: given beside width or height"),
         ({"mask": data_url(Image.new("L", (64, 64)))}, "mask: given without an image"),
         ({"image": "data:image/png;base64,aGVsbG8="}, "image: no picture; expected PNG, JPEG, WEBP"),
-        ({"image": PHOTOGRAPH, "mask": data_url(Image.new("L", (8, 8)))}, "mask: 8x8, the image 64x64"),
+        ({"prompt": "x" * 5000}, "prompt: 5000 tokens (of 5000 characters); expected at most 1500"),
         ({"control_image": PHOTOGRAPH}, "control: not given; expected one of none"),
         ({"control": "canny"}, "control: given without a control_image"),
         ({"lora_weights": "/etc/hostname"}, "LoRA /etc/hostname: expected an https URL"),
