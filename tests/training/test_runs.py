@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +49,15 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 # Stop requests, terminals
+
+
+@pytest.fixture(autouse=True)
+def _signals_end_a_process() -> Iterator[None]:
+    """As they do by default: under nohup, say, the tests would inherit that hang-ups are ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
