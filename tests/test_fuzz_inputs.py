@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import random
 import time
@@ -57,7 +58,8 @@ def test_it_notices_what_takes_long_or_much(fuzz: ModuleType, monkeypatch: pytes
     monkeypatch.setattr(fuzz, "KINDS", {"image": (1, lambda dice, folder: time.sleep(0.01))})
     monkeypatch.setattr(fuzz, "SECONDS", 0.001)
     assert fuzz.one(0, 0, None)[1] == "TOO SLOW"
-    monkeypatch.setattr(fuzz, "KINDS", {"image": (1, lambda dice, folder: bytearray(b"x") * 50_000_000)})
+    monkeypatch.setattr(fuzz, "KINDS", {"image": (1, lambda dice, folder: bytearray(b"x") * 200_000_000)})
     monkeypatch.setattr(fuzz, "SECONDS", 600.0)
     monkeypatch.setattr(fuzz, "MEGABYTES", 20.0)
+    gc.collect()  # what other tests have left must not go meanwhile
     assert fuzz.one(0, 0, None)[1] == "TOO LARGE"
