@@ -44,6 +44,8 @@ PREDICTION = re.compile(rf"/predictions/({ID})")
 CANCEL = re.compile(rf"/predictions/({ID})/cancel")
 # How Cog tells that a prediction was cancelled just as it began.
 CANCELLED = re.compile(r"Prediction failed: Failed to submit coroutine: Cancell?ationException")
+# … and that the worker had died before it got the prediction.
+NOT_BEGUN = re.compile(r"(?:Prediction failed: )?Failed to send request: ")
 BUSY = re.compile(r"Prediction failed: (?:Async prediction failed: )?Busy: (.*)", re.DOTALL)
 """how Cog words the exception that dmd2.batcher raises when its queue is full"""
 MOST_TEXT = 500  # characters of a message
@@ -416,6 +418,8 @@ class Front:
                 raise Refused(503, said or self._away().content, self._away().retry_after)
             if said and said.get("status") == "failed" and (busy := BUSY.match(str(said.get("error")))):
                 raise Refused.failed(429, busy[1], self.gate.retry_after())
+            if said and said.get("status") == "failed" and NOT_BEGUN.match(str(said.get("error"))):
+                raise Refused.failed(503, "the worker is being replaced; ask again", 5)
             if said and said.get("status") == "failed" and CANCELLED.match(str(said.get("error"))):
                 content = to_json(said | {"status": "canceled", "error": None})
             if status == 422 and said:

@@ -515,12 +515,19 @@ def fails(request: httpx2.Request) -> httpx2.Response:
 BUSY = {"status": "failed", "error": "Prediction failed: Async prediction failed: Busy: 128 pictures are waiting"}
 
 
+DEAD = {
+    "status": "failed",
+    "error": "Failed to send request: Failed to send on slot socket: Broken pipe (os error 32)",
+}
+
+
 @pytest.mark.parametrize(
     ("answered", "status", "error"),
     [
         (lambda request: httpx2.Response(200, json=BUSY), 429, "128 pictures are waiting"),
         (lambda request: httpx2.Response(503, json={"error": "not yet", "status": "failed"}), 503, "not yet"),
         (fails, 503, "the server is being set up; see /health-check"),
+        (lambda request: httpx2.Response(200, json=DEAD), 503, "the worker is being replaced; ask again"),
     ],
 )
 def test_what_is_only_for_now_says_when_to_come_again(
