@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dmd2.training.data import SIDE, EmojiScenes, vocabulary
-from dmd2.training.embedded import build_text_encoders, build_tokenizer, build_unet
-from dmd2.weights import Student, Teacher, save_text_to_image, save_vae
-
 # Inductor's cache does not tell apart what was compiled with and without AVX-512, and results are wrong then.
+# Before all else: importing diffusers is enough for torch to choose its own folder.
 CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"dmd2-inductor-{CAPABILITY}"))
+
+from dmd2.training.data import SIDE, EmojiScenes, vocabulary  # noqa: E402
+from dmd2.training.embedded import build_text_encoders, build_tokenizer, build_unet  # noqa: E402
+from dmd2.weights import Student, Teacher, save_text_to_image, save_vae  # noqa: E402
 
 EMOJI = (
     ("red apple", "fruit", ["apple"], (215, 40, 40, 255)),
