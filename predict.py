@@ -1,4 +1,4 @@
-"""Cog's front door: inputs in, files out. What happens in between is `dmd2.service.pictures`.
+"""Cog's front door: inputs in, files out. What happens in between is `dmd2.service.images`.
 
 Cog reads this file without running it: inputs have literal defaults and bounds, and plain types.
 """
@@ -9,9 +9,9 @@ from typing import AsyncIterator, Iterator, Optional
 
 from cog import BaseRunner, Input, Path, concurrent, streaming
 
-from dmd2.errors import BriefFormatter
-from dmd2.service.bridge import begun, in_this_context
-from dmd2.service.pictures import PictureFile, PictureRequest, PictureService
+from dmd2.runtime.errors import BriefFormatter
+from dmd2.service.cog.bridge import begun, in_this_context
+from dmd2.service.images import PictureFile, PictureRequest, PictureService
 
 
 class Predictor(BaseRunner):
@@ -136,7 +136,7 @@ class Predictor(BaseRunner):
             control_image=control_image,
             control_scale=float(control_scale),
         )
-        # Not `yield`: see dmd2/service/bridge.py.
+        # Not `yield`: see dmd2/service/cog/bridge.py.
         return in_this_context(self._files(await begun(self.service.draw(request))))
 
     def _files(self, pictures: Iterator[PictureFile]) -> Iterator[Path]:

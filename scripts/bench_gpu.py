@@ -36,7 +36,7 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
         marks[what] = time.perf_counter(), time.process_time()
 
     if system == "dmd2":
-        from dmd2.engine import Engine
+        from dmd2.inference.engine import Engine
 
         done("imports")
         engine = Engine(weights, device, modes=(mode,), trace=True)
@@ -48,7 +48,7 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
     else:
         from diffusers import StableDiffusionXLPipeline  # noqa: F401
 
-        from dmd2.precision import DTYPES, fastest
+        from dmd2.runtime.precision import DTYPES, fastest
 
         done("imports")
         target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -63,7 +63,7 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
     for (_, before), (name, after) in itertools.pairwise(marks.items()):
         result[name] = {"s": round(after[0] - before[0], 2), "cpu_s": round(after[1] - before[1], 2)}
     result["stages_s"] = stages
-    from dmd2.memory import peak_memory
+    from dmd2.runtime.memory import peak_memory
 
     result |= {"dtype": str(dtype).removeprefix("torch."), "peak_gb": round(peak_memory(target) / 1e9, 2)}
     if target.type == "cpu":  # the peak counts pages of mapped files, which the system may drop
@@ -173,7 +173,7 @@ def compare(
     """Rows of times, the most important ones first."""
     import torch
 
-    from dmd2.engine import Engine
+    from dmd2.inference.engine import Engine
 
     engine = Engine(weights, device, modes=("1", "4"), trace=True)
     pipeline = load_pipeline(weights, engine.dtype, device)

@@ -16,8 +16,9 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmd2.download import TIMESTEPS
-from dmd2.weights import DEFAULT, UNET_FILE, Manifest, Student, save_pipeline_configs, write_manifest
+from dmd2.models.stable_diffusion.download import TIMESTEPS
+from dmd2.models.stable_diffusion.folder import UNET_FILE, save_pipeline_configs
+from dmd2.weights.manifest import DEFAULT, Manifest, Student, write_manifest
 
 UNET: dict[str, Any] = {
     "sample_size": 128,

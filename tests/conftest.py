@@ -18,9 +18,10 @@ from PIL import Image, ImageDraw
 CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"dmd2-inductor-{CAPABILITY}"))
 
-from dmd2.training.data import SIDE, EmojiScenes, vocabulary  # noqa: E402
-from dmd2.training.embedded import build_text_encoders, build_tokenizer, build_unet  # noqa: E402
-from dmd2.weights import Student, Teacher, save_text_to_image, save_vae  # noqa: E402
+from dmd2.emoji.architecture import build_text_encoders, build_tokenizer, build_unet  # noqa: E402
+from dmd2.emoji.scenes import SIDE, EmojiScenes, vocabulary  # noqa: E402
+from dmd2.models.stable_diffusion.folder import save_text_to_image, save_vae  # noqa: E402
+from dmd2.weights.manifest import Student, Teacher  # noqa: E402
 
 EMOJI = (
     ("red apple", "fruit", ["apple"], (215, 40, 40, 255)),

@@ -19,8 +19,8 @@ import typer.main
 from PIL import Image
 
 from dmd2.cli import app
-from dmd2.recipes import resolve
-from tests.service.cog_server import CogServer
+from dmd2.training.recipes import resolve
+from tests.service.cog.cog_server import CogServer
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,9 +17,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
 
-from dmd2.noise import seeded_noise
-from dmd2.training.embedded import build_unet
-from dmd2.weights import Manifest, Student, write_manifest
+from dmd2.diffusion.noise import seeded_noise
+from dmd2.emoji.architecture import build_unet
+from dmd2.weights.manifest import Manifest, Student, write_manifest
 
 SIDE = 64
 PROMPTS = ["a red apple on a blue background", "an owl"]

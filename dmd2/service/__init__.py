@@ -1,1 +1,1 @@
-"""The service: what Cog's server needs around the engine."""
+"""What answers over HTTP. `images`: from a request to files, for any server; `cog`: Cog's."""

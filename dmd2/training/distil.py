@@ -9,21 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dmd2.emoji_judge import EmojiJudge
-from dmd2.errors import UserError
-from dmd2.noise import seeded_noise
-from dmd2.precision import autocast_dtype
-from dmd2.recipes import Dmd2Recipe
-from dmd2.sampling import conditioned, few_step
-from dmd2.stable_diffusion import StableDiffusion
-from dmd2.training.card import model_card, name_of
-from dmd2.training.critics import ClassifierHead
-from dmd2.training.data import EmojiScenes
-from dmd2.training.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
-from dmd2.training.embedded import trainable_attention
+from dmd2.diffusion.noise import seeded_noise
+from dmd2.diffusion.sampling import conditioned, few_step
+from dmd2.emoji.architecture import trainable_attention
+from dmd2.emoji.scenes import EmojiScenes
+from dmd2.emoji.scores import EmojiJudge
+from dmd2.models.stable_diffusion.folder import load_text_to_image, save_text_to_image
+from dmd2.models.stable_diffusion.unet import StableDiffusion
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.precision import autocast_dtype
+from dmd2.training.discriminators.head import ClassifierHead
 from dmd2.training.loop import Method
+from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
 from dmd2.training.preview import Preview
-from dmd2.weights import Student, load_text_to_image, read_manifest, save_text_to_image
+from dmd2.training.recipes.kinds import Dmd2Recipe
+from dmd2.training.run.card import model_card, name_of
+from dmd2.weights.manifest import Student, read_manifest
 
 
 def distil(

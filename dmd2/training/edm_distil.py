@@ -13,32 +13,32 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd2.edm import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
-from dmd2.edm_recipes import EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
-from dmd2.edm_weights import load_edm, save_edm
-from dmd2.errors import UserError
-from dmd2.precision import training_dtype
-from dmd2.sampling import conditioned, few_step
-from dmd2.training.card import model_card, name_of
-from dmd2.training.critics import ClassifierHead
-from dmd2.training.discriminator import (
+from dmd2.data.images import ImageSet
+from dmd2.data.pairs import Pairs, RegressionPairs
+from dmd2.diffusion.sampling import conditioned, few_step
+from dmd2.models.edm.folder import load_edm, save_edm
+from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.precision import training_dtype
+from dmd2.training.discriminators.head import ClassifierHead
+from dmd2.training.discriminators.projected import (
     Backbone,
     DenoiserFeatures,
     ProjectedDiscriminator,
     TimmFeatures,
     encoder_levels,
 )
-from dmd2.training.dmd import DmdSettings, RegressionPairs, dmd_phases
-from dmd2.training.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
-from dmd2.training.gdd import GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
-from dmd2.training.images import ImageSet
+from dmd2.training.discriminators.published import PublishedDiscriminator, class_embeddings
 from dmd2.training.loop import Batch, Method, Phase
+from dmd2.training.methods.dmd import DmdSettings, dmd_phases
+from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
+from dmd2.training.methods.gdd import GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
 from dmd2.training.muon import Muon
-from dmd2.training.pairs import Pairs
 from dmd2.training.perceptual import regression_distance
 from dmd2.training.preview import ClassPreview, ClassScore
-from dmd2.training.published_discriminator import PublishedDiscriminator, class_embeddings
-from dmd2.weights import read_manifest
+from dmd2.training.recipes.kinds import EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
+from dmd2.training.run.card import model_card, name_of
+from dmd2.weights.manifest import read_manifest
 
 FAKE_SCORE = "fake_score"  # folder beside a run's `model`: DMD2's fake score, in the layout of a teacher
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd2.errors import UserError, shown
-from dmd2.fileio import atomic_path
-from dmd2.ranges import Amount, Count, Decay, Seed, Steps
-from dmd2.terminal import say
-from dmd2.training.checkpoints import (
+from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.files import atomic_path
+from dmd2.runtime.terminal import say
+from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.run.checkpoints import (
     Checkpoints,
     check_inputs,
     check_module,
@@ -30,13 +30,15 @@ from dmd2.training.checkpoints import (
     check_recipe,
     first_not_finite,
 )
-from dmd2.training.divergence import Guard, TrainingDiverged
-from dmd2.training.logs import RunLogs
-from dmd2.training.run_folder import open_run
-from dmd2.training.signals import stop_signals
+from dmd2.training.run.divergence import Guard, TrainingDiverged
+from dmd2.training.run.folder import open_run
+from dmd2.training.run.logs import RunLogs
+from dmd2.training.run.signals import stop_signals
 
 Logs = dict[str, float | Tensor]
+
 EARLY = 20  # step of a first look, however rare the others are
+
 EMA_RAMP_UP = 0.05  # a half-life is at most this part of what has been (Karras et al. 2022's code; GDD)
 
 
@@ -78,33 +80,6 @@ class Method:
     """(averaged weights) → figures that say how good it is by now"""
     export: Callable[[nn.Module | None, Path], None] | None = None
     """(averaged weights, folder) → writes what the run is for"""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long, how fast, how often. Intervals are in steps; a step is one turn of the loop.
-
-    Ranges are checked where a recipe is resolved (`dmd2.recipes`).
-    """
-
-    iterations: Count
-    batch_size: Count
-    warmup: Steps = 0
-    decay: bool = True
-    """whether the learning rate falls linearly to zero after the warm-up"""
-    clip_norm: Amount = 1.0
-    """largest norm of a phase's gradient; 0 for no limit"""
-    zero_nans: bool = False
-    """whether a gradient's NaNs count as zero, if the loss is finite; otherwise such a gradient is not used at all"""
-    accumulate: Count = 1
-    """batches of `batch_size` that make one update: what does not fit into memory at once"""
-    ema_decay: Decay = 0.999
-    ema_half_life: Amount = 0.0
-    """in images, instead of `ema_decay` if not 0; at most 5 % of the images so far"""
-    seed: Seed = 0
-    log_every: Count = 20
-    sample_every: Count = 500
-    checkpoint_every: Count = 500
 
 
 def train(

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.denoiser import Cond, Denoiser
-from dmd2.noise import add_noise, per_image
+from dmd2.diffusion.denoiser import Cond, Denoiser
+from dmd2.diffusion.noise import add_noise, per_image
 
 
 def denoising(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.errors import UserError
-from dmd2.terminal import say
-from dmd2.training.dmd import Distance
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.terminal import say
 from dmd2.training.losses import l2
+from dmd2.training.methods.dmd import Distance
 
 SIDE = 224
 """what both pictures are enlarged to, in pixels (DMD, app. B)"""

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.cifar10 import CLASSES as CIFAR10
-from dmd2.edm import ClassCondition, EdmConfig
-from dmd2.emoji_judge import EmojiJudge, quick_score
-from dmd2.errors import UserError
-from dmd2.frechet import frechet_distance_of
-from dmd2.metrics import SmallFeatures
-from dmd2.noise import seeded_noise
-from dmd2.picture import labelled_grid
-from dmd2.terminal import say
-from dmd2.training.data import EmojiScenes
-from dmd2.training.images import ImageSet
-from dmd2.weights import ROOT
+from dmd2.data.cifar10 import CLASSES as CIFAR10
+from dmd2.data.images import ImageSet
+from dmd2.diffusion.noise import seeded_noise
+from dmd2.emoji.scenes import EmojiScenes
+from dmd2.emoji.scores import EmojiJudge, quick_score
+from dmd2.evaluation.frechet import frechet_distance_of
+from dmd2.evaluation.metrics import SmallFeatures
+from dmd2.inference.image_output import labelled_grid
+from dmd2.models.edm.network import ClassCondition, EdmConfig
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.paths import ROOT
+from dmd2.runtime.terminal import say
 
 QUICK_N = 128  # images that a score while training is of
 CIFAR10_JUDGE = ROOT / "weights" / "cifar10-classifier.safetensors"

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmd2.edm import EdmConfig, EdmNetwork
-from dmd2.edm_weights import save_edm
+from dmd2.models.edm.folder import save_edm
+from dmd2.models.edm.network import EdmConfig, EdmNetwork
 
 CONFIG = EdmConfig(
     architecture="ddpmpp",

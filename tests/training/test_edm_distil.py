@@ -13,19 +13,20 @@ from torch import nn
 
 import dmd2.training.edm_distil
 import dmd2.training.preview
-from dmd2.edm import ClassCondition, EdmNetwork
-from dmd2.edm_recipes import EDM_RECIPES, EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
-from dmd2.edm_weights import load_edm, save_edm
-from dmd2.errors import UserError
+from dmd2.data.pairs import make_pairs
+from dmd2.models.edm.folder import load_edm, save_edm
+from dmd2.models.edm.network import ClassCondition, EdmNetwork
+from dmd2.runtime.errors import UserError
+from dmd2.training.build import build_method
+from dmd2.training.discriminators.published import PublishedDiscriminator
 from dmd2.training.edm_distil import EdmSources, distil_edm
-from dmd2.training.loop import Batch, LoopSettings, train, training_step
-from dmd2.training.methods import build_method
-from dmd2.training.pairs import make_pairs
-from dmd2.training.published_discriminator import PublishedDiscriminator
-from dmd2.weights import read_manifest
+from dmd2.training.loop import Batch, train, training_step
+from dmd2.training.recipes.edm import EDM_RECIPES
+from dmd2.training.recipes.kinds import EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe, LoopSettings
+from dmd2.weights.manifest import read_manifest
+from tests.training.discriminators.test_published import Maps
 from tests.training.pixels import CONFIG, same_weights, write_set, write_teacher
 from tests.training.test_preview import Brightness
-from tests.training.test_published_discriminator import Maps
 
 CPU = torch.device("cpu")
 LOOP = LoopSettings(iterations=4, batch_size=4, sample_every=100)

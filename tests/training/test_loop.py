@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmd2.errors import UserError
-from dmd2.training.loop import Average, Batch, Logs, LoopSettings, Method, Phase, schedule, train, training_step
+from dmd2.runtime.errors import UserError
+from dmd2.training.loop import Average, Batch, Logs, Method, Phase, schedule, train, training_step
+from dmd2.training.recipes.kinds import LoopSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = LoopSettings(

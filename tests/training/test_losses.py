@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmd2.noise import add_noise, karras_sigmas
-from dmd2.training.critics import ClassifierHead, critic_loss, noised_logits
+from dmd2.diffusion.noise import add_noise, karras_sigmas
+from dmd2.training.discriminators.head import ClassifierHead, critic_loss, noised_logits
 from dmd2.training.losses import (
     denoising,
     distribution_matching,

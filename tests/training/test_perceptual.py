@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmd2.errors import UserError
+from dmd2.runtime.errors import UserError
 from dmd2.training.losses import l2
 from dmd2.training.perceptual import Lpips, regression_distance
 

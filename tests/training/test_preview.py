@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import dmd2.training.preview
-from dmd2.cifar10 import CLASSES as CIFAR10
-from dmd2.edm import EdmConfig
-from dmd2.errors import UserError
-from dmd2.training.images import ImageSet
+from dmd2.data.cifar10 import CLASSES as CIFAR10
+from dmd2.data.images import ImageSet
+from dmd2.models.edm.network import EdmConfig
+from dmd2.runtime.errors import UserError
 from dmd2.training.preview import QUICK_N, ClassScore, tile
 from tests.training.pixels import CONFIG, write_set
 

@@ -1,0 +1,219 @@
+"""Data sets of pictures in EDM's layout: a zip or a folder of square images, with their classes in `dataset.json`."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmd2.inference.image_input import MOST_BYTES, ImageFile, Role
+from dmd2.runtime.errors import UserError, shown
+
+LABELS_FILE = "dataset.json"
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MOST_LABELS = 500_000_000
+"""bytes of `dataset.json`, at most; ImageNet's has 45 million"""
+MOST_CLASSES = 2**31
+IN_MEMORY_BYTES = 6 * 2**30  # larger sets (ImageNet-64: 15 GB) are decoded anew, batch by batch
+
+_BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError)
+# RuntimeError: an encrypted entry, or (NotImplementedError) an unknown compression
+
+
+@dataclass(frozen=True)
+class _Files:
+    plain: list[str]
+    """names of the images, sorted; relative to the root, with /"""
+    names: list[str]
+    """the same as the file system or the archive spells them"""
+    read: Callable[[str], bytes]
+    labels: bytes | None
+    """content of `dataset.json`"""
+    labels_name: str
+    """where it is"""
+
+
+class ImageSet:
+    """Square RGB pictures of one size and, if there are any, their classes.
+
+    Args:
+        path: zip or folder. `dataset.json` in it is `{"labels": [["00000/img00000000.png", 6], …]}`, or null.
+        resolution: what the side of every picture must be, in pixels; None for whatever the first one's is.
+        classes: how many the model knows; more than 0 makes labels 0 … classes − 1 compulsory.
+        fit: bring pictures of other sizes to `resolution`: their central square, resized by Lanczos' filter.
+        in_memory: decode all pictures at once, and keep them if they are not too many.
+
+    Raises:
+        UserError: the file is unreadable, holds no images, or they are not what is asked for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        resolution: int | None = None,
+        classes: int = 0,
+        *,
+        fit: bool = False,
+        in_memory: bool = True,
+    ) -> None:
+        self.path, self.fit = path, fit
+        self._files = _folder(path) if path.is_dir() else _zip(path)
+        if not self._files.names:
+            raise UserError(f"{path}: holds no images; expected {', '.join(sorted(SUFFIXES))} files")
+        self.resolution = resolution or self._decode(self._files.names[0], None).shape[1]
+        self.labels = self._labels(classes)
+        """int64 (N,), or None where there are none"""
+        self._memory: Tensor | None = None
+        if in_memory and len(self) * 3 * self.resolution**2 <= IN_MEMORY_BYTES:
+            self._memory = torch.stack([self._decode(name, self.resolution) for name in self._files.names])
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._files.names)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files, as they are spelled there, in the order of the rows; relative to `path`."""
+        return self._files.names
+
+    def images(self, rows: Tensor) -> Tensor:
+        """Those at int64 (B,) `rows`: uint8 (B, 3, R, R)."""
+        if self._memory is not None:
+            return self._memory[rows]
+        return torch.stack([self._decode(self._files.names[i], self.resolution) for i in rows.tolist()])
+
+    def one_hot(self, rows: Tensor, classes: int) -> Tensor:
+        """The classes of those at int64 (B,) `rows`: fp32 (B, classes)."""
+        if self.labels is None or not classes:
+            return torch.zeros(len(rows), classes)
+        return torch.nn.functional.one_hot(self.labels[rows], classes).float()
+
+    def batch(self, size: int, seed: int, step: int) -> Tensor:
+        """The rows (size,) of the step's batch: a pure function of (seed, step). Each epoch has its own order."""
+        places = torch.arange(step * size, (step + 1) * size)
+        epochs = places // len(self)
+        rows = [self._shuffled(seed, int(e))[places[epochs == e] % len(self)] for e in epochs.unique()]
+        return torch.cat(rows)
+
+    def _shuffled(self, seed: int, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != (seed, epoch):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            self._order = (seed, epoch), torch.randperm(len(self), generator=generator)
+        return self._order[1]
+
+    def _decode(self, name: str, resolution: int | None) -> Tensor:
+        try:
+            data = self._files.read(name)
+        except _BROKEN as error:
+            raise UserError(f"{self.path}: {shown(name)}: unreadable ({_reason(error)})") from error
+        image = ImageFile.read(data, f"{self.path}: {shown(name)}", Role.TRAINING, FORMATS)
+        pixels = np.array(image.decode((resolution, resolution) if self.fit and resolution else None))
+        height, width, _ = pixels.shape
+        if height != width or resolution not in (None, width):
+            side = f"{resolution}x{resolution}" if resolution else "square"
+            raise UserError(f"{self.path}: {shown(name)} is {width}x{height} pixels; expected {side}")
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def _labels(self, classes: int) -> Tensor | None:
+        where = f"{self.path}: {self._files.labels_name}"
+        try:
+            # Bytes: so it is UTF-8 with or without a byte-order mark, UTF-16 or UTF-32.
+            content: Any = json.loads(self._files.labels or b"{}")
+        except RecursionError:
+            raise UserError(f'{where}: nested too deeply; expected {{"labels": [["NAME", CLASS], …]}}') from None
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({shown(error)})") from error
+        entries = content.get("labels") if isinstance(content, dict) else None
+        if entries is None:
+            if classes:
+                what = "missing" if self._files.labels is None else "holds no labels"
+                raise UserError(f"{where}: {what}; a model of {classes} classes needs the class of every image")
+            return None
+        try:
+            by_name = {_plain(str(name)): label for name, label in entries}
+        except (TypeError, ValueError):
+            raise UserError(f'{where}: labels: expected [["NAME", CLASS], …]') from None
+        root = PurePosixPath(self._files.labels_name).parent
+        labels = []
+        for name in self._files.plain:
+            inner = PurePosixPath(name)
+            key = inner.relative_to(root).as_posix() if inner.is_relative_to(root) else name
+            if key not in by_name:
+                raise UserError(f"{where}: no label for {shown(key)}")
+            label, most = by_name[key], classes or MOST_CLASSES
+            whole = isinstance(label, int | float) and not isinstance(label, bool) and label == label // 1
+            if not whole or not 0 <= label < most:
+                said = shown(json.dumps(label), 50)
+                raise UserError(f"{where}: {shown(key)} is of class {said}; expected a whole number, 0 to {most - 1}")
+            labels.append(int(label))
+        return torch.tensor(labels)
+
+
+def _plain(name: str) -> str:
+    """A name as zips and label files should spell it: some programs of Windows write back slashes."""
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _listed(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, str] | None]:
+    """Plain names of images → their names, in the order of the former; and both names of the file of labels.
+
+    What Finder and Explorer leave among them (`__MACOSX`, `._name`, `.DS_Store`, `Thumbs.db`) is passed over, as is
+    whatever else is hidden. Labels may lie in a folder that holds everything; the names in them begin there.
+    """
+    plain = {}
+    for name in names:
+        parts = PurePosixPath(_plain(name)).parts
+        if not name.endswith(("/", "\\")) and not any(p == "__MACOSX" or p.startswith(".") for p in parts):
+            plain["/".join(parts)] = name
+    images = {each: plain[each] for each in sorted(plain) if PurePosixPath(each).suffix.lower() in SUFFIXES}
+    labels = [each for each in plain if PurePosixPath(each).name == LABELS_FILE]
+    nearest = min(labels, key=lambda each: (each.count("/"), each), default=None)
+    if nearest is None or not all(
+        PurePosixPath(each).is_relative_to(PurePosixPath(nearest).parent) for each in images
+    ):
+        return images, None  # there are none, or those of a part
+    return images, (nearest, plain[nearest])
+
+
+def _zip(path: Path) -> _Files:
+    if not path.is_file():
+        raise UserError(f"--data {path}: no such file or folder; expected a zip or a folder of images")
+    try:
+        archive = zipfile.ZipFile(path)
+        images, labels = _listed(archive.namelist())
+
+        def read(name: str, most: int = MOST_BYTES) -> bytes:
+            with archive.open(name) as file:  # one byte more than is taken: then it is refused, whatever follows
+                return file.read(most + 1)
+
+        content = None if labels is None else read(labels[1], MOST_LABELS)
+    except _BROKEN as error:
+        raise UserError(f"{path}: not a whole zip file ({_reason(error)})") from error
+    return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
+
+
+def _folder(path: Path) -> _Files:
+    images, labels = _listed(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+    def read(name: str, most: int = MOST_BYTES) -> bytes:
+        with (path / name).open("rb") as file:
+            return file.read(most + 1)
+
+    try:
+        content = None if labels is None else read(labels[1], MOST_LABELS)
+    except OSError as error:
+        raise UserError(f"{path}: {LABELS_FILE}: cannot be read ({error.strerror})") from error
+    return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
+
+
+def _reason(error: BaseException) -> str:
+    return shown(str(error) or type(error).__name__)

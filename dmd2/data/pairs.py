@@ -1,0 +1,269 @@
+"""Noise-image pairs for DMD's regression: what a teacher's deterministic sampler makes of each noise.
+
+There is no S_churn here: with noise added on the way, an image would not follow from the noise it is paired with.
+
+A folder holds `pairs.json` and shards of equal size. Of the noise only seeds are kept: `seeded_noise` makes it anew.
+Images are kept in fp16: rounding moves a pixel by less than 1/2000 of the range, where uint8 would move it by 1/500
+and clip what the teacher drew beyond the range; and any x0 fits, latents too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from codecs import BOM_UTF8
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dmd2.diffusion.denoiser import Cond
+from dmd2.diffusion.noise import seeded_noise
+from dmd2.diffusion.sampling import conditioned, heun, teacher_sigmas
+from dmd2.models.edm.folder import WEIGHTS_FILE, load_edm
+from dmd2.models.edm.network import ClassCondition, Edm
+from dmd2.runtime.errors import UserError, first_error
+from dmd2.runtime.files import atomic_text
+from dmd2.runtime.locks import locked
+from dmd2.runtime.tensors import save_tensors
+from dmd2.runtime.terminal import Terminal
+from dmd2.weights.manifest import read_manifest
+
+PAIRS_FILE = "pairs.json"
+STALE = re.compile(r"\.pairs(\.json|-\d{5,}\.safetensors)\.[0-9a-f]{8}\.tmp")
+FIRST_SEED = 2**31
+"""PyTorch's CPU generator uses 32 bits of a seed: the upper half is for pairs, so that a student that is judged by
+seeds from 0 on is never judged by noise that it was shown."""
+MOST = 2**31
+SHARD = 1000
+"""pairs in a shard: what a stop costs at most"""
+
+
+class PairsConfig(BaseModel):
+    """`pairs.json`: what the pairs are and who made them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    teacher: str
+    """sha256 of its weights"""
+    count: int = Field(ge=1, le=MOST)
+    steps: int = Field(ge=1, le=1000)
+    """of Heun's method (Karras et al. 2022, algorithm 1)"""
+    shape: tuple[int, int, int]
+    """channels, height, width"""
+    classes: int = Field(ge=0)
+    shard: int = Field(ge=1)
+    """pairs in each file but the last"""
+    first_seed: int = Field(ge=0, lt=2**32)
+
+    def shards(self) -> list[tuple[str, range]]:
+        """Each file's name and its pairs."""
+        starts = range(0, self.count, self.shard)
+        return [(f"pairs-{k:05d}.safetensors", self.rows(k, start)) for k, start in enumerate(starts)]
+
+    def rows(self, k: int, start: int) -> range:
+        return range(start, min(start + self.shard, self.count))
+
+    def seeds(self, pairs: range) -> Tensor:
+        """int64 (n,)"""
+        return torch.arange(pairs.start, pairs.stop) + self.first_seed
+
+    def labels(self, pairs: range) -> Tensor:
+        """int64 (n,): all classes alike, in turn; −1 where there are none."""
+        index = torch.arange(pairs.start, pairs.stop)
+        return index % self.classes if self.classes else torch.full_like(index, -1)
+
+
+def make_pairs(
+    weights: Path,
+    out: Path,
+    count: int,
+    steps: int,
+    batch: int,
+    device: torch.device | str,
+    *,
+    shard: int = SHARD,
+    compile: bool = False,
+) -> None:
+    """Makes the shards that `out` lacks, with a progress bar.
+
+    Each shard appears whole or not at all, so the work may be stopped at any time, and goes on where it stopped.
+    With the same batch size on the same machine the files are the same to the bit, stopped or not.
+
+    Args:
+        weights: folder of an EDM teacher (see `save_edm`).
+        out: folder, new or begun with the same arguments.
+        count: how many pairs.
+        steps: of the sampler.
+        batch: how many at once. It changes nothing but rounding.
+        device: where the teacher runs.
+        shard: pairs in a file.
+        compile: see `Edm`.
+
+    Raises:
+        UserError: the weights are no teacher; `out` holds other pairs; a shard in it is broken.
+    """
+    if not 1 <= count <= MOST:
+        raise UserError(f"-n {count}: expected 1 to {MOST}")
+    if not 2 <= steps <= 1000:  # of a single level, there is only the lowest
+        raise UserError(f"--steps {steps}: expected 2 to 1000")
+    if batch < 1:
+        raise UserError(f"--batch {batch}: expected at least 1")
+    teacher = load_edm(weights, device, compile=compile)
+    if teacher.config.sigmas:
+        raise UserError(f"{weights}: a student of {len(teacher.config.sigmas)} steps; expected a teacher")
+    network = teacher.config
+    config = PairsConfig(
+        teacher=teacher_sha256(weights),
+        count=count,
+        steps=steps,
+        shape=(network.channels, network.resolution, network.resolution),
+        classes=network.classes,
+        shard=shard,
+        first_seed=FIRST_SEED,
+    )
+    _begin(out, config)
+    with locked(out, str(out), STALE):
+        _make_missing(teacher, out, config, batch)
+
+
+def _make_missing(teacher: Edm, out: Path, config: PairsConfig, batch: int) -> None:
+    missing = [(name, pairs) for name, pairs in config.shards() if not _is_there(out / name, config, pairs)]
+    terminal, done = Terminal(sys.stderr), config.count - sum(len(pairs) for _, pairs in missing)
+    interval = 0.5 if terminal.isatty() else 30
+    with tqdm(total=config.count, initial=done, unit="pair", mininterval=interval, file=terminal) as bar:
+        for name, pairs in missing:
+            images = []
+            for start in range(pairs.start, pairs.stop, batch):
+                part = range(start, min(start + batch, pairs.stop))
+                images.append(_draw(teacher, config, part).half().cpu())
+                bar.update(len(part))
+            tensors = {"images": torch.cat(images), "labels": config.labels(pairs), "seeds": config.seeds(pairs)}
+            save_tensors(tensors, out / name)
+
+
+def _is_there(path: Path, config: PairsConfig, pairs: range) -> bool:
+    if path.exists():
+        _load(path, config, pairs)
+    return path.exists()
+
+
+@torch.no_grad()
+def _draw(teacher: Edm, config: PairsConfig, pairs: range) -> Tensor:
+    sigmas = teacher_sigmas(teacher, config.steps)
+    noise = seeded_noise(config.seeds(pairs).tolist(), config.shape, teacher.device)
+    start = teacher.start(noise, torch.full((len(pairs),), sigmas[0], device=teacher.device))
+    cond = ClassCondition.of(config.labels(pairs).to(teacher.device), config.classes)
+    return heun(conditioned(teacher, cond), start, sigmas)
+
+
+def teacher_sha256(weights: Path) -> str:
+    """The sha256 of an EDM network's weights, as its manifest says.
+
+    Raises:
+        UserError: there is no manifest, or it lists no such file.
+    """
+    files = read_manifest(weights).files
+    if WEIGHTS_FILE not in files:
+        raise UserError(f"{weights}: its manifest does not list {WEIGHTS_FILE}; expected weights of an EDM network")
+    return files[WEIGHTS_FILE]
+
+
+def _begin(out: Path, config: PairsConfig) -> None:
+    """Writes `pairs.json`, or compares with the one that is there."""
+    if (out / PAIRS_FILE).exists():
+        there = _read_config(out)
+        for field in PairsConfig.model_fields:
+            old, new = getattr(there, field), getattr(config, field)
+            if old != new:
+                raise UserError(f"{out}: holds other pairs, whose {field} is {old}, not {new}; name another folder")
+        return
+    # Hidden: what a process that was killed while writing the first file may have left.
+    if out.exists() and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
+        raise UserError(f"{out}: exists already and holds no pairs; expected a new or empty folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made a folder ({error.strerror})") from error
+    atomic_text(out / PAIRS_FILE, config.model_dump_json(indent=2) + "\n")
+
+
+def _read_config(folder: Path) -> PairsConfig:
+    path = folder / PAIRS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no {PAIRS_FILE}; `dmd2 pairs` makes such a folder")
+    try:
+        return PairsConfig.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_error(error)}") from None
+
+
+def _load(path: Path, config: PairsConfig, pairs: range) -> dict[str, Tensor]:
+    """A shard, mapped into memory: pages are read when they are looked at."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; `dmd2 pairs` with the same arguments makes what lacks")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or damaged ({error}); delete it and run `dmd2 pairs` again") from None
+    expected = {"images": (len(pairs), *config.shape), "labels": (len(pairs),), "seeds": (len(pairs),)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        raise UserError(f"{path}: holds {found}; expected {expected}")
+    if not torch.equal(tensors["seeds"], config.seeds(pairs)):
+        raise UserError(f"{path}: holds other seeds than {config.first_seed + pairs.start} and on")
+    return tensors
+
+
+@dataclass(frozen=True)
+class RegressionPairs:
+    """Noise, and what the teacher's deterministic sampler made of it (DMD sec. 3.3)."""
+
+    noise: Tensor
+    """(B, C, H, W) unit noise, fp32"""
+    target: Tensor
+    """(B, C, H, W) x0, fp32"""
+    cond: Cond
+
+
+class Pairs:
+    """A folder of pairs to train on.
+
+    Args:
+        folder: made by `dmd2 pairs`, all of it.
+        teacher: the weights of the teacher that is distilled.
+
+    Raises:
+        UserError: the folder is not whole, or another teacher made it.
+    """
+
+    def __init__(self, folder: Path, teacher: Path) -> None:
+        self.config = config = _read_config(folder)
+        wanted = teacher_sha256(teacher)
+        if config.teacher != wanted:
+            raise UserError(
+                f"{folder}: made by another teacher, with sha256 {config.teacher}; {teacher} has {wanted}"
+            )
+        shards = [_load(folder / name, config, pairs) for name, pairs in config.shards()]
+        self._images = [shard["images"] for shard in shards]
+        self._seeds = torch.cat([shard["seeds"] for shard in shards])
+        self._labels = torch.cat([shard["labels"] for shard in shards])
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def batch(self, n: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> RegressionPairs:
+        """`n` pairs, drawn uniformly; always the same for the same arguments, on `device`."""
+        digest = hashlib.sha256(f"regression {seed} {step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        chosen = torch.randint(len(self), (n,), generator=generator)
+        rows = [divmod(i, self.config.shard) for i in chosen.tolist()]
+        images = torch.stack([self._images[shard][row] for shard, row in rows])
+        noise = seeded_noise(self._seeds[chosen].tolist(), self.config.shape, device)
+        cond = ClassCondition.of(self._labels[chosen].to(device), self.config.classes)
+        return RegressionPairs(noise, images.to(device).float(), cond)

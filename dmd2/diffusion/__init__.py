@@ -1,0 +1,1 @@
+"""The mathematics: the protocols of denoiser and codec, noise levels, samplers. Nothing here knows a network."""

@@ -1,0 +1,1 @@
+"""What judges images: metrics, the networks they look through, the samples they look at."""

@@ -1,0 +1,437 @@
+"""`dmd2 evaluate` and `dmd2 ref-stats`: pictures of any supported weights, or of a data set, against a reference.
+
+Under torchrun each process takes every world-size-th batch, and the features are put together: the figures are
+those of one process. The result holds everything that is needed to repeat it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from dmd2 import __version__
+from dmd2.diffusion.sampling import Churn
+from dmd2.evaluation.frechet import frechet_distance
+from dmd2.evaluation.metrics import (
+    NEIGHBOURS,
+    SPLITS,
+    ClipScore,
+    Extractor,
+    Inception,
+    SmallFeatures,
+    centre_crop,
+    inception_score,
+    kernel_distance,
+    moments,
+    prdc,
+    resized,
+)
+from dmd2.evaluation.samples import DataSet, Pictures, open_pictures
+from dmd2.inference.engine import resolve_device
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.files import atomic_path, expect_place, sha256_file
+from dmd2.runtime.paths import ROOT
+from dmd2.runtime.terminal import Terminal
+
+CLASSIFIER = ROOT / "weights" / "cifar10-classifier.safetensors"
+INCEPTION = ROOT / "weights" / "metrics" / "inception-2015-12-05.pt"
+METRICS = {"fid": 2, "kid": 2, "is": SPLITS, "prdc": max(NEIGHBOURS) + 1, "accuracy": 1, "clip": 1, "patch-fid": 2}
+"""metric → the fewest pictures that it takes"""
+MOST = 10_000_000  # pictures: 80 GB of Inception's features
+REFERENCED = ("fid", "kid", "prdc", "patch-fid")  # those that compare with a reference
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is judged, and how. The command line's options."""
+
+    weights: Path
+    """folder of weights; or pictures, as a folder or a zip"""
+    metrics: tuple[str, ...]
+    reference: Path | None = None
+    """pictures, or the mean and covariance of their features (.npz)"""
+    n: int | None = None
+    """None: 50,000; as many as there are prompts, or pictures"""
+    features: str = "inception"
+    inception: Path = INCEPTION
+    classifier: Path = CLASSIFIER
+    clip: Path | None = None
+    prompts: Path | None = None
+    steps: str | None = None
+    seed: int = 0
+    batch: int = 64
+    resize: int | None = None
+    """side in pixels that pictures, and the reference's, are brought to before all but patch-FID"""
+    device: str = "auto"
+    churn: Churn | None = None
+    """of an EDM teacher's sampler"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those of the run."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The networks that look at pictures, as far as the metrics need them."""
+
+    extractor: Extractor | None = None
+    classifier: SmallFeatures | None = None
+    clip: ClipScore | None = None
+
+
+def evaluate(settings: Settings) -> dict[str, Any] | None:
+    """The scores, and all that it takes to get them again, for JSON. None in all processes but the first.
+
+    Raises:
+        UserError: something is missing, unknown or does not fit.
+    """
+    _check(settings)
+    began = time.monotonic()
+    with process_group(settings.device) as place:
+        judges = _judges(settings, place.device)
+        pictures = open_pictures(
+            settings.weights,
+            settings.n,
+            settings.prompts,
+            settings.steps,
+            settings.seed,
+            place.device,
+            None if "patch-fid" in settings.metrics else settings.resize,
+            settings.churn,
+        )
+        _check_pictures(settings, pictures, judges)
+        compared = set(settings.metrics) & set(REFERENCED)
+        reference = _Reference(settings, judges, place, pictures) if compared else None
+        rows = collect(pictures, _measure(settings, judges, pictures), settings.batch, place, "pictures")
+    if place.rank:
+        return None
+    scores = _scores(settings, rows, reference)
+    return {
+        "scores": scores,
+        "n": pictures.n,
+        "batch": settings.batch,
+        "resize": settings.resize and {"side": settings.resize, "filter": "lanczos"},
+        "pictures": {"path": str(settings.weights), **pictures.facts},
+        "prompts": _file(settings.prompts),
+        "reference": reference and reference.facts,
+        **_networks(judges),
+        **_circumstances(place, began),
+    }
+
+
+def reference_statistics(
+    data: Path,
+    out: Path,
+    features: str = "inception",
+    inception: Path = INCEPTION,
+    classifier: Path = CLASSIFIER,
+    *,
+    resize: int | None = None,
+    batch: int = 64,
+    device: str = "auto",
+) -> int:
+    """Writes `mu` and `sigma` of the pictures' features, as EDM's .npz has them, and which features they are of.
+
+    Returns the number of pictures.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    if out.suffix != ".npz":
+        raise UserError(f"{out}: expected a name that ends in .npz")
+    settings = Settings(data, ("fid",), out, None, features, inception, classifier, resize=resize, batch=batch)
+    _check(settings)
+    expect_place(out, "OUT.npz")
+    with process_group(device) as place:
+        judges = _judges(settings, place.device)
+        pictures = DataSet(data, side=resize)
+        _check_pictures(settings, pictures, judges)
+        rows = collect(pictures, _measure(settings, judges, pictures), batch, place, "pictures")
+        if place.rank == 0:
+            mean, covariance = moments(rows["features"])
+            assert judges.extractor is not None
+            what = {"features": features, "features_sha256": judges.extractor.sha256, "n": pictures.n}
+            with atomic_path(out) as temporary, temporary.open("wb") as file:
+                np.savez(file, mu=mean.cpu().numpy(), sigma=covariance.cpu().numpy(), **what)  # type: ignore[arg-type]
+        return pictures.n
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[Place]:
+    """torchrun's processes, by NCCL on GPUs and Gloo on CPUs; without torchrun, this one alone."""
+    where = resolve_device(device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Place(0, 1, where)
+        return
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield Place(dist.get_rank(), world, where)
+    finally:
+        dist.destroy_process_group()
+
+
+Measure = Callable[[Tensor, list[int]], dict[str, Tensor]]
+"""pictures, uint8 (B, 3, H, W), and their numbers → what is kept of them, each (B, …)"""
+
+
+def collect(pictures: Pictures, measure: Measure, batch: int, place: Place, what: str) -> dict[str, Tensor]:
+    """What `measure` says of all n pictures, each (n, …), fp32, in order, on every process.
+
+    A batch is drawn by one process, as it would be if there were only that, so the world's size changes no number.
+    """
+    n = pictures.n
+    if n < place.world:
+        raise UserError(f"-n {n}: fewer pictures than processes ({place.world})")
+    batch = min(batch, n // place.world)  # at least one batch for each process
+    batches = [list(range(start, min(start + batch, n))) for start in range(0, n, batch)]
+    kept: dict[str, Tensor] = {}
+    interval = 0.5 if os.isatty(2) else 30
+    mine = batches[place.rank :: place.world]
+    for rows in tqdm(
+        mine, what, unit="batch", disable=place.rank > 0, mininterval=interval, file=Terminal(sys.stderr)
+    ):
+        for name, values in measure(pictures.draw(rows), rows).items():
+            if name not in kept:
+                kept[name] = torch.zeros(n, *values.shape[1:], device=place.device)
+            kept[name][rows] = values.to(place.device, torch.float32)
+    if place.world > 1:
+        for name in sorted(kept):
+            dist.all_reduce(kept[name])  # each row is zero in all processes but one
+    return kept
+
+
+def _measure(settings: Settings, judges: Judges, pictures: Pictures) -> Measure:
+    """What the metrics need to know of a picture."""
+    wanted = set(settings.metrics)
+
+    def measure(images: Tensor, rows: list[int]) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        answers = None
+        if "patch-fid" in wanted and judges.extractor:
+            kept["patch"], _ = judges.extractor(centre_crop(images))
+        if settings.resize:
+            images = resized(images, settings.resize)
+        if wanted & {"fid", "kid", "prdc", "is"} and judges.extractor:
+            need = "is" in wanted or judges.classifier is judges.extractor
+            kept["features"], answers = judges.extractor(images, answers=need)
+        if "is" in wanted and answers is not None:
+            kept["log_probabilities"] = answers
+        if judges.classifier and pictures.labels is not None:
+            if judges.classifier is not judges.extractor or answers is None:
+                _, answers = judges.classifier(images, answers=True)
+            assert answers is not None
+            truth = torch.tensor([pictures.labels[i] for i in rows], device=answers.device)
+            kept["right"] = answers.argmax(1) == truth
+        if judges.clip and pictures.prompts is not None:
+            kept["clip"] = judges.clip(images, [pictures.prompts[i] for i in rows])
+        return kept
+
+    return measure
+
+
+class _Reference:
+    """What pictures are compared with: features of other pictures, or their mean and covariance.
+
+    For patch-FID the others are brought to the size of the judged ones: patches show texture at a scale.
+    """
+
+    def __init__(self, settings: Settings, judges: Judges, place: Place, pictures: Pictures) -> None:
+        path = settings.reference
+        assert path is not None and judges.extractor is not None
+        self.rows: dict[str, Tensor] = {}
+        self.facts: dict[str, Any] = {"path": str(path)}
+        if path.suffix == ".npz":
+            self._moments = _read_statistics(path, judges.extractor)
+            self.facts["sha256"] = sha256_file(path)
+            return
+        if not path.exists():
+            raise UserError(f"--ref {path}: no such file or folder; expected pictures (zip, folder) or an .npz")
+        wanted = {name for name in settings.metrics if name in REFERENCED}
+        passes = [(wanted - {"patch-fid"}, settings.resize), (wanted & {"patch-fid"}, pictures.side)]
+        for metrics, side in passes:
+            if metrics:
+                data = DataSet(path, side=side)
+                if data.n < max(METRICS[name] for name in metrics):
+                    raise UserError(f"--ref {path}: {data.n} pictures are too few for {', '.join(sorted(metrics))}")
+                measure = _measure(replace(settings, metrics=tuple(metrics)), Judges(judges.extractor), data)
+                self.rows |= collect(data, measure, settings.batch, place, "reference")
+                self.facts |= {"n": data.n, **data.facts}
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of the rows with this name."""
+        return moments(self.rows[name]) if self.rows else self._moments
+
+
+def _read_statistics(path: Path, extractor: Extractor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance from an .npz such as EDM's. Raises UserError for anything else, or of other features."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"--ref {path}: not a readable .npz ({error})") from error
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise UserError(f"--ref {path}: holds {', '.join(arrays) or 'nothing'}; expected mu and sigma")
+    mean, covariance = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
+    width = extractor.width
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise UserError(
+            f"--ref {path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}; "
+            f"{extractor.name} features need ({width},) and ({width}, {width})"
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"--ref {path}: mu or sigma is not finite")
+    made_by = str(arrays.get("features_sha256", extractor.sha256))
+    if made_by != extractor.sha256:
+        raise UserError(f"--ref {path}: statistics of another network's features (its sha256 is {made_by})")
+    return mean, covariance
+
+
+def _scores(settings: Settings, rows: dict[str, Tensor], reference: _Reference | None) -> dict[str, float]:
+    """Every figure by its name. Those in the small classifier's features have names of their own."""
+    suffix = "_small" if settings.features == "small" else ""
+    scores: dict[str, float] = {}
+    for metric in settings.metrics:
+        if metric in ("fid", "patch-fid"):
+            assert reference is not None
+            name = "patch" if metric == "patch-fid" else "features"
+            key = "patch_fid" if metric == "patch-fid" else ("fd_small" if suffix else "fid")
+            mean, covariance = (part.cpu() for part in moments(rows[name]))
+            scores[key] = frechet_distance(mean, covariance, *(part.cpu() for part in reference.moments(name)))
+        elif metric == "kid":
+            assert reference is not None
+            mean_std = kernel_distance(reference.rows["features"], rows["features"])
+            scores |= dict(zip((f"kid{suffix}", f"kid{suffix}_std"), mean_std, strict=True))
+        elif metric == "is":
+            mean_std = inception_score(rows["log_probabilities"])
+            scores |= dict(zip((f"is{suffix}", f"is{suffix}_std"), mean_std, strict=True))
+        elif metric == "prdc":
+            assert reference is not None
+            figures = prdc(reference.rows["features"], rows["features"])
+            scores |= {f"{name}{suffix}": value for name, value in figures.items()}
+        elif metric == "accuracy":
+            scores["accuracy"] = float(rows["right"].double().mean())
+        else:
+            scores["clip_score"] = float(rows["clip"].double().mean())
+    return scores
+
+
+# What can be asked for
+
+
+def _check(settings: Settings) -> None:
+    """Whatever can be seen before anything is loaded."""
+    for metric in settings.metrics:
+        if metric not in METRICS:
+            raise UserError(f"--metric {metric}: unknown; expected some of {', '.join(METRICS)}")
+        if settings.n is not None and settings.n < METRICS[metric]:
+            raise UserError(f"-n {settings.n}: too few for {metric}; expected at least {METRICS[metric]}")
+    if settings.features not in ("inception", "small"):
+        raise UserError(f"--features {settings.features}: expected inception or small")
+    if not settings.metrics:
+        raise UserError(f"--metric: empty; expected some of {', '.join(METRICS)}")
+    if settings.n is not None and settings.n > MOST:
+        raise UserError(f"-n {settings.n}: expected at most {MOST}")
+    if settings.batch < 1:
+        raise UserError(f"--batch {settings.batch}: expected at least 1")
+    if not 0 <= settings.seed < 2**62:
+        raise UserError(f"--seed {settings.seed}: expected 0 to 2^62 - 1")
+    if settings.resize is not None and not 1 <= settings.resize <= 8192:
+        raise UserError(f"--resize {settings.resize}: expected 1 to 8192 pixels")
+    compared = [metric for metric in settings.metrics if metric in REFERENCED]
+    if compared and settings.reference is None:
+        raise UserError(
+            f"--ref: missing; needed for {', '.join(compared)}: pictures (zip, folder), or for fid an .npz"
+        )
+    if settings.reference and settings.reference.suffix == ".npz" and compared != ["fid"][: len(compared)]:
+        needy = ", ".join(metric for metric in compared if metric != "fid")
+        raise UserError(f"--ref {settings.reference}: mean and covariance only; {needy}: need pictures (zip, folder)")
+    if "patch-fid" in settings.metrics and settings.features != "inception":
+        raise UserError("--metric patch-fid: is of Inception's features only; expected --features inception")
+    if "clip" in settings.metrics and settings.clip is None:
+        raise UserError("--clip: missing; --metric clip needs a folder with a CLIP model")
+
+
+def _judges(settings: Settings, device: torch.device) -> Judges:
+    extractor: Extractor | None = None
+    classifier = None
+    if settings.features == "small" or "accuracy" in settings.metrics:
+        classifier = SmallFeatures(settings.classifier, device)
+    if set(settings.metrics) & {*REFERENCED, "is"}:
+        extractor = classifier if settings.features == "small" else Inception(settings.inception, device)
+    clip = ClipScore(settings.clip, device) if settings.clip and "clip" in settings.metrics else None
+    return Judges(extractor, classifier if "accuracy" in settings.metrics else None, clip)
+
+
+def _check_pictures(settings: Settings, pictures: Pictures, judges: Judges) -> None:
+    for metric in settings.metrics:
+        if pictures.n < METRICS[metric]:
+            raise UserError(f"{settings.weights}: {pictures.n} pictures are too few for {metric}")
+    if judges.clip and pictures.prompts is None:
+        raise UserError(f"--metric clip: {settings.weights} has no prompts; expected a text-to-image model")
+    if judges.classifier:
+        known = judges.classifier.classes
+        if pictures.labels is None:
+            raise UserError(
+                f"--metric accuracy: {settings.weights} has no labels; expected one class for each picture"
+            )
+        if max(pictures.labels) >= len(known):
+            found = f"class {max(pictures.labels)}"
+            raise UserError(f"--metric accuracy: {settings.classifier} knows {len(known)} classes, not {found}")
+
+
+# What is written down
+
+
+def _file(path: Path | None) -> dict[str, str] | None:
+    return {"path": str(path), "sha256": sha256_file(path)} if path else None
+
+
+def _networks(judges: Judges) -> dict[str, Any]:
+    """Which files the figures depend on."""
+    parts = {"features": judges.extractor, "classifier": judges.classifier, "clip": judges.clip}
+    found: dict[str, Any] = {}
+    for name, judge in parts.items():
+        found[name] = judge and {"path": str(judge.path), "sha256": judge.sha256}
+    if judges.extractor:
+        found["features"]["name"] = judges.extractor.name
+    return found
+
+
+def _circumstances(place: Place, began: float) -> dict[str, Any]:
+    cuda = place.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(place.device) if cuda else platform.processor() or platform.machine(),
+        "processes": place.world,
+        "torch": torch.__version__,
+        "dmd2": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began, 1),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

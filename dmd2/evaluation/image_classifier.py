@@ -1,0 +1,89 @@
+"""The judge of the embedded model: which emoji, and on which background, a 64×64 picture shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmd2.evaluation.classifiers import load_classifier_file
+
+
+class Residual(nn.Module):
+    """relu(x + conv(relu(conv(x)))), each 3×3 convolution followed by batch normalisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = convolution(channels, channels, 3, 1)
+        self.second = convolution(channels, channels, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+def convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Sequential:
+    """A convolution that keeps the side (or divides it by `stride`), then batch normalisation."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)
+    )
+
+
+class ImageClassifier(nn.Module):
+    """A small residual network (He et al. 2016) with a linear head over its global-average pooled features.
+
+    `widths` are the channels at the picture's own side, at a half and at a quarter and below. A residual block is at
+    the half and one at the quarter.
+    """
+
+    def __init__(self, classes: int, widths: tuple[int, int, int], features: int) -> None:
+        super().__init__()
+        whole, half, quarter = widths
+        self.body = nn.Sequential(
+            convolution(3, whole, 3, 1),
+            nn.ReLU(),
+            convolution(whole, half, 3, 2),
+            nn.ReLU(),
+            Residual(half),
+            convolution(half, quarter, 3, 2),
+            nn.ReLU(),
+            Residual(quarter),
+            convolution(quarter, quarter, 3, 2),
+            nn.ReLU(),
+            convolution(quarter, features, 1, 1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(features, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """float (B, 3, H, W) in [−1, 1] → pooled features, fp32 (B, `features`), ≥ 0."""
+        return self.body(x).float().mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float (B, 3, H, W) in [−1, 1] → logits (B, classes)."""
+        return self.head(self.features(x))
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A classifier in fp32, frozen, with what its file says."""
+
+    model: ImageClassifier
+    classes: list[str]
+    """in the order of the logits"""
+    size: int
+    """side of the pictures that it was trained on, in pixels"""
+
+
+def load_image_classifier(path: Path, device: torch.device | str = "cpu") -> LoadedClassifier:
+    """Read a `classifier.safetensors`, as `train_image_classifier` exports it.
+
+    Raises:
+        UserError: the file is missing, damaged or something else.
+    """
+    model, config = load_classifier_file(
+        path, "image", lambda c: ImageClassifier(len(c["classes"]), tuple(c["widths"]), c["features"])
+    )
+    return LoadedClassifier(model.to(device).eval().requires_grad_(False), config["classes"], config["size"])

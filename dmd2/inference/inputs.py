@@ -1,0 +1,112 @@
+"""Pictures that callers give: read with limits, made as large as what is drawn, turned into an `Edit`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmd2.inference.conditioning import PLAIN, Edit
+from dmd2.inference.image_input import LIGHT, ImageFile, Role, resized
+from dmd2.models.adapters.lora import Lora
+from dmd2.runtime.errors import UserError
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """uint8 (3, H, W): scaled to cover `size` (width, height), and what juts out cut off evenly."""
+    pixels = numpy.array(resized(image.convert("RGB"), size))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def fitted_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """bool (H, W), true where the mask is light: that is painted anew. Fitted as the picture it belongs to."""
+    grey = resized(image.convert("L"), size, method=Image.Resampling.BILINEAR)
+    return torch.from_numpy(numpy.array(grey)) >= LIGHT
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller gives besides the prompt: files whose headers were read, but not yet decoded."""
+
+    image: ImageFile | None = None
+    mask: ImageFile | None = None
+    strength: float = 1.0
+    control_image: ImageFile | None = None
+    control_scale: float = 1.0
+
+    @classmethod
+    def read(
+        cls,
+        image: bytes | Path | None,
+        mask: bytes | Path | None,
+        strength: float,
+        control_image: bytes | Path | None,
+        control_scale: float,
+    ) -> Given:
+        """From files or their contents. `strength` is of no matter without an image.
+
+        Raises:
+            UserError: one cannot be read, or they do not go together.
+        """
+        if mask is not None and image is None:
+            raise UserError("mask: given without an image; expected the image that it is a mask of")
+        read = [
+            None if file is None else ImageFile.read(file, name, role)
+            for name, role, file in (
+                ("image", Role.IMAGE, image),
+                ("mask", Role.MASK, mask),
+                ("control_image", Role.CONTROL, control_image),
+            )
+        ]
+        if not 0 < strength <= 1:
+            raise UserError(f"prompt_strength: {strength}; expected more than 0, at most 1")
+        return cls(read[0], read[1], 1.0 if image is None else strength, read[2], control_scale)
+
+    def size(self, asked: tuple[int, int] | None, native: tuple[int, int], unit: int) -> tuple[int, int]:
+        """Width and height to draw: what is asked for, else about `native`'s pixels in the given picture's ratio."""
+        picture = self.image or self.control_image
+        if asked is not None or picture is None:
+            return asked or native
+        width, height = picture.size  # beyond 4:1, of its middle
+        ratio = f"{min(width, 4 * height)}:{min(height, 4 * width)}"
+        return aspect_size(ratio, native, max(unit, native[0] // 16))
+
+    def edit(
+        self, size: tuple[int, int], control: Path | None = None, loras: tuple[tuple[Lora, float], ...] = ()
+    ) -> Edit:
+        """For pictures of `size` (width, height). A mask of another size is stretched to its image's.
+
+        Raises:
+            UserError: a file is damaged, or they do not go together.
+        """
+        if (control is None) != (self.control_image is None):
+            raise UserError("control, control_image: expected both or neither")
+        if self.image is None and self.control_image is None and not loras:
+            return PLAIN
+        return Edit(
+            image=None if self.image is None else fitted(self.image.decode(size), size),
+            mask=None if self.mask is None or self.image is None else self._mask(self.mask, self.image, size),
+            strength=self.strength,
+            control=control,
+            control_image=None if self.control_image is None else fitted(self.control_image.decode(size), size),
+            control_scale=self.control_scale,
+            loras=loras,
+        )
+
+    @staticmethod
+    def _mask(mask: ImageFile, image: ImageFile, size: tuple[int, int]) -> Tensor:
+        return fitted_mask(mask.decode(size, like=image.size), size)
+
+
+def aspect_size(ratio: str, native: tuple[int, int], unit: int) -> tuple[int, int]:
+    """Width and height, multiples of `unit`, of about the ratio "W:H" and with about as many pixels as `native`."""
+    w, h = (int(part) for part in ratio.split(":"))
+    pixels = native[0] * native[1]
+    sides = math.sqrt(pixels * w / h), math.sqrt(pixels * h / w)
+    width, height = (max(1, round(side / unit)) * unit for side in sides)
+    return width, height

@@ -1,0 +1,310 @@
+"""Weights on disk: diffusers' layout plus a manifest, `dmd2.json`. Locate, verify, load, save. safetensors only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmd2.diffusion.noise import zero_snr_sigmas
+from dmd2.models.stable_diffusion.codec import LatentCodec
+from dmd2.models.stable_diffusion.configs import (
+    SCHEDULER,
+    Schedule,
+    judge,
+    read_schedule,
+    read_unet_config,
+    read_vae_config,
+)
+from dmd2.models.stable_diffusion.text import TextEncoder
+from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
+from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.files import atomic_text, read_object
+from dmd2.runtime.loading import load_network
+from dmd2.runtime.memory import save_memory
+from dmd2.runtime.placement import Placement
+from dmd2.runtime.tensors import os_errors, save_tensors
+from dmd2.weights.checksums import verifying
+from dmd2.weights.folders import whole_folder
+from dmd2.weights.manifest import MANIFEST, Manifest, Student, Teacher, read_manifest, write_manifest
+
+LICENCE = "Apache-2.0; the emoji it learned are Noto Color Emoji, SIL OFL 1.1"
+
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+
+PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", "vae_tiny", "LICENSE", "LICENSE.md")
+
+"""what a text-to-image model has besides UNets"""
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A loaded family of text-to-image networks that share text encoders and codec."""
+
+    manifest: Manifest
+    encode_text: TextEncoder
+    codec: LatentCodec
+    denoisers: dict[str, StableDiffusion]
+    """by subfolder"""
+
+
+def load_text_to_image(
+    folder: Path,
+    subfolders: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    trace: bool = False,
+    placement: Placement | None = None,
+    vae: str = "vae",
+) -> TextToImage:
+    """Text encoders (SDXL's two, or SD 1.5's one), VAE and the UNets in `subfolders`, in `dtype` on `device`, frozen.
+
+    `trace` records the UNets for repeated calls (see `StableDiffusion`); `placement` says what else is done to them.
+    `vae` is the VAE's subfolder.
+
+    Raises:
+        UserError: a file is missing, damaged or not what the manifest says.
+    """
+    manifest, placement = read_manifest(folder), placement or Placement()
+    classes = {"text_encoder": "CLIPTextModel"}
+    if manifest.family not in ("sdxl", "sd15"):
+        raise UserError(f"{folder / MANIFEST}: family: {shown(manifest.family)}; expected sdxl, sd15 or edm")
+    if manifest.family == "sdxl":
+        classes["text_encoder_2"] = "CLIPTextModelWithProjection"
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in classes]
+    _check_there(folder, subfolders)
+    # UNets are checked first, for that takes longest, and loaded last.
+    wanted = [*subfolders, "scheduler", *tokenizers, *classes, vae]
+    with verifying(folder, manifest.files, MANIFEST, wanted) as check:
+        try:
+            schedule = judge(folder, subfolders, folder / vae, sdxl=manifest.family == "sdxl")
+        except UserError:
+            check(None)  # a damaged file is that first of all
+            raise
+        import transformers  # takes a while, in which other threads hash
+
+        for name in tokenizers:
+            check(name)
+        words = [load_tokenizer(folder / name) for name in tokenizers]
+        encoders = []
+        for name, kind in classes.items():
+            check(name)
+            file = folder / name / "model.safetensors"
+            encoders.append(load_network(getattr(transformers, kind), file, placement.host(device), dtype))
+            config, words_of = encoders[-1].config, words[len(encoders) - 1]
+            window, most = words_of.model_max_length, config.max_position_embeddings
+            if not 3 <= window <= most:
+                raise UserError(f"{folder}: a tokenizer of {shown(window, 20)} tokens; {name} takes 3 to {most}")
+            if len(words_of) > config.vocab_size:
+                raise UserError(f"{folder}: a tokenizer of {len(words_of)} words; {name} knows {config.vocab_size}")
+            placement.settle(name, encoders[-1])
+        check(vae)
+        decoder = load_vae(folder / vae, placement.host(device), dtype)
+        placement.settle("vae", decoder)
+        if placement.turns is not None:
+            save_memory(decoder, placement.plan.tiles)
+        denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, schedule, check)
+    encode_text = TextEncoder(words, encoders, compiler=placement.compiler, device=device)
+    codec = LatentCodec(decoder, compiler=placement.compiler, device=device)
+    return TextToImage(manifest, encode_text, codec, denoisers)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer in transformers' layout. Raises UserError if there is none, or a damaged one."""
+    import transformers
+
+    for name in ("tokenizer_config.json", "vocab.json", "tokenizer.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)  # too large or too deep for transformers to be asked
+    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: has neither vocab.json nor tokenizer.json; expected CLIP's tokenizer there")
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        numbers = [tokenizer.model_max_length, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    except Exception as error:  # of any kind: tokenizers raises plain ones
+        raise UserError(f"{folder}: no tokenizer of CLIP's, or a damaged one ({shown(error)})") from error
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise UserError(f"{folder}: lacks the tokens that pad, begin or end a text, or its window (model_max_length)")
+    return tokenizer
+
+
+def load_denoisers(
+    folder: Path,
+    subfolders: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    trace: bool = False,
+    placement: Placement | None = None,
+) -> dict[str, StableDiffusion]:
+    """The UNets in `subfolders`, by these, and nothing else. Otherwise as `load_text_to_image`."""
+    manifest = read_manifest(folder)
+    _check_there(folder, subfolders)
+    with verifying(folder, manifest.files, MANIFEST, [*subfolders, "scheduler"]) as check:
+        try:
+            for name in subfolders:
+                read_unet_config(folder / name, sdxl=manifest.family == "sdxl")
+            schedule = read_schedule(folder / "scheduler")
+        except UserError:
+            check(None)
+            raise
+        return _load_denoisers(folder, subfolders, device, dtype, trace, placement or Placement(), schedule, check)
+
+
+def _check_there(folder: Path, subfolders: list[str]) -> None:
+    for subfolder in subfolders:
+        if not (folder / subfolder).is_dir():
+            raise UserError(f"{folder / subfolder}: missing; these weights are incomplete")
+
+
+def _load_denoisers(
+    folder: Path,
+    subfolders: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    trace: bool,
+    placement: Placement,
+    schedule: Schedule,
+    check: Callable[[str], None],
+) -> dict[str, StableDiffusion]:
+    from diffusers import UNet2DConditionModel
+
+    check("scheduler")
+    sigmas = zero_snr_sigmas() if schedule.zero_snr else None
+    denoisers = {}
+    for name in subfolders:
+        check(name)
+        unet = load_network(UNet2DConditionModel, folder / name / UNET_FILE, placement.host(device), dtype)
+        placement.settle(name, unet)
+        denoisers[name] = StableDiffusion(
+            unet, schedule.prediction_type, sigmas, trace=trace, compiler=placement.compiler, device=device
+        )
+    return denoisers
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A diffusers VAE, frozen. Raises UserError if there is none.
+
+    One whose config says `force_upcast` (SDXL's own) overflows in fp16, and is loaded in fp32 instead.
+    """
+    import diffusers
+
+    settings = read_vae_config(folder)
+    if settings.get("force_upcast") and dtype == torch.float16:
+        dtype = torch.float32
+    return load_network(getattr(diffusers, settings["_class_name"]), folder / UNET_FILE, device, dtype)
+
+
+def save_vae(vae: Any, folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Writes a diffusers VAE in fp16 into `folder`."""
+    _save_module(vae, folder, UNET_FILE, recipe)
+    # AutoencoderTiny records a key that it does not accept, and warns of it whenever it is loaded.
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if config["_class_name"] == "AutoencoderTiny":
+        config.pop("block_out_channels", None)
+        atomic_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def save_text_to_image(
+    folder: Path,
+    init: Path,
+    *,
+    unet_subfolder: str,
+    unet: nn.Module,
+    prediction_type: PredictionType,
+    recipe: Mapping[str, Any],
+    text: tuple[Any, nn.Module, nn.Module] | None = None,
+    student: tuple[int, Student] | None = None,
+    teacher: Teacher | None = None,
+    native_size: tuple[int, int] = (64, 64),
+    card: str | None = None,
+) -> None:
+    """Writes `folder`: everything of `init`, with one UNet (and perhaps the text encoders) new, in fp16.
+
+    With a model `card`, only what belongs to the new network: of `init` its teacher, text encoders and VAEs, but no
+    other students, data or card. The folder appears whole or not at all, in the place of one that is there. `recipe`
+    goes into the safetensors metadata.
+    """
+    old = read_manifest(init) if (init / MANIFEST).exists() else None
+    with whole_folder(folder) as new:
+        left_out = {MANIFEST, unet_subfolder}
+        if card is not None:
+            belongs = {*PARTS, *(Path(old.teacher.subfolder).parts[:1] if old and old.teacher else ())}
+            left_out |= {path.name for path in init.iterdir() if path.name not in belongs}
+            atomic_text(new / "README.md", card)
+        shutil.copytree(init, new, ignore=lambda at, _: left_out if Path(at) == init else (), dirs_exist_ok=True)
+        _save_module(unet, new / unet_subfolder, UNET_FILE, recipe)
+        if text is not None:
+            tokenizer, *encoders = text
+            for suffix, encoder in zip(("", "_2"), encoders, strict=True):
+                with os_errors(folder):
+                    tokenizer.save_pretrained(new / f"tokenizer{suffix}")
+                _save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
+        levels = (init / "scheduler").is_dir() and read_schedule(init / "scheduler").zero_snr
+        save_pipeline_configs(new, prediction_type, levels and prediction_type == "v_prediction")
+        others = old.students if old and card is None else {}
+        manifest = Manifest(
+            name=old.name if old else "dmd2-emoji",
+            native_size=native_size,
+            licence=old.licence if old else LICENCE,
+            students=others | (dict([student]) if student else {}),
+            teacher=teacher or (old.teacher if old else None),
+        )
+        write_manifest(new, manifest)
+
+
+def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, Any]) -> None:
+    """diffusers' and transformers' layout: config.json beside fp16 safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(module, "save_config"):
+        module.save_config(folder)
+    else:
+        module.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # where it was loaded from: of no use elsewhere
+    if "transformers_version" in config:  # else transformers would load in the file's fp16, diffusers in fp32
+        config["dtype"] = "float32"
+    atomic_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tensors = {
+        name: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
+        for name, value in module.state_dict().items()
+    }
+    save_tensors(tensors, folder / filename, {"format": "pt", "recipe": json.dumps(recipe)})
+
+
+def save_pipeline_configs(folder: Path, prediction_type: PredictionType, zero_snr: bool = False) -> None:
+    """What diffusers' `StableDiffusionXLPipeline.from_pretrained` reads: the index and the scheduler."""
+    import diffusers
+
+    scheduler = diffusers.LCMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+        clip_sample=False,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", SCHEDULER],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae_class],
+    }
+    atomic_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")

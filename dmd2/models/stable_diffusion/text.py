@@ -1,0 +1,169 @@
+"""Prompts to what Stable Diffusion's UNets are conditioned on: one CLIP text encoder, or SDXL's two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.diffusion.noise import per_image
+from dmd2.runtime.compiled import Compiler
+from dmd2.runtime.errors import UserError
+
+MOST_TOKENS = 1500
+
+"""of a prompt: 20 windows of CLIP's. Rare characters are up to four tokens each, and all the others wait meanwhile"""
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What an SD-family UNet is conditioned on, for a batch of B."""
+
+    context: Tensor
+    """(B, L, D) token embeddings for cross-attention"""
+    pooled: Tensor | None = None
+    """(B, P) pooled text embedding (SDXL only)"""
+    time_ids: Tensor | None = None
+    """(B, 6) original height and width, crop top and left, target height and width, in pixels (SDXL only)"""
+
+    def _map(self, function: Any) -> TextCondition:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
+        return TextCondition(**mapped)
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __getitem__(self, index: Any) -> TextCondition:
+        return self._map(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> TextCondition:
+        return self._map(lambda value: value.to(device))
+
+    def detach(self) -> TextCondition:
+        return self._map(lambda value: value.detach())
+
+    def cat(self, *others: TextCondition) -> TextCondition:
+        """The conditions one after another in one batch. Their contexts must be equally long.
+
+        Raises:
+            ValueError: they are not. (Padding would not do: a UNet's attention sees it.)
+        """
+        conditions = (self, *others)
+        lengths = {c.context.shape[1] for c in conditions}
+        if len(lengths) > 1:
+            raise ValueError(f"contexts of unequal length in one batch: {sorted(lengths)}")
+        return TextCondition(
+            torch.cat([c.context for c in conditions]),
+            None if self.pooled is None else torch.cat([c.pooled for c in conditions]),  # type: ignore[misc]
+            None if self.time_ids is None else torch.cat([c.time_ids for c in conditions]),  # type: ignore[misc]
+        )
+
+    @property
+    def length(self) -> int:
+        """In tokens. Conditions of unequal lengths do not go into one batch."""
+        return self.context.shape[1]
+
+    def unconditional(self) -> TextCondition:
+        """SDXL's "no text": zeros for sequence and pooled embedding, the sizes stay."""
+        return TextCondition(
+            torch.zeros_like(self.context),
+            None if self.pooled is None else torch.zeros_like(self.pooled),
+            self.time_ids,
+        )
+
+    def masked(self, keep: Tensor) -> TextCondition:
+        """Unconditional wherever bool (B,) `keep` is false."""
+        return TextCondition(
+            self.context * per_image(keep, self.context),
+            None if self.pooled is None else self.pooled * per_image(keep, self.pooled),
+            self.time_ids,
+        )
+
+
+class TextEncoder:
+    """Prompts to a `TextCondition`: one CLIP encoder (SD 1.5) or two (SDXL).
+
+    SDXL concatenates the penultimate hidden states of both and takes the second one's projected embedding as
+    `pooled`. Prompts longer than the window (77 tokens in SDXL) are encoded window by window and concatenated
+    along the sequence; `pooled` is then the first window's.
+    """
+
+    def __init__(
+        self,
+        tokenizers: Sequence[Any],
+        encoders: Sequence[nn.Module],
+        *,
+        compiler: Compiler | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if len(tokenizers) != len(encoders) or len(encoders) not in (1, 2):
+            raise ValueError(f"expected one or two tokenizers and as many encoders, not {len(tokenizers)}")
+        self.tokenizers, self.encoders, self._device = list(tokenizers), list(encoders), device
+        run: list[Any] = [partial(_states, encoder, len(encoders) == 1) for encoder in encoders]
+        # Only captured: compiling gains little on top, and takes its time.
+        self._run = [compiler(function, compile=False) for function in run] if compiler else run
+
+    def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
+        """Encodes B prompts for pictures of `size` (width, height) in pixels. An empty prompt is "no text"."""
+        device = self._device or next(self.encoders[0].parameters()).device
+        ids = [self._windows(tokenizer, prompts) for tokenizer in self.tokenizers]
+        windows = max(t.shape[1] for t in ids)
+        hidden, pooled = [], None
+        for tokens, tokenizer, run in zip(ids, self.tokenizers, self._run, strict=True):
+            if tokens.shape[1] < windows:
+                empty = self._windows(tokenizer, [""])[:, :1].expand(len(prompts), windows - tokens.shape[1], -1)
+                tokens = torch.cat([tokens, empty], dim=1)
+            states, *embeds = run(tokens.flatten(0, 1).to(device))
+            hidden.append(states.unflatten(0, tokens.shape[:2]).flatten(1, 2))
+            pooled = embeds[0].unflatten(0, tokens.shape[:2])[:, 0] if embeds else None
+        keep = torch.tensor([bool(p.strip()) for p in prompts], device=device)
+        context = torch.cat(hidden, dim=-1)
+        if len(self.encoders) == 1:
+            return TextCondition(context)
+        width, height = size
+        ids_row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=device)
+        return TextCondition(context, pooled, ids_row.expand(len(prompts), -1)).masked(keep)
+
+    def windows(self, prompt: str) -> int:
+        """How many windows the prompt fills. Prompts of unequal numbers do not go into one batch.
+
+        Raises:
+            UserError: it has more than `MOST_TOKENS` tokens.
+        """
+        most = 1
+        for tokenizer in self.tokenizers:
+            count = len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+            if count > MOST_TOKENS:
+                raise UserError(
+                    f"prompt: {count} tokens (of {len(prompt)} characters); expected at most {MOST_TOKENS}"
+                )
+            most = max(most, -(-count // (tokenizer.model_max_length - 2)))
+        return most
+
+    @staticmethod
+    def _windows(tokenizer: Any, prompts: list[str]) -> Tensor:
+        """Token ids, int64 (B, windows, window length), each window with its own begin and end mark."""
+        length = tokenizer.model_max_length
+        body = length - 2
+        rows = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
+        windows = max(1, *(-(-len(row) // body) for row in rows))
+        out = torch.full((len(rows), windows, length), tokenizer.pad_token_id, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            for w in range(windows):
+                part = [tokenizer.bos_token_id, *row[w * body : (w + 1) * body], tokenizer.eos_token_id]
+                out[i, w, : len(part)] = torch.tensor(part)
+        return out
+
+
+def _states(encoder: nn.Module, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Token ids (B, L) → what the UNet is conditioned on, and the projected embedding if the encoder has one."""
+    out = encoder(tokens, output_hidden_states=True)
+    # SDXL's two encoders give their penultimate layer; SD 1.5's only one gives its normalised last.
+    states = out.last_hidden_state if alone else out.hidden_states[-2]
+    embeds = getattr(out, "text_embeds", None)
+    return (states,) if embeds is None else (states, embeds)

@@ -1,0 +1,237 @@
+"""Stable Diffusion as a `Denoiser`: diffusers' UNet (SD 1.5, SDXL), the text encoders, the latent codec.
+
+This is the only file that knows integer timesteps, ᾱ, eps- and v-prediction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.diffusion.noise import per_image, sd_sigmas
+from dmd2.models.stable_diffusion.text import TextCondition
+from dmd2.runtime.compiled import Compiler
+from dmd2.runtime.errors import UserError
+
+INPAINTING_CHANNELS = 9
+
+"""latents to denoise, the mask, the latents of what is not masked"""
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+Control = Callable[[Tensor, Tensor, TextCondition], dict[str, Any]]
+
+"""What the UNet is given besides in a step: (its input (B, 4, h, w), timesteps (B,), condition) in its own dtype →
+keyword arguments of its `forward`. See `dmd2.models.adapters.control`."""
+
+
+class StableDiffusion:
+    """A `UNet2DConditionModel` as x0(x, σ, cond). See `dmd2.diffusion.denoiser.Denoiser`.
+
+    Args:
+        unet: eps- or v-predicting, in any dtype.
+        prediction_type: what the UNet's output means: the scheduler's `prediction_type`.
+        sigmas: (1000,) ascending; SD's own table by default.
+        autocast: run the network in this dtype under autocast (for fp32 master weights); None runs it in
+            the dtype of its weights.
+        compile: compile the network at its first call (one graph for each new shape).
+        trace: allow `recording()`: the same numbers without Python's overhead, for small networks on a CPU. No
+            gradients. Needs no compiler.
+        compiler: allow `recording()` on a GPU: see `dmd2.runtime.compiled`. No gradients.
+        device: where the network runs, if its weights are not there yet.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        prediction_type: PredictionType = "epsilon",
+        sigmas: Tensor | None = None,
+        *,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+        trace: bool = False,
+        compiler: Compiler | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', not {prediction_type!r}")
+        self.unet, self.prediction_type, self.autocast = unet, prediction_type, autocast
+        parameter = next(unet.parameters())
+        self.device, self.dtype = device or parameter.device, parameter.dtype
+        self.table = sd_sigmas() if sigmas is None else sigmas.double()
+        """`sigmas` in float64, on the CPU"""
+        self.sigmas = self.table.float().to(self.device)
+        self._log_sigmas = self.table.log()
+        self._plain, self._compiler = _WithBottleneck(unet), compiler
+        self._network: Any = self._plain
+        if compile:
+            self._network = torch.compile(self._network)
+        elif compiler is not None:
+            self._network = compiler(self._plain)
+        elif trace:
+            self._network = _Traced(self._network)
+        self.inpaints: bool = unet.config.in_channels == INPAINTING_CHANNELS
+        """whether each call needs what is known of the picture, see `features`"""
+        self.weights_changed = False
+        """set by who changes the UNet's weights for a while: records of it, which hold the old ones, are not used"""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Calls in here record the network for their shapes, where that was asked for; later ones replay it.
+
+        A trace serves every batch size. It is made in about a second. Trace with a batch of two or more: sizes of
+        one are taken for constants. What is compiled serves its own batch size and those put together from it.
+        """
+        if self._compiler is not None:
+            return self._compiler.recording()
+        return self._network.recorded() if isinstance(self._network, _Traced) else nullcontext()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The (fractional) index in the σ table of each (B,) σ: exactly an integer at the table's own entries."""
+        table = self._log_sigmas
+        log_sigma = sigma.detach().cpu().double().log().clamp(table[0], table[-1])
+        low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, len(table) - 2)
+        fraction = (log_sigma - table[low]) / (table[low + 1] - table[low])
+        index = low + fraction
+        nearest = index.round()
+        # σ arrives in float32: what is within its rounding of a table entry is that entry.
+        return torch.where((index - nearest).abs() < 1e-3, nearest, index).float().to(sigma.device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: TextCondition,
+        control: Control | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        return self.features(x, sigma, cond, control, known)[0]
+
+    def features(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: TextCondition,
+        control: Control | None = None,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Denoiser`. With `control` the network runs as it is, neither compiled nor replayed.
+
+        `known` (1, 5, h, w) is for a network that inpaints (Rombach et al. 2022, sec. 4.5): the mask, 1 where to
+        generate, and the latents of the image with that part grey. Its input are x's 4 channels and these.
+        """
+        if self.inpaints and known is None:
+            raise UserError("an inpainting UNet (9 channels), and no mask: it can only be sampled, not trained")
+        variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
+        scaled = (x / variance.sqrt()).to(self.dtype)
+        condition = cond if self.autocast else cond._map(lambda value: value.to(self.dtype))
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            timestep = self.timestep(sigma)
+            full = scaled
+            if known is not None:
+                full = torch.cat([scaled, known.to(scaled).expand(len(x), -1, -1, -1)], dim=1)
+            inputs = (full, timestep, condition.context, condition.pooled, condition.time_ids)
+            if control is not None:
+                output, bottleneck = self._plain(*inputs, **control(scaled, timestep, condition))
+            elif self.weights_changed and isinstance(self._network, _Traced):
+                output, bottleneck = self._plain(*inputs)
+            else:
+                output, bottleneck = self._network(*inputs)
+        return self._x0(x, per_image(sigma, x), variance, output.float()), bottleneck.float()
+
+    def _x0(self, x: Tensor, sigma: Tensor, variance: Tensor, output: Tensor) -> Tensor:
+        # With ᾱ = 1/(1+σ²) and x_t = √ᾱ·x, DDPM's x0 = (x_t − √(1−ᾱ)·eps)/√ᾱ becomes x − σ·eps, and
+        # x0 = √ᾱ·x_t − √(1−ᾱ)·v (Salimans & Ho 2022, app. D) becomes x/(1+σ²) − σ/√(1+σ²)·v.
+        if self.prediction_type == "epsilon":
+            return x - sigma * output
+        return x / variance - sigma / variance.sqrt() * output
+
+    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """√(1+σ²)·n: the UNet then sees unit noise, whatever the timestep (DMD2's SDXL students)."""
+        return noise * (1 + per_image(sigma, noise) ** 2).sqrt()
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """(B,) weight of the squared x0 error that makes it the plain MSE of the UNet's output."""
+        if self.prediction_type == "epsilon":
+            return sigma**-2
+        return (1 + sigma**2) / sigma**2
+
+
+class _WithBottleneck(nn.Module):
+    """The UNet's output and its mid-block's, in one forward pass (a hook, not a copied forward)."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        self._caught: Tensor | None = None
+        unet.mid_block.register_forward_hook(self._catch)
+
+    def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._caught = output
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        pooled: Tensor | None,
+        time_ids: Tensor | None,
+        **residuals: Any,
+    ) -> tuple[Tensor, Tensor]:
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+        output = self.unet(x, timestep, context, added_cond_kwargs=added, return_dict=False, **residuals)[0]
+        caught, self._caught = self._caught, None
+        assert caught is not None, "the UNet's mid_block was not run"
+        return output, caught
+
+
+class _Traced:
+    """A network and TorchScript records of it, one for each combination of input shapes but for the batch size."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval()
+        self.recording = False
+        self._records: dict[tuple[Any, ...], Any] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        self.recording = True
+        try:
+            yield
+        finally:
+            self.recording = False
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        key = tuple(None if x is None else (x.shape[1:], x.dtype) for x in inputs)
+        if self.recording and key not in self._records:
+            self._records[key] = self._record(inputs)
+        record = self._records.get(key)
+        return self.network(*inputs) if record is None else record(*(x for x in inputs if x is not None))
+
+    def _record(self, inputs: tuple[Tensor | None, ...]) -> Any:
+        present = [x is not None for x in inputs]
+
+        def run(*given: Tensor) -> Any:
+            rest = iter(given)
+            return self.network(*(next(rest) if there else None for there in present))
+
+        given = tuple(x.clone() for x in inputs if x is not None)
+        # Tracing warns of each branch on a shape; a record is only ever used for the shapes it was made with.
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.jit.freeze(torch.jit.trace(_Function(self.network, run).eval(), given, check_trace=False))
+
+
+class _Function(nn.Module):
+    """A function as a module that owns `network`, which is what tracing and freezing want."""
+
+    def __init__(self, network: nn.Module, run: Any) -> None:
+        super().__init__()
+        self.network, self._run = network, run
+
+    def forward(self, *given: Tensor) -> Any:
+        return self._run(*given)

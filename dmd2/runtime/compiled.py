@@ -1,0 +1,245 @@
+"""Networks prepared for the shapes that are asked for most: compiled by Inductor, launched as one CUDA graph.
+
+On a GPU a picture of one step is a few thousand kernels, most of them shorter than Python takes to launch them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.runtime.files import atomic_bytes
+
+FP8_MAX = 448.0  # the largest number of float8_e4m3fn
+
+Function = Callable[..., Any]
+"""Tensors (or None) of a batch → a tensor or a tuple of tensors of the same batch; the batch is dimension 0."""
+
+logger = logging.getLogger(__name__)
+
+
+class Compiler:
+    """Prepares functions for shapes, all at once: what is called within `recording()` is for good.
+
+    Args:
+        device: on a GPU each shape becomes a CUDA graph; all graphs share one pool of memory.
+        compile: False leaves out the compiler (Inductor needs one for C, and time: a minute or so a shape).
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, device: torch.device, compile: bool = True, backend: str = "inductor") -> None:
+        self.recording_now = False
+        self._compile, self._backend = compile, backend
+        self._capture = cuda_graphs(torch.cuda.graph_pool_handle()) if device.type == "cuda" else uncaptured
+        # One code object serves all shapes and both students.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Calls in here prepare the functions for their shapes; it may take minutes."""
+        self.recording_now = True
+        try:
+            yield
+        finally:
+            self.recording_now = False
+
+    def __call__(self, function: Function, *, compile: bool = True, most: int | None = None) -> Prepared:
+        """`function` prepared: compiled unless that is not wanted, for batches of at most `most`."""
+        if compile and self._compile:
+            compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend)
+            return Prepared(function, lambda inputs: self._capture(compiled, inputs), self, most)
+        return Prepared(function, lambda inputs: self._capture(function, inputs), self, most)
+
+
+class Prepared:
+    """A function of tensors that is fast for the shapes it was prepared for.
+
+    Another batch size is put together from batches that were prepared; other shapes run as they would have. So no
+    call outside of `Compiler.recording` ever compiles.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        record: Callable[[tuple[Tensor | None, ...]], Function],
+        compiler: Compiler,
+        most: int | None = None,
+    ) -> None:
+        self.function = function
+        self._record, self._compiler, self._most = record, compiler, most
+        self._records: dict[tuple[Any, ...], dict[int, Function]] = {}  # by shape, by batch size
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        batch = next(len(x) for x in inputs if x is not None)
+        key = tuple(None if x is None else (x.shape[1:], x.dtype) for x in inputs)
+        if self._compiler.recording_now:
+            self._prepare(key, min(batch, self._most or batch), inputs)
+        records = self._records.get(key, {})
+        size = max((n for n in records if n <= batch), default=0)
+        if size == 0:
+            return self.function(*inputs)
+        outputs = records[size](*(None if x is None else x[:size] for x in inputs))
+        if size == batch:
+            return outputs
+        rest = self(*(None if x is None else x[size:] for x in inputs))
+        if isinstance(outputs, Tensor):
+            return torch.cat([outputs, rest])
+        return tuple(torch.cat(pair) for pair in zip(outputs, rest, strict=True))
+
+    def _prepare(self, key: tuple[Any, ...], batch: int, inputs: tuple[Tensor | None, ...]) -> None:
+        records = self._records.setdefault(key, {})
+        if batch in records:
+            return
+        try:
+            records[batch] = self._record(tuple(None if x is None else x[:batch].clone() for x in inputs))
+        except Exception as error:  # whatever a compiler may raise: pictures can be drawn without it
+            lines = str(error).strip().splitlines() or [""]
+            logger.warning("not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, lines[0])
+
+
+def uncaptured(function: Function, inputs: tuple[Tensor | None, ...]) -> Function:
+    """Only calls it once, so that it is compiled."""
+    function(*inputs)
+    return function
+
+
+def cuda_graphs(pool: Any) -> Callable[[Function, tuple[Tensor | None, ...]], Function]:
+    """Captures functions in CUDA graphs that share `pool`.
+
+    Sharing is safe although graphs overwrite each other's memory: they are replayed one after the other, inputs lie
+    outside the pool, and outputs are copied out of it at once (or the next call would overwrite them).
+    """
+
+    def capture(function: Function, inputs: tuple[Tensor | None, ...]) -> Function:
+        main = torch.cuda.current_stream()
+        side = torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):  # compiles, chooses algorithms, makes workspaces: none may be captured
+            for _ in range(3):
+                function(*inputs)
+        main.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            outputs = function(*inputs)
+        return replaying(graph.replay, inputs, outputs)
+
+    return capture
+
+
+def replaying(replay: Callable[[], None], inputs: tuple[Tensor | None, ...], outputs: Any) -> Function:
+    """A captured function: `replay` computes `outputs` from `inputs`, in place."""
+
+    def call(*given: Tensor | None) -> Any:
+        for static, x in zip(inputs, given, strict=True):
+            if static is not None and x is not None:
+                static.copy_(x)
+        replay()
+        return outputs.clone() if isinstance(outputs, Tensor) else tuple(x.clone() for x in outputs)
+
+    return call
+
+
+def fuse_projections(unet: Any) -> None:
+    """One matrix product for query, key and value in self-attention, and for key and value in cross-attention.
+
+    The single weights become views of the joint one: they take no memory, and what changes them in place (a LoRA,
+    say) changes the joint one too.
+    """
+    unet.fuse_qkv_projections()
+    for attention in unet.modules():
+        if not getattr(attention, "fused_projections", False):
+            continue
+        joint = attention.to_qkv if hasattr(attention, "to_qkv") else attention.to_kv
+        names = ("to_q", "to_k", "to_v") if hasattr(attention, "to_qkv") else ("to_k", "to_v")
+        singles = [getattr(attention, name) for name in names]
+        joint.requires_grad_(singles[0].weight.requires_grad)
+        for field in ("weight", "bias"):
+            if getattr(joint, field) is None:
+                continue
+            parts = getattr(joint, field).data.split([single.out_features for single in singles])
+            for single, part in zip(singles, parts, strict=True):
+                getattr(single, field).data = part
+
+
+class Fp8Linear(nn.Module):
+    """x·Wᵀ + b with both factors rounded to 8 bits (e4m3): a scale for each row of x and for each output."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=1e-12)
+        self.weight = nn.Buffer((weight / scale).to(torch.float8_e4m3fn))
+        self.scale = nn.Buffer(scale.t().contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out) in x's dtype."""
+        rows = x.flatten(0, -2)
+        scale = (rows.abs().amax(1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
+        rounded = (rows.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        # A scale for each row is what CUDA has kernels for with bf16 outputs only.
+        product = torch._scaled_mm(rounded, self.weight.t(), scale, self.scale, out_dtype=torch.bfloat16)
+        product = product.to(x.dtype).unflatten(0, x.shape[:-1])
+        return product if self.bias is None else product + self.bias
+
+
+def quantize_linears(unet: Any) -> int:
+    """Replaces the linear layers of a UNet's transformer blocks, two thirds of SDXL's work at 1024², by `Fp8Linear`.
+
+    Pictures change a little, and LoRAs cannot be applied any more. Returns how many layers it were.
+    """
+    found = [
+        (parent, name, child)
+        for path, parent in unet.named_modules()
+        if "transformer_blocks" in path
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear) and child.in_features % 16 == child.out_features % 16 == 0
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, Fp8Linear(child))
+    return len(found)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of 8-bit floats: Ada, Hopper and newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def cache_path(folder: Path, device: torch.device) -> Path:
+    """Where compiled kernels are kept: each version of torch and each kind of GPU has its own file."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return folder / "compiled" / (re.sub(r"[^\w.+-]+", "-", f"torch-{torch.__version__}-{name}") + ".bin")
+
+
+def restore_kernels(path: Path) -> bool:
+    """Makes torch remember the kernels that an earlier process saved. A damaged file is ignored.
+
+    It holds pickles and machine code: whoever can write there can run what he likes.
+    """
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    checksum, artifacts = content[:32], content[32:]
+    if hashlib.sha256(artifacts).digest() != checksum or torch.compiler.load_cache_artifacts(artifacts) is None:
+        logger.warning("%s: damaged, ignored; networks are compiled anew", path)
+        return False
+    logger.info("compiled kernels: %s, %.0f MB", path, len(artifacts) / 1e6)
+    return True
+
+
+def save_kernels(path: Path) -> bool:
+    """Keeps what this process compiled for the next one. False if it compiled nothing."""
+    saved = torch.compiler.save_cache_artifacts()
+    if saved is None:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_bytes(path, hashlib.sha256(saved[0]).digest() + saved[0])
+    return True

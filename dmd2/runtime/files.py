@@ -1,0 +1,152 @@
+"""Files that are either whole or not there: write beside the target, flush to disk, rename over it."""
+
+import codecs
+import errno
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dmd2.runtime.errors import UserError, shown
+
+MOST_JSON = 16_000_000
+"""bytes of a JSON file that is read, at most"""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; when the block ends well, what it wrote there becomes `path`.
+
+    The block must create the file and close it. If it raises, `path` keeps its old content and the
+    temporary file is removed; if the process is killed, `path` keeps its old content and a hidden `*.tmp`
+    file may stay behind. As the temporary name ends in `.tmp`, a half-written file never matches
+    `*.safetensors` or the like; a library that guesses the format from the suffix must be told it.
+
+    Raises:
+        OSError: the folder does not exist, `path` is a folder, the block made no file, the disk is full, ...
+    """
+    # 40 characters are at most 160 bytes: the name stays within the usual limit of 255.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell; a read-only folder has a second one here
+            temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then move it to `path`. See `atomic_path`."""
+    with atomic_path(path) as temporary:
+        write(temporary)
+
+
+def atomic_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of `path` with `content`, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def atomic_text(path: Path, content: str) -> None:
+    """Replace the content of `path` with `content` in UTF-8, whole or not at all."""
+    atomic_bytes(path, content.encode())
+
+
+def expect_place(path: Path, name: str) -> None:
+    """Makes the folder of a file that is going to be written, so that long work does not fail at its end.
+
+    Args:
+        name: what the user calls it, such as "--out".
+
+    Raises:
+        UserError: `path` is a folder, its folder cannot be made, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"{name} {shown(path)}: is a folder; expected the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{name} {shown(path)}: cannot be written ({error.strerror})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file (UTF-8, with or without a byte-order mark).
+
+    Raises:
+        UserError: no such file, larger than `MOST_JSON`, no JSON or nested too deeply, or no object.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path, 500)}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    if len(data) > MOST_JSON:
+        raise UserError(f"{path}: larger than {MOST_JSON // 1_000_000} MB; expected a small JSON file")
+    try:
+        content = json.loads(data.decode("utf-8-sig"), parse_int=_int)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; expected a JSON object") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON ({shown(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def _int(digits: str) -> int:
+    """Of a JSON file. Larger ones would not go into a float."""
+    if len(digits) > 100:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark, or in UTF-16 with one (Windows' programs).
+
+    Raises:
+        UserError: no such file, larger than `MOST_JSON`, or no such text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(data) > MOST_JSON:
+        raise UserError(f"{path}: larger than {MOST_JSON // 1_000_000} MB; expected a smaller text file")
+    try:
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as text in UTF-8 ({error.reason} at byte {error.start})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's content, as 64 lower-case hex digits. Reads in blocks: any size will do."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename in this folder survive a power cut, where the file system can."""
+    try:
+        _flush(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+            raise

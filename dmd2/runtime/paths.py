@@ -1,0 +1,10 @@
+"""Where things lie: the clone, the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+"""of the clone"""
+EMOJI = ROOT / "weights" / "emoji"
+"""the embedded model"""

@@ -1,0 +1,146 @@
+"""Where an engine's networks run and how: within the memory there is, compiled where that pays."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dmd2.runtime import precision
+from dmd2.runtime.compiled import Compiler, cache_path, fuse_projections, has_fp8, quantize_linears, restore_kernels
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.loading import parameters_in
+from dmd2.runtime.memory import LARGE, MODES, Plan, Turns, free_memory, host_memory, plan
+
+EVERYTHING = Plan("full")
+DTYPES = {"fp16": torch.float16} | precision.DTYPES
+SHARED = ("text_encoder", "text_encoder_2", "vae")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What was decided for one engine. The default: everything stays on the device and runs as it is."""
+
+    plan: Plan = EVERYTHING
+    turns: Turns | None = None
+    """if not everything fits"""
+    compiler: Compiler | None = None
+    """on a GPU, if everything fits"""
+    go_fast: bool = False
+    """8-bit floats"""
+    kernels: Path | None = None
+    """where compiled ones are kept"""
+
+    def host(self, device: torch.device) -> torch.device:
+        """Where weights are loaded to."""
+        return device if self.turns is None else torch.device("cpu")
+
+    def settle(self, name: str, network: nn.Module) -> None:
+        """Prepares a network that was loaded to `host`."""
+        if name.startswith("unet") and self.compiler is not None:
+            fuse_projections(network)
+        if name.startswith("unet") and self.go_fast:
+            logger.info("%s: %d layers in 8-bit floats", name, quantize_linears(network))
+        if self.turns is not None:
+            self.turns.add(name, network)
+
+
+def count_parameters(folder: Path, subfolders: Sequence[str]) -> dict[str, int]:
+    """How many parameters each network in a folder of weights has. What is not there is left out."""
+    files = {name: sorted((folder / name).glob("*.safetensors")) for name in (*SHARED, *subfolders)}
+    # The same network in half precision counts once.
+    files = {name: [p for p in paths if ".fp16" not in p.name] or paths for name, paths in files.items()}
+    return {name: parameters_in(paths) for name, paths in files.items() if paths}
+
+
+def default_dtype(
+    device: torch.device, parameters: Mapping[str, int], environ: Mapping[str, str] = os.environ
+) -> torch.dtype:
+    """What `DMD2_DTYPE` says; else fp16 on a GPU, on a CPU fp32.
+
+    If a network is `LARGE`, a CPU uses bf16 where it is faster (see `precision`), or where fp32 would not
+    fit: SDXL takes 14 GB of it. Which of fp16 and bf16 is faster on a GPU, `scripts/bench gpu` measures.
+
+    Raises:
+        UserError: the variable's value is not valid.
+    """
+    wanted = _choice(environ, "DMD2_DTYPE", ("auto", *DTYPES))
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        return torch.float16
+    if max(parameters.values(), default=0) < LARGE:
+        return torch.float32
+    speeds, needed = precision.measure_cpu(), 4 * sum(parameters.values())
+    name = speeds.fastest
+    if name == "fp32" and needed > (memory := host_memory()):
+        name = "bf16"
+        logger.warning("fp32 is faster here, but takes %.1f GB of %.1f GB: bf16", needed / 1e9, memory / 1e9)
+    logger.info("precision: %s (%s)", name, speeds)
+    return DTYPES[name]
+
+
+def prefers_gpu(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether an engine that may choose runs on a GPU: where there is one, unless DMD2_MEMORY=cpu."""
+    return _choice(environ, "DMD2_MEMORY", MODES) != "cpu" and torch.cuda.is_available()
+
+
+def place(
+    parameters: Mapping[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    pixels: int,
+    *,
+    fast: bool = True,
+    environ: Mapping[str, str] = os.environ,
+) -> Placement:
+    """Decides, and says so in the log. Reads these variables of `environ`:
+
+    - `DMD2_MEMORY`: how much memory of a GPU to use, see `dmd2.runtime.memory.plan`; "cpu" is for `prefers_gpu`.
+    - `DMD2_COMPILE`: "auto" compiles and captures large networks on a GPU, "graphs" only captures, "off" neither.
+    - `DMD2_GO_FAST`: "true" computes the UNet's linear layers in 8-bit floats. Pictures are not the same any more.
+    - `DMD2_CACHE`: compiled kernels are kept there.
+
+    Args:
+        parameters: of each network, see `count_parameters`.
+        pixels: of a picture of the usual size.
+        fast: whether the caller will `warm_up`: without that, nothing is compiled.
+
+    Raises:
+        UserError: a variable's value is not valid, or there is not enough memory.
+    """
+    wanted = _choice(environ, "DMD2_MEMORY", MODES)
+    compiling = _choice(environ, "DMD2_COMPILE", ("auto", "graphs", "off"))
+    go_fast = _choice(environ, "DMD2_GO_FAST", ("false", "true")) == "true"
+    if device.type != "cuda":
+        if go_fast:
+            logger.warning("DMD2_GO_FAST: has no effect on a CPU")
+        return Placement(Plan("cpu"))
+    if go_fast and not has_fp8(device):
+        raise UserError("DMD2_GO_FAST=true: this GPU has no 8-bit floats; it takes an Ada, a Hopper or a newer one")
+    sizes = {name: count * dtype.itemsize for name, count in parameters.items()}
+    free = free_memory(device)
+    chosen = plan(sizes, free, pixels, "full" if wanted == "cpu" else wanted)
+    total = sum(sizes.values()) / 1e9
+    logger.info("memory: %s; %.1f GB of weights, %.1f GB free", chosen.mode, total, free / 1e9)
+    turns = None if chosen.weights is None else Turns(device, chosen.weights)
+    compiler = kernels = None
+    if fast and turns is None and compiling != "off":
+        compiler = Compiler(device, compile=compiling == "auto")
+        kernels = cache_path(Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser(), device)
+        restore_kernels(kernels)
+    return Placement(chosen, turns, compiler, go_fast, kernels)
+
+
+def _choice(environ: Mapping[str, str], name: str, valid: Sequence[str]) -> str:
+    value = environ.get(name, "").strip().lower() or valid[0]
+    if value not in valid:
+        raise UserError(f"{name}={value}: expected {', '.join(valid)}")
+    return value

@@ -1,0 +1,1 @@
+"""Around Cog's server: the bridge from `predict.py`, its schema, the supervisor, the front with its queue."""

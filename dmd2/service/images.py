@@ -1,0 +1,429 @@
+"""From a request to picture files: what Cog's `Predictor` and any other server share.
+
+Checks and completes requests, queues their pictures for the one thread that owns the device, has the pictures encoded
+in other threads, and leaves them in the outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from dmd2.inference.batcher import Batcher, Check, Drawn, Ticket
+from dmd2.inference.conditioning import PLAIN, Edit
+from dmd2.inference.engine import TEXT_CACHE, Engine, Timings
+from dmd2.inference.image_output import encode_picture
+from dmd2.inference.inputs import Given, aspect_size
+from dmd2.inference.safety import FOLDER as SAFETY
+from dmd2.inference.safety import SafetyChecker, may_be_disabled
+from dmd2.models.adapters.control import SCALE as CONTROL_SCALE
+from dmd2.models.adapters.lora import Lora
+from dmd2.models.adapters.lora_files import LoraFiles, cache_folder
+from dmd2.models.locate import locate
+from dmd2.runtime.errors import UserError, shown
+from dmd2.service.outbox import Outbox
+from dmd2.weights.manifest import Manifest, read_manifest
+
+SLOTS = 32  # predictions that Cog lets in (see predict.py)
+WAITING = 4 * SLOTS  # pictures in the queue, at most: as many as all of these may ask for
+MOST_PROMPT = 5000  # characters (see predict.py)
+LARGE = 1024 * 1024  # pixels of a picture that any weights may be asked for; more only if their own size is large
+
+NOTHING = Given()
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """What a client asks for. None: the service chooses."""
+
+    prompt: str
+    width: int | None = None
+    height: int | None = None
+    aspect_ratio: str | None = None
+    """such as "16:9", with about as many pixels as the weights' own size"""
+    num_outputs: int = 1
+    num_inference_steps: int | None = None
+    seed: int | None = None
+    """of the first picture; picture i has seed + i"""
+    output_format: str = "webp"
+    output_quality: int = 80
+    disable_safety_checker: bool = False
+    previews: bool = False
+    """whether to show what each step but the last makes of the pictures"""
+    image: bytes | Path | None = None
+    """a picture to begin with: a file or its content; it also chooses the size's ratio"""
+    mask: bytes | Path | None = None
+    """light where the picture is to be painted anew"""
+    prompt_strength: float = 0.8
+    """see `dmd2.diffusion.sampling.last_steps`; of no matter without an image"""
+    lora_weights: str | None = None
+    """see `dmd2.models.adapters.lora_files.LoraFiles.find_all`"""
+    lora_scale: float = 1.0
+    control: str | None = None
+    """name of a folder in the weights' `control`; the only one unless given"""
+    control_image: bytes | Path | None = None
+    control_scale: float = CONTROL_SCALE
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is text-to-image with the weights as they are."""
+        given = (self.image, self.mask, self.lora_weights, self.control, self.control_image)
+        return all(value is None or value == "" for value in given)
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A finished picture, or a preview of one. `path` is None if the safety checker withheld it."""
+
+    path: Path | None
+    seed: int
+    batch_size: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """by stage"""
+    step: int | None = None
+    """of a preview: how many steps were done"""
+
+
+@dataclass(frozen=True)
+class _Preview:
+    job: _Job
+    step: int
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class _Job:
+    prompt: str
+    seed: int
+    steps: int
+    size: tuple[int, int]
+    check_safety: bool
+    edit: Edit = PLAIN
+    show: Callable[[_Preview], object] | None = None
+    """takes previews, on the device thread"""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    image: Tensor
+    flagged: bool
+    timings: Timings
+    safety: float
+
+
+class PictureService:
+    """Loads weights and draws for many clients at once. Reads these variables of `environ`:
+
+    - `DMD2_WEIGHTS`: see `dmd2.models.locate.locate`.
+    - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
+    - `DMD2_MAX_BATCH`: pictures in one batch, at most.
+    - `DMD2_SIZES`: sizes that are compiled for during setup, beside the weights' own; others run as they are.
+    - `DMD2_VAE`: "kl" or "tiny", see `dmd2.inference.engine.Engine`.
+    - `DMD2_TEXT_CACHE`: megabytes of encoded prompts that are remembered on the device, at most.
+    - `DMD2_CACHE`: LoRAs that callers name are kept there.
+
+    Args:
+        weights: folder or tar of weights; None to look in the usual places.
+        device: "auto", "cpu" or "cuda".
+        safety: folder of the safety checker; it is used if it is there.
+
+    Raises:
+        UserError: weights or checker are missing, damaged or not what they say.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        device: str = "auto",
+        safety: Path = SAFETY,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        folder = locate(weights, environ)
+        manifest = read_manifest(folder)
+        logger.info("weights: %s (%s), licence: %s", folder, manifest.name, manifest.licence)
+        max_batch = _max_batch(environ, manifest.native_size)
+        self._unsafe_allowed = may_be_disabled(environ)
+        self._text_cache = _megabytes(environ, "DMD2_TEXT_CACHE", TEXT_CACHE)
+        self._vae = environ.get("DMD2_VAE", "").strip() or "kl"
+        sizes = _sizes(environ)
+        self.controls = {path.parent.name: path.parent for path in sorted(folder.glob("control/*/config.json"))}
+        self.engine: Engine
+        self._safety: SafetyChecker | None = None
+        self._batcher: Batcher[_Job, _Picture] = Batcher(
+            self._draw,
+            lambda job: (job.steps, job.size, job.edit.key, job.show is not None),
+            max_batch=max_batch,
+            max_waiting=WAITING,
+            prepare=lambda: self._load(folder, manifest, device, safety, max_batch, sizes),
+            recover=lambda: self.engine.recover(),
+        )
+        self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")
+        self._readers = ThreadPoolExecutor(4, "read")  # of images that callers give
+        # Downloads have a thread for each prediction, so that nobody waits for somebody else's slow server.
+        self._downloads = ThreadPoolExecutor(SLOTS, "download")
+        self._downloading: set[threading.Event] = set()
+        self.loras = LoraFiles(folder, cache_folder(environ))
+        self._outbox = Outbox()
+        atexit.register(self._outbox.close)
+
+    def _load(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: str,
+        safety: Path,
+        max_batch: int,
+        sizes: list[tuple[int, int]],
+    ) -> None:
+        """On the device thread, before anything else."""
+        if not manifest.students:
+            raise UserError(f"weights {folder}: hold no few-step student, and only those are served")
+        modes = tuple(str(steps) for steps in sorted(manifest.students))
+        self.engine = Engine(folder, device, modes=modes, trace=True, vae=self._vae, text_cache=self._text_cache)
+        for size in sizes:
+            try:
+                self.engine.check_size(size)
+            except UserError as error:
+                raise UserError(f"DMD2_SIZES: {error}") from None
+        for control in self.controls.values():
+            self.engine.extras.control(control)
+        if safety.is_dir():
+            assert self.engine.dtype is not None
+            self._safety = SafetyChecker.load(safety, self.engine.device, self.engine.dtype)
+            allowed = "may" if self._unsafe_allowed else "may not"
+            logger.info("safety checker: %s; callers %s disable it", safety, allowed)
+        else:
+            logger.warning("safety checker: none (no folder %s); pictures are not checked", safety)
+        self.engine.warm_up(modes, list(dict.fromkeys([manifest.native_size, *sizes])), max_batch)
+
+    @property
+    def alive(self) -> bool:
+        """False once the device is gone: then only a new process helps."""
+        return self._batcher.alive
+
+    def close(self) -> None:
+        """Finishes what is queued and deletes the files."""
+        for gone in list(self._downloading):
+            gone.set()
+        self._downloads.shutdown(cancel_futures=True)
+        self._batcher.close()
+        self._readers.shutdown(cancel_futures=True)
+        self._encoders.shutdown()
+        self._outbox.close()
+        atexit.unregister(self._outbox.close)
+
+    def settle(self, request: PictureRequest, given: Given = NOTHING) -> tuple[tuple[int, int], int, int]:
+        """Size (width, height), steps and first seed of a request; what is given may choose the size's ratio.
+
+        Raises:
+            UserError: something is wrong with it; names the input and what would be valid.
+        """
+        if not request.prompt.strip():
+            raise UserError("prompt: empty; expected some words")
+        if len(request.prompt) > MOST_PROMPT:
+            raise UserError(f"prompt: {len(request.prompt)} characters; expected at most {MOST_PROMPT}")
+        self.engine.check_prompts([request.prompt])
+        students = self.engine.manifest.students
+        steps = request.num_inference_steps or max(students)
+        if steps not in students:
+            valid = " or ".join(map(str, sorted(students)))
+            raise UserError(f"num_inference_steps: {steps}; these weights draw in {valid}")
+        native = self.engine.manifest.native_size
+        unit = max(self.engine.size_unit, native[0] // 16)
+        if request.aspect_ratio is None:
+            asked = (request.width or native[0], request.height or native[1])
+            size = given.size(asked if request.width or request.height else None, native, unit)
+        elif request.width is not None or request.height is not None:
+            raise UserError("aspect_ratio: given beside width or height; expected one or the other")
+        else:
+            size = aspect_size(request.aspect_ratio, native, unit)
+        self.engine.check_size(size)
+        most = max(4 * native[0] * native[1], LARGE)
+        if size[0] * size[1] > most:
+            raise UserError(f"width, height: {size[0]}x{size[1]}; expected at most {most} pixels in all")
+        return size, steps, secrets.randbelow(2**32) if request.seed is None else request.seed
+
+    async def draw(self, request: PictureRequest) -> AsyncGenerator[PictureFile, None]:
+        """Draws the request's pictures and yields them in order, each as soon as it is encoded; previews meanwhile.
+
+        Raises:
+            UserError: the request is wrong.
+            dmd2.inference.batcher.Busy: too many pictures wait already.
+            dmd2.inference.batcher.Stopped: the device is gone.
+        """
+        if request.is_plain:
+            (size, steps, seed), edit = self.settle(request), PLAIN
+        else:
+            loop = asyncio.get_running_loop()
+            size, steps, seed, edit = await loop.run_in_executor(self._readers, self._read, request)
+            if loras := await self._find_loras(request):
+                edit = replace(edit, loras=loras)
+        check_safety = not (request.disable_safety_checker and self._unsafe_allowed)
+        tickets: list[Ticket[_Job, _Picture]] = []
+        files: list[asyncio.Task[PictureFile]] = []
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[_Preview | None] = asyncio.Queue()  # None: one of the files is done
+
+        def show(preview: _Preview) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, preview)
+
+        try:
+            seeds = range(seed, seed + request.num_outputs)
+            shows = show if request.previews else None
+            jobs = [_Job(request.prompt, each, steps, size, check_safety, edit, shows) for each in seeds]
+            tickets += self._batcher.submit_all(jobs)
+            files += [asyncio.create_task(self._finish(ticket, request)) for ticket in tickets]
+            for file in files:
+                file.add_done_callback(lambda _: news.put_nowait(None))
+            for file in files:
+                while not file.done():
+                    preview = await news.get()
+                    if preview is not None:
+                        yield await self._finish_preview(preview, request)
+                yield await file
+        finally:  # cancelled, failed or done: leave nothing behind that works for nobody
+            for ticket in tickets:
+                ticket.abandon()
+            for file in files:
+                file.cancel()
+            await asyncio.gather(*files, return_exceptions=True)
+
+    def _read(self, request: PictureRequest) -> tuple[tuple[int, int], int, int, Edit]:
+        """As `settle`, and the images that the caller gives, read and fitted."""
+        if not self.engine.draws_prompts:
+            raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
+        given = Given.read(
+            request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
+        )
+        if request.control is not None and given.control_image is None:
+            raise UserError("control: given without a control_image; expected the image to follow")
+        size, steps, seed = self.settle(request, given)
+        control = None if given.control_image is None else self._control(request.control)
+        return size, steps, seed, given.edit(size, control)
+
+    async def _find_loras(self, request: PictureRequest) -> tuple[tuple[Lora, float], ...]:
+        """The request's LoRAs. Their download ends with the request."""
+        if not request.lora_weights:
+            return ()
+        gone, loop = threading.Event(), asyncio.get_running_loop()
+        self._downloading.add(gone)
+        find = partial(self.loras.find_all, request.lora_weights, request.lora_scale, gone)
+        try:
+            return await loop.run_in_executor(self._downloads, find)
+        finally:
+            gone.set()
+            self._downloading.discard(gone)
+
+    def _control(self, name: str | None) -> Path:
+        if name is None and len(self.controls) == 1:
+            return next(iter(self.controls.values()))
+        if name not in self.controls:
+            valid = ", ".join(self.controls) or "none: these weights have no folder `control`"
+            raise UserError(f"control: {shown(name or 'not given', 100)}; expected one of {valid}")
+        return self.controls[name]
+
+    async def _finish(self, ticket: Ticket[_Job, _Picture], request: PictureRequest) -> PictureFile:
+        drawn: Drawn[_Picture] = await asyncio.wrap_future(ticket.future)
+        picture, path, began = drawn.result, None, time.perf_counter()
+        if not picture.flagged:
+            loop = asyncio.get_running_loop()
+            path = await loop.run_in_executor(self._encoders, self._write, ticket.job, picture.image, request)
+        seconds = {
+            "queue": drawn.queue_seconds,
+            "text": picture.timings.text,
+            "denoise": picture.timings.denoise,
+            "decode": picture.timings.decode,
+            "safety": picture.safety,
+            "encode": time.perf_counter() - began,
+        }
+        rounded = {stage: round(value, 4) for stage, value in seconds.items()}
+        return PictureFile(path, ticket.job.seed, drawn.batch_size, rounded)
+
+    async def _finish_preview(self, preview: _Preview, request: PictureRequest) -> PictureFile:
+        loop = asyncio.get_running_loop()
+        write = partial(self._write, preview.job, preview.image, request, preview.step)
+        path = await loop.run_in_executor(self._encoders, write)
+        return PictureFile(path, preview.job.seed, step=preview.step)
+
+    def _write(self, job: _Job, image: Tensor, request: PictureRequest, step: int | None = None) -> Path:
+        facts = {
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "steps": job.steps,
+            "weights_sha256": self.engine.sha256(str(job.steps)),
+            **job.edit.facts,
+            **({} if step is None else {"preview_of_step": step}),
+        }
+        data = encode_picture(image, request.output_format, request.output_quality, facts)
+        # The seed tells the pictures of a request apart where Cog uploads them in any order.
+        name = f"{job.seed}" if step is None else f"{job.seed}-preview-{step}"
+        return self._outbox.write(data, name, request.output_format)
+
+    def _draw(self, jobs: list[_Job], check: Check) -> list[_Picture]:
+        """On the device thread: jobs of equal steps, size and edits."""
+        prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+        first = jobs[0]
+
+        def preview(step: int, rows: list[int], images: Tensor) -> None:
+            for row, image, flag in zip(rows, images, self._flags([jobs[i] for i in rows], images), strict=True):
+                show = jobs[row].show
+                if show is not None and not flag:
+                    show(_Preview(jobs[row], step, image))
+
+        images, timings = self.engine.draw_timed(
+            prompts, seeds, str(first.steps), first.size, check, first.edit, preview if first.show else None
+        )
+        began = time.perf_counter()
+        flags = self._flags(jobs, images)
+        seconds = time.perf_counter() - began
+        return [_Picture(image, flag, timings, seconds) for image, flag in zip(images, flags, strict=True)]
+
+    def _flags(self, jobs: list[_Job], images: Tensor) -> list[bool]:
+        """Which of the jobs' pictures are to be withheld."""
+        if self._safety is None or not any(job.check_safety for job in jobs):
+            return [False] * len(jobs)
+        flags = self._safety(images)
+        return [flag and job.check_safety for job, flag in zip(jobs, flags, strict=True)]
+
+
+def _sizes(environ: Mapping[str, str]) -> list[tuple[int, int]]:
+    """ "1216x832,832x1216" → its sizes."""
+    sizes = []
+    for text in filter(None, map(str.strip, environ.get("DMD2_SIZES", "").split(","))):
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+        if found is None:
+            raise UserError(f"DMD2_SIZES: {text}; expected sizes such as 1216x832,832x1216")
+        sizes.append((int(found[1]), int(found[2])))
+    return sizes
+
+
+def _megabytes(environ: Mapping[str, str], name: str, default: int) -> int:
+    """In bytes."""
+    text = environ.get(name, "").strip()
+    if not re.fullmatch(r"\d{0,6}", text, re.ASCII):
+        raise UserError(f"{name}={text}: expected megabytes, from 0 to 999999")
+    return int(text) * 1_000_000 if text else default
+
+
+def _max_batch(environ: Mapping[str, str], native: tuple[int, int]) -> int:
+    text = environ.get("DMD2_MAX_BATCH", "").strip()
+    if not text:
+        return 8 if native[0] * native[1] <= 512 * 512 else 4
+    if not text.isdigit() or not 1 <= int(text) <= WAITING:
+        raise UserError(f"DMD2_MAX_BATCH={text}: expected a number from 1 to {WAITING}")
+    return int(text)

@@ -1,0 +1,1 @@
+"""What tells generated images from real ones: the fake score's head, projected discriminators."""

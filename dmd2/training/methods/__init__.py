@@ -1,0 +1,1 @@
+"""One file a method: what is minimised. None knows the family of the networks."""

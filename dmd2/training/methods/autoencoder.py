@@ -1,0 +1,103 @@
+"""The small autoencoder of the embedded model: 64×64 scenes to 16×16×4 latents, in `AutoencoderTiny`'s layout."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+
+from dmd2.emoji.scenes import EmojiScenes
+from dmd2.models.stable_diffusion.folder import LICENCE, save_vae
+from dmd2.runtime.files import atomic_text
+from dmd2.runtime.precision import autocast_dtype
+from dmd2.training.loop import Batch, Logs, Method, Phase
+from dmd2.training.recipes.kinds import AutoencoderRecipe
+from dmd2.training.run.card import model_card
+from dmd2.weights.folders import whole_folder
+
+
+def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
+    """An untrained f4 autoencoder with 4 latent channels, initialised from `recipe.loop.seed`."""
+    torch.manual_seed(recipe.loop.seed)
+    stages = len(recipe.encoder_blocks)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(recipe.channels,) * stages,
+        decoder_block_out_channels=(recipe.channels,) * stages,
+        num_encoder_blocks=recipe.encoder_blocks,
+        num_decoder_blocks=recipe.decoder_blocks,
+        latent_channels=4,
+    )
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: torch.device) -> Method:
+    """Reconstruction (L1, L1 of differences, L2) from slightly noisy latents that are kept near N(0, 1).
+
+    The noise makes the latent space smooth, which is what a diffusion model needs of it; the pull towards zero
+    mean and unit variance per channel makes `scaling_factor` 1.
+    """
+    model = build_autoencoder(recipe).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+    def images(data: Tensor) -> Tensor:
+        x = data.to(device).float() / 127.5 - 1
+        return x.contiguous(memory_format=torch.channels_last)
+
+    autocast = autocast_dtype(recipe.precision, device)
+
+    def reconstruct(net: Any, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            z = net.encoder(x).float()
+            y = net.decoder(z if noise is None else z + recipe.latent_noise * noise).float()
+        return y, z
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        x = images(batch.data.images)
+        side = x.shape[-1] // 4
+        noise = torch.randn(len(x), 4, side, side, generator=batch.generator).to(device)
+        y, z = reconstruct(model, x, noise)
+        error = y - x
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        moments = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
+        total = error.abs().mean() + 0.5 * edges + error.square().mean() + 0.01 * moments
+        return total, {"psnr": psnr(error.detach()), "moments": moments.detach()}
+
+    @torch.no_grad()
+    def sample(averaged: nn.Module | None) -> Tensor:
+        x = images(scenes.batch(24, seed=1, step=0, split="all").images)
+        y, _ = reconstruct(averaged or model, x, None)
+        rows = torch.cat([x, y.clamp(-1, 1)], dim=2)  # each picture above its reconstruction
+        return ((rows + 1) * 127.5).round().byte().permute(1, 2, 0, 3).flatten(2)
+
+    @torch.no_grad()
+    def score(averaged: nn.Module | None) -> dict[str, float]:
+        x = images(scenes.batch(256, seed=2, step=0, split="held-out").images)
+        y, z = reconstruct(averaged or model, x, None)
+        return {"psnr": float(psnr(y.clamp(-1, 1) - x)), "latent_std": float(z.std())}
+
+    def export(averaged: nn.Module | None, out: Path) -> None:
+        net = averaged or model
+        assert isinstance(net, AutoencoderTiny)
+        with whole_folder(out / "model") as new:
+            save_vae(net, new / "vae", asdict(recipe))
+            text = (
+                "The autoencoder of the embedded model: 64×64 pixels to 16×16×4 latents, in AutoencoderTiny's layout."
+            )
+            atomic_text(new / "README.md", model_card("VAE", LICENCE, text, recipe))
+
+    return Method(
+        phases=[Phase("autoencoder", 1, model, optimizer, loss)],
+        data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, split="every"),
+        averaged=model,
+        sample=sample,
+        score=score,
+        export=export,
+    )
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Mean peak signal-to-noise ratio in dB of (B, 3, H, W) errors of pictures in [−1, 1]."""
+    return (10 * torch.log10(4 / error.square().mean((1, 2, 3)).clamp_min(1e-10))).mean()

@@ -1,0 +1,68 @@
+"""DMD (Yin et al. 2311.18828): distribution matching, held in place by regression on the teacher's own pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.data.pairs import RegressionPairs
+from dmd2.training.loop import Batch, Logs, Phase
+from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, H, W), y (B, C, H, W)) → () how far apart they are, mean over the batch: LPIPS or `losses.l2`"""
+
+
+@dataclass(frozen=True)
+class DmdSettings:
+    """DMD's own numbers (see `dmd2.training.recipes.kinds` for the paper's values)."""
+
+    sigma: float
+    """the level that the one-step student starts from"""
+    regression_weight: float
+    """λ of DMD eq. 10"""
+    guidance_scale: float = 1.0
+    """the teacher's; the fake score is never guided"""
+    dm_range: tuple[float, float] = (0.02, 0.98)
+    """the part of the σ table that the distribution-matching gradient draws from"""
+
+
+def dmd_phases(
+    networks: Networks,
+    settings: DmdSettings,
+    modules: tuple[nn.Module, nn.Module],
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    samples_of: Callable[[Batch], Samples],
+    pairs_of: Callable[[Batch], RegressionPairs],
+    distance: Distance,
+) -> list[Phase]:
+    """Generator and critic phases, both at every step (DMD, algorithm 1).
+
+    Matching and critic are DMD2's with one time scale, one step and no GAN.
+
+    Args:
+        networks: student, teacher, fake score; no classifier head.
+        settings: DMD's numbers.
+        modules: what the two phases train: the student's; the fake score's.
+        optimizers: theirs.
+        samples_of: what a batch of the loop holds, on the networks' device.
+        pairs_of: its pairs; their number need not be that of the samples.
+        distance: between the student's picture and the teacher's.
+    """
+    if networks.head is not None:
+        raise ValueError("networks: DMD has no classifier head")
+    matching = Dmd2Settings((settings.sigma,), settings.guidance_scale, generator_every=1, dm_range=settings.dm_range)
+    generator, critic = dmd2_phases(networks, matching, modules, optimizers, samples_of)
+
+    def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
+        loss, logs = generator.loss(batch)
+        pairs = pairs_of(batch)
+        sigma = torch.full((len(pairs.noise),), settings.sigma, device=pairs.noise.device)
+        drawn = networks.student(networks.student.start(pairs.noise, sigma), sigma, pairs.cond)
+        regression = distance(drawn, pairs.target)  # DMD eq. 9
+        return loss + settings.regression_weight * regression, logs | {"regression": regression.detach()}
+
+    return [replace(generator, loss=generator_loss), critic]

@@ -1,0 +1,187 @@
+"""Recipes in pixel space: EDM's teachers, DMD, DMD2, GDD and GDD-I on them, and the classifier of CIFAR-10."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from dmd2.data.cifar10 import CLASSES as CIFAR10
+from dmd2.training.recipes.kinds import (
+    EdmDmd2Recipe,
+    EdmDmdRecipe,
+    EdmGddRecipe,
+    EdmRecipe,
+    EdmTeacherRecipe,
+    ImageClassifierRecipe,
+    LoopSettings,
+    Recipe,
+)
+
+
+def _small(iterations: int) -> LoopSettings:
+    return LoopSettings(
+        iterations, batch_size=32, warmup=20, clip_norm=10.0, ema_decay=0.99, sample_every=100, checkpoint_every=100
+    )
+
+
+def _edm(mimg: int, batch_size: int) -> LoopSettings:
+    """EDM's training from scratch (Karras et al. 2022, app. F.3): 10 Mimg of warm-up, no decay, no clipping."""
+    return LoopSettings(
+        iterations=mimg * 10**6 // batch_size,
+        batch_size=batch_size,
+        warmup=10**7 // batch_size,
+        decay=False,
+        clip_norm=0,
+        zero_nans=True,
+        ema_half_life=5e5,
+        sample_every=5000,
+        checkpoint_every=5000,
+    )
+
+
+def _dmd(iterations: int, batch_size: int, ema_decay: float = 0.0) -> LoopSettings:
+    """DMD's and DMD2's (app. B of both): 500 steps of warm-up, no decay, gradient norm at most 10, no average."""
+    return LoopSettings(
+        iterations,
+        batch_size,
+        warmup=500,
+        decay=False,
+        clip_norm=10.0,
+        ema_decay=ema_decay,
+        sample_every=5000,
+        checkpoint_every=5000,
+    )
+
+
+def _gdd(mimg: int, batch_size: int, ema_half_life: float = 5e5) -> LoopSettings:
+    """GDD's (app. C): no warm-up, no decay, no clipping."""
+    return LoopSettings(
+        iterations=mimg * 10**6 // batch_size,
+        batch_size=batch_size,
+        decay=False,
+        clip_norm=0,
+        zero_nans=True,
+        ema_half_life=ema_half_life,
+        sample_every=1000,
+        checkpoint_every=1000,
+    )
+
+
+def _gdd_both(name: str, recipe: EdmGddRecipe) -> dict[str, EdmRecipe]:
+    return {f"{name}-gdd": recipe, f"{name}-gdd-i": replace(recipe, freeze=True)}
+
+
+_published_gdd = partial(EdmGddRecipe, freeze=False, discriminator="published")
+
+VGG = ("vgg16_bn", "tf_efficientnet_lite0")
+
+DEIT = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
+
+EDM_RECIPES: dict[str, Recipe] = {
+    # 16 epochs
+    "cifar10-classifier": ImageClassifierRecipe(
+        loop=LoopSettings(
+            iterations=6000, batch_size=128, warmup=800, clip_norm=5.0, ema_decay=0.995, sample_every=1000
+        ),
+        lr=0.15,
+        weight_decay=5e-4,
+        widths=(32, 64, 128),
+        features=128,
+        held_out=1000,
+        classes=CIFAR10,
+    ),
+    # An hour on two idle cores: nine epochs
+    "cifar10-small-teacher": EdmTeacherRecipe(
+        loop=LoopSettings(
+            iterations=7000, batch_size=64, warmup=100, ema_decay=0.998, sample_every=500, checkpoint_every=250
+        ),
+        network="cifar10-small",
+        lr=4e-3,
+        optimizer="muon",
+        class_names=CIFAR10,
+    ),
+    # Students of cifar10-small-teacher, about twelve minutes on one core each. Muon: after a few hundred steps, Adam
+    # is still on its way.
+    "cifar10-small-dmd": EdmDmdRecipe(
+        _small(460), lr=7e-4, lr_critic=2e-3, regression_weight=0.25, pairs_batch=16, optimizer="muon"
+    ),
+    "cifar10-small-dmd2": EdmDmd2Recipe(_small(720), lr=7e-4, lr_critic=2e-3, generator_every=2, optimizer="muon"),
+    "cifar10-small-dmd2-gan": EdmDmd2Recipe(
+        _small(580),
+        lr=7e-4,
+        lr_critic=2e-3,
+        generator_every=2,
+        gan_generator=3e-3,
+        gan_critic=1e-2,
+        optimizer="muon",
+    ),
+    **_gdd_both("cifar10-small", EdmGddRecipe(_small(660), lr=1e-3, lr_critic=2e-3, freeze=False, r1_gamma=1e-4)),
+    # Teachers in pixel space, EDM's own recipe (Karras et al. 2022, table 7): FID 1.79 and 1.97 with Heun 18
+    "cifar10-teacher": EdmTeacherRecipe(
+        loop=_edm(200, 512),
+        network="edm-cifar10-32x32-cond-vp",
+        lr=1e-3,
+        augment=0.12,
+        class_names=CIFAR10,
+        precision="fp32",
+    ),
+    "cifar10-uncond-teacher": EdmTeacherRecipe(
+        loop=_edm(200, 512), network="edm-cifar10-32x32-uncond-vp", lr=1e-3, augment=0.12, precision="fp32"
+    ),
+    # What published recipes have in common that the published runs had otherwise: one seeded order of the data on
+    # any number of processes; precision is what is faster ("auto") where theirs is fixed.
+    # DMD (Yin et al. 2311.18828, app. B and tables 1 and 2). FID 2.66 (with L2 2.78), 3.77, 2.62
+    # --init: edm-cifar10-32x32-cond-vp; --pairs: 100,000 by Heun 18
+    "cifar10-dmd": EdmDmdRecipe(_dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.25, pairs_batch=392),
+    # --init: edm-cifar10-32x32-uncond-vp; --pairs: 500,000 by Heun 18
+    "cifar10-uncond-dmd": EdmDmdRecipe(
+        _dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.5, pairs_batch=392
+    ),
+    # --init: edm-imagenet-64x64-cond-adm; --pairs: 25,000 by Heun 256
+    "imagenet64-dmd": EdmDmdRecipe(
+        _dmd(350_000, 336), lr=2e-6, lr_critic=2e-6, regression_weight=0.25, pairs_batch=336
+    ),
+    # DMD2 (Yin et al. 2405.14867, app. F and tables 1 and 3). FID 2.61, 1.51, 1.28. The published runs are in bf16,
+    # and their critic judges generated images with noise of its own; here it sees those that its score denoises.
+    # --init: edm-imagenet-64x64-cond-adm
+    "imagenet64-dmd2": EdmDmd2Recipe(_dmd(410_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5),
+    "imagenet64-dmd2-gan": EdmDmd2Recipe(
+        _dmd(200_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5, gan_generator=3e-3, gan_critic=1e-2
+    ),
+    # --student: model/ of a run of imagenet64-dmd2; its fake_score/ goes on, too, and only the head is new
+    "imagenet64-dmd2-gan-resumed": EdmDmd2Recipe(
+        _dmd(140_000, 280),
+        lr=5e-7,
+        lr_critic=5e-7,
+        generator_every=5,
+        gan_generator=3e-3,
+        gan_critic=1e-2,
+        resumed=True,
+    ),
+    # The numbers of NVIDIA's FastGen, whose run gives FID 1.99 with EMAs of 0.9996 … 0.99995, but DMD2's method:
+    # FastGen puts the head on the frozen teacher's features, may add an approximate R1, updates student and critic on
+    # disjoint iterations, has no warm-up and computes in fp32. It names no weight for the critic's GAN loss: DMD2's.
+    "cifar10-dmd2": EdmDmd2Recipe(
+        _dmd(100_000, 2048, ema_decay=0.9999),
+        lr=1e-4,
+        lr_critic=1e-4,
+        generator_every=5,
+        gan_generator=1e-3,
+        gan_critic=1e-2,
+    ),
+    # GDD (Zheng & Yang 2405.20750, tables 1 to 5). GDD-I's FID: 1.54, 1.23, 0.85, 1.16. The published runs add up the
+    # losses of a GPU's images and of the feature networks, but take R1's mean: with 64 images on each GPU (ImageNet:
+    # 128) R1 weighs 1/128 (1/256) of what γ = 1e-4 says. Losses are means here, so γ is divided by that. Where the
+    # embeddings of classes come from, `dmd2.training.discriminators.published` says.
+    # --init: edm-cifar10-32x32-uncond-ve or -cond-ve
+    **_gdd_both("cifar10", _published_gdd(_gdd(5, 256), lr=1e-4, lr_critic=1e-4, backbones=VGG)),
+    # --init: edm-afhqv2-64x64-uncond-ve
+    **_gdd_both("afhqv2", _published_gdd(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, backbones=DEIT)),
+    # --init: edm-ffhq-64x64-uncond-ve
+    **_gdd_both("ffhq", _published_gdd(_gdd(10, 256), lr=2e-5, lr_critic=4e-5, backbones=DEIT)),
+    # --init: edm-imagenet-64x64-cond-adm
+    **_gdd_both(
+        "imagenet64",
+        _published_gdd(_gdd(10, 512, 5e7), lr=8e-6, lr_critic=4e-5, backbones=DEIT, r1_gamma=1e-4 / 256),
+    ),
+}

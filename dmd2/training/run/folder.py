@@ -1,0 +1,58 @@
+"""The folder of a run: one process at a time, checked before the first step, without what killed ones left."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.locks import locked
+from dmd2.training.run.checkpoints import Checkpoints
+
+EXPORTS = ("model", "fake_score", "classifier.safetensors")
+
+"""what `Method.export` may write"""
+
+STALE = re.compile(
+    r"\.(checkpoint\.pt|recipe\.json|log\.jsonl|classifier\.safetensors|\d{7,}\.png)\.[0-9a-f]{8}\.tmp"
+)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """What can be known of `out` before anything is loaded.
+
+    Raises:
+        UserError: there is nothing to resume; there is something, and `resume` is off; or it is no place for a run.
+    """
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {out}: {folder} is a file; expected a folder")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {nearest} cannot be written to")
+    there = Checkpoints(out).exist()
+    if resume and not there:
+        raise UserError(f"--out {out}: holds no checkpoint to --resume from; without --resume, a run begins there")
+    if there and not resume:
+        raise UserError(f"--out {out}: holds a run already; add --resume to continue it, or name another folder")
+    for path in (out / name for name in EXPORTS):
+        if path.exists() and path.is_dir() == bool(path.suffix):
+            raise UserError(f"{path}: in the way of what the run is going to write there; move it")
+        if not resume and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+            raise UserError(f"--out {out}: holds {path.name} already, of no run that is there; name another folder")
+
+
+@contextmanager
+def open_run(out: Path, resume: bool) -> Iterator[None]:
+    """`out`, made if need be, checked, locked against other trainers, and freed of what killed ones left half done.
+
+    Raises:
+        UserError: see `check_out` and `locked`.
+    """
+    check_out(out, resume)
+    with locked(out, f"--out {out}", STALE):
+        check_out(out, resume)  # another trainer may have written there until now
+        yield

@@ -1,0 +1,155 @@
+"""What a run says of itself: JSON lines, TensorBoard, pictures, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dmd2.runtime.files import atomic_path
+from dmd2.runtime.terminal import Terminal, say
+
+Logs = dict[str, float | Tensor]
+
+
+class RunLogs:
+    """The logs of one run, from step `first` on.
+
+    `add` only remembers; `line`, `score` and `picture` write. A step's checkpoint comes between the two and holds
+    `sums`, so that a run that is killed in between loses nothing: when it goes on, it writes what is missing of
+    step `first` (see `lacks`).
+
+    Args:
+        out: the run's folder: `log.jsonl`, `tensorboard/` and `samples/` are in it.
+        first: steps done already.
+        iterations: of the whole run.
+        every: steps between two lines.
+        images: of one step.
+        sums: figures since the last line, as the checkpoint has them.
+    """
+
+    def __init__(
+        self, out: Path, first: int, iterations: int, every: int, images: int, sums: dict[str, list[float]]
+    ) -> None:
+        self.out, self.first, self.iterations, self.every, self.images = out, first, iterations, every, images
+        self.sums = {name: list(values) for name, values in sums.items()}
+        self._there: set[str] = set()  # names of figures that the log holds of step `first`
+        self.board: Any = None
+
+    def __enter__(self) -> RunLogs:
+        path = self.out / "log.jsonl"
+        if path.exists() and not self.first:  # of a run that left no checkpoint
+            path.replace(self.out / "log.previous.jsonl")
+        if path.exists():  # what came after the checkpoint is going to happen again
+            lines = [(step, line) for line in path.read_text(errors="replace").splitlines() for step in [_step(line)]]
+            kept = [line for step, line in lines if step <= self.first]
+            self._there = {name for step, line in lines if step == self.first for name in json.loads(line)}
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.first + 1)
+        except ImportError:
+            say("no TensorBoard log: pip install 'dmd2[train]' brings it")
+        terminal = os.isatty(2)
+        self.bar = tqdm(
+            total=self.iterations,
+            initial=self.first,
+            unit="step",
+            mininterval=0.5 if terminal else 30,
+            dynamic_ncols=terminal,
+            file=Terminal(sys.stderr),
+        )
+        self._clock, self._clock_step = time.monotonic(), self.first
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        try:
+            self.file.close()
+        finally:
+            if self.board:
+                self.board.close()
+
+    def add(self, figures: Logs) -> None:
+        """Remembers the figures of a step, all brought over from the device at once: each copy would wait for it.
+
+        Once a step and not once a line: what a step skips is decided in its middle, where the loop waits anyhow.
+        """
+        tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+        brought: list[float] = []
+        if tensors:
+            brought = torch.stack([value.detach().double().reshape(()) for value in tensors.values()]).tolist()
+        for name, number in (figures | dict(zip(tensors, brought, strict=True))).items():
+            self.sums.setdefault(name, []).append(float(number))
+
+    def lacks(self, done: int, what: str) -> bool:
+        """Whether the log has yet to be told `what` ("line" or "score") of step `done`. Only `first` may have it."""
+        scored = {name for name in self._there if name.startswith("score/")}
+        return done != self.first or not (scored if what == "score" else self._there - scored - {"step"})
+
+    def line(self, done: int) -> None:
+        """Means since the last line, where one is due. A mean is over what was finite; null if nothing was."""
+        due = (done % self.every == 0 or done == self.iterations) and self.sums
+        if due and self.lacks(done, "line"):
+            means = {name: _mean(values) for name, values in self.sums.items()}
+            now, steps = time.monotonic(), done - self._clock_step
+            rate = steps * self.images / max(now - self._clock, 1e-9)
+            self._write(done, means | ({"images_per_second": rate} if steps else {}))
+            short = {k: f"{v:.3g}" for k, v in means.items() if "/" not in k}
+            self.bar.set_postfix(short | {"img/s": f"{rate:.0f}"}, refresh=False)
+            self._clock, self._clock_step = now, done
+        if due:
+            self.sums = {}
+        self.bar.update(done - self.bar.n)
+
+    def score(self, done: int, scores: dict[str, float]) -> None:
+        if scores:
+            self._write(done, {f"score/{k}": v for k, v in scores.items()})
+            say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+    def picture_path(self, done: int) -> Path:
+        return self.out / "samples" / f"{done:07d}.png"
+
+    def picture(self, done: int, picture: Tensor) -> None:
+        """Writes uint8 (3, H, W)."""
+        path = self.picture_path(done)
+        path.parent.mkdir(exist_ok=True)
+        with atomic_path(path) as temporary:
+            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
+        if self.board:
+            self.board.add_image("samples", picture, done)
+        say(f"step {done}: {path}")
+
+    def _write(self, done: int, figures: dict[str, float]) -> None:
+        rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in figures.items()}
+        self.file.write(json.dumps({"step": done} | rounded, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in figures.items():
+                if math.isfinite(value):
+                    self.board.add_scalar(name, value, done)
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _step(line: str) -> float:
+    """The step of a line of the log; infinity for a line that a crash cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return float("inf")

@@ -1,0 +1,425 @@
+"""The command line: pictures with their facts; and for bad input one line, status 2 and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+
+import dmd2.cli
+from dmd2.inference.inputs import fitted
+from dmd2.models.stable_diffusion.folder import UNET_FILE
+from dmd2.runtime.files import sha256_file
+from dmd2.weights.manifest import read_manifest
+from tests.models.adapters.test_lora import ATTENTION, kohya_style
+from tests.tiny_sdxl import photograph
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, so that whatever is written by default shows."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """`dmd2 …` in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["dmd2", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        dmd2.cli.main()
+    return int(end.value.code or 0)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a refused call leaves on stderr."""
+    assert run(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dmd2: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert list(Path.cwd().iterdir()) == []
+    return err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([""], "PROMPT: empty"),
+        (["an owl", "  "], "PROMPT: empty"),
+        (["an owl", "--steps", "2"], "--steps 2: these weights have 1, 4, teacher"),
+        (["an owl", "--size", "65x64"], "width: 65 (size 65x64); expected a multiple of 4 pixels, at least 16"),
+        (["an owl", "--size", "0x0"], "width: 0 (size 0x0); expected"),
+        (["an owl", "--size", "foo"], "--size foo: expected WIDTHxHEIGHT"),
+        (["an owl", "--size", "64x-64"], "--size 64x-64: expected WIDTHxHEIGHT"),
+        (["an owl", "--num-outputs", "0"], "--num-outputs 0: expected 1 to 1000"),
+        (["an owl", "--seed", "-1"], "--seed -1: expected 0"),
+        (["an owl", "--seed", str(2**32)], "--seed 4294967296: expected 0 to 2^32 - 1001"),
+        (["an owl", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
+    ],
+)
+def test_generate_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    arguments: list[str],
+    named: str,
+) -> None:
+    assert named in refused(monkeypatch, capsys, "generate", *arguments, "--weights", weights)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_generate_refuses_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--device", "cuda")
+    assert "--device cuda: this machine has none" in line
+
+
+def test_generate_names_what_is_wrong_with_the_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "nowhere"
+    assert f"--weights {missing}: no such folder" in refused(
+        monkeypatch, capsys, "generate", "an owl", "--weights", missing
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "dmd2.json: missing" in refused(monkeypatch, capsys, "generate", "an owl", "--weights", empty)
+
+    copy = Path(shutil.copytree(weights, tmp_path / "copy"))
+    file = copy / "unet" / UNET_FILE
+    os.truncate(file, file.stat().st_size - 1000)
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", copy)
+    assert f"{file}: sha256 is {sha256_file(file)}" in line
+    assert read_manifest(weights).files[f"unet/{UNET_FILE}"] in line
+    file.unlink()
+    assert f"{file}: missing" in refused(monkeypatch, capsys, "generate", "an owl", "--weights", copy)
+
+
+def test_generate_refuses_an_out_that_is_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--out", file)
+    assert f"--out {file}: " in line and "is a file; expected a folder" in line
+    line = refused(monkeypatch, capsys, "generate", "an owl", "--weights", weights, "--out", file / "below")
+    assert f"--out {file / 'below'}: {file} is a file" in line
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["emoji-dmd3"], "recipe 'emoji-dmd3': unknown; expected one of emoji-vae"),
+        (["emoji-dmd2-4step", "--set", "colour=red"], "--set colour: emoji-dmd2-4step has no such key; expected"),
+        (["emoji-dmd2-4step", "--set", "loop=1"], "--set loop: "),
+        (["emoji-dmd2-4step", "--set", "lr"], "--set lr: expected key=value"),
+        (["emoji-dmd2-4step", "--set", "lr=fast"], "--set lr=fast: "),
+        (["emoji-dmd2-4step", "--set", "iterations=1.5"], "--set iterations=1.5: "),
+        (["emoji-dmd2-4step", "--set", "loop.seed=null"], "--set loop.seed=null: expected a whole number from 0"),
+        (["emoji-dmd2-4step", "--set", "timesteps=[999,x]"], "--set timesteps=[999,x]: "),
+        (["emoji-dmd2-4step", "--set", "precision=fp8"], "--set precision=fp8: "),
+        (["emoji-dmd2-4step", "--set", "batch_size=0"], "--set batch_size=0: expected a whole number from 1"),
+        (["emoji-dmd2-4step", "--set", "loop.sample_every=-1"], "sample_every=-1: expected a whole number from 1"),
+        (["emoji-dmd2-4step", "--set", "timesteps=[]"], "--set timesteps=[]: expected a list of 1"),
+        (["emoji-dmd2-4step", "--set", "timesteps=[249,999]"], "expected descending timesteps within 0 to 999"),
+        (["emoji-dmd2-4step", "--set", "timesteps=[1000]"], "--set timesteps=[1000]: expected a list of"),
+        (["emoji-dmd2-4step", "--device", "tpu"], "--device tpu: "),
+        (["emoji-dmd2-4step", "--data", "nowhere.zip"], "nowhere.zip: "),
+        (["emoji-dmd2-4step", "--init", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_train_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    emoji_zip: Path,
+    arguments: list[str],
+    named: str,
+) -> None:
+    given = [] if "--data" in arguments else ["--data", emoji_zip]
+    given += [] if "--init" in arguments else ["--init", weights]
+    assert named in refused(monkeypatch, capsys, "train", *arguments, *given)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "dmd2: No space left on device\n"),
+        (OSError(30, "Read-only file system", "/a\nb"), "dmd2: /a b: Read-only file system\n"),
+        (OSError("something else"), "dmd2: something else\n"),
+    ],
+)
+def test_an_error_of_a_disk_is_one_line_whatever_the_command(
+    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dmd2.data.pairs.make_pairs", fail)
+    assert run(monkeypatch, "pairs", "weights", "out", "--device", "cpu") == 2
+    assert capsys.readouterr().err == line
+
+
+def test_train_refuses_a_zip_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    emoji_zip: Path,
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "broken.zip"
+    broken.write_bytes(emoji_zip.read_bytes()[:-200])
+    line = refused(monkeypatch, capsys, "train", "emoji-dmd2-4step", "--data", broken, "--init", weights)
+    assert str(broken) in line and "build-emoji" in line
+
+
+def test_train_refuses_a_judge_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    emoji_zip: Path,
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "judge.safetensors"
+    broken.write_bytes(b"nothing")
+    arguments = ("--data", emoji_zip, "--init", weights, "--judge", broken)
+    assert str(broken) in refused(monkeypatch, capsys, "train", "emoji-dmd2-4step", *arguments)
+
+
+# Pictures
+
+
+def test_pictures_say_how_they_were_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "pictures"
+    prompt = "an öwl – “quoted”"
+    arguments = ("--weights", weights, "--seed", "7", "--num-outputs", "2", "--steps", "1", "--out", out, "--json")
+    assert run(monkeypatch, "generate", prompt, *arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    sha256 = read_manifest(weights).files[f"unet_1step/{UNET_FILE}"]
+    assert len(lines) == 2
+    assert {Path(line["path"]) for line in lines} == set(out.iterdir())  # and no temporary files
+    for i, line in enumerate(lines):
+        facts = {"prompt": prompt, "seed": 7 + i, "steps": "1", "weights_sha256": sha256}
+        assert line.keys() == {"path", "seconds", *facts}
+        assert facts.items() <= line.items()
+        assert line["seconds"].keys() == {"text", "denoise", "decode", "load"}
+        assert all(seconds >= 0 for seconds in line["seconds"].values())
+        with Image.open(line["path"]) as picture:
+            assert picture.format == "PNG" and picture.mode == "RGB" and picture.size == (64, 64)
+            assert picture.info == {name: str(value) for name, value in facts.items()}
+
+
+def test_one_line_for_each_picture_and_the_asked_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    assert (
+        run(monkeypatch, "generate", "an owl", "a book", "--weights", weights, "--size", "96x32", "--seed", "3") == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        path, facts = line.split("  ", 1)
+        assert facts.startswith("seed 3  ") and " ms" in facts
+        with Image.open(path) as picture:
+            assert picture.size == (96, 32) and picture.info["steps"] == "4"
+    assert {path.parent.name for path in Path.cwd().rglob("*.png")} == {"outputs"}
+
+
+def test_image_i_uses_seed_plus_i_and_is_the_same_in_any_call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    def pixels(folder: str, *arguments: str) -> dict[tuple[str, int], np.ndarray]:
+        assert (
+            run(monkeypatch, "generate", *arguments, "--weights", weights, "--out", tmp_path / folder, "--json") == 0
+        )
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return {(line["prompt"], line["seed"]): np.asarray(Image.open(line["path"])) for line in lines}
+
+    many = pixels("many", "an owl", "a red apple", "--num-outputs", "3", "--seed", "100")
+    assert set(many) == {(prompt, seed) for prompt in ("an owl", "a red apple") for seed in (100, 101, 102)}
+    for (prompt, seed), picture in many.items():
+        alone = pixels("alone", prompt, "--seed", str(seed))
+        assert np.array_equal(alone[prompt, seed], picture)
+    assert not np.array_equal(many["an owl", 100], many["an owl", 101])
+
+
+def test_prompts_that_look_alike_do_not_overwrite_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    start = "a red apple on a blue background beside a book and a green heart and "
+    prompts = [start + "an owl", start + "a book", "an owl", "an owl!"]
+    assert run(monkeypatch, "generate", *prompts, "--weights", weights, "--seed", "0", "--steps", "1", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({line["path"] for line in lines}) == 4
+    for line in lines:
+        with Image.open(line["path"]) as picture:
+            assert picture.info["prompt"] == line["prompt"]
+
+
+def test_a_random_seed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
+) -> None:
+    seeds = []
+    for _ in range(2):
+        assert run(monkeypatch, "generate", "an owl", "--weights", weights, "--steps", "1", "--json") == 0
+        seeds.append(json.loads(capsys.readouterr().out)["seed"])
+    assert seeds[0] != seeds[1] and all(0 <= seed < 2**32 for seed in seeds)
+    assert len(list((Path.cwd() / "outputs").iterdir())) == 2
+
+
+# As a process of its own
+
+
+def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(
+        [sys.executable, "-m", "dmd2.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+
+
+def test_a_process_prints_one_json_object_and_nothing_else(weights: Path) -> None:
+    done = process("generate", "an owl", "--weights", weights, "--steps", "1", "--seed", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout)["path"]).is_file() and done.stdout.count("\n") == 1
+
+
+def test_a_process_refuses_damaged_weights_in_one_line(weights: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(weights, tmp_path / "copy"))
+    (copy / "vae" / UNET_FILE).write_bytes(b"half")
+    done = process("generate", "an owl", "--weights", copy)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dmd2: ") and done.stderr.count("\n") == 1 and "sha256" in done.stderr
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_convert_refuses_what_is_no_pickle_of_edm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    hostile, out = tmp_path / "hostile.pkl", tmp_path / "out"
+    hostile.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    assert "os.system" in refused(monkeypatch, capsys, "convert", "edm", hostile, out)
+    assert str(tmp_path / "nowhere.pkl") in refused(
+        monkeypatch, capsys, "convert", "edm", tmp_path / "nowhere.pkl", out
+    )
+    assert not out.exists() and not (tmp_path / "ran").exists()
+
+
+# Pictures from pictures
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """A folder with a picture, a mask and a file that is none."""
+    photograph(size=(128, 64)).save(tmp_path / "given.png")
+    mask = Image.new("L", (128, 64))
+    mask.paste(255, (0, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    (tmp_path / "text.png").write_text("hello")
+    return tmp_path
+
+
+def test_generate_begins_with_a_picture_and_paints_into_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, given: Path
+) -> None:
+    common = ["generate", "an owl", "--weights", weights, "--seed", "3", "--json", "--image", given / "given.png"]
+    found = []
+    for more in ([], ["--prompt-strength", "0.3"], ["--mask", given / "mask.png"], ["--size", "96x96"]):
+        assert run(monkeypatch, *common, *more) == 0
+        answer = json.loads(capsys.readouterr().out)
+        image = np.array(Image.open(answer["path"]))
+        assert image.shape == ((96, 96, 3) if "--size" in more else (48, 96, 3))
+        assert len(answer["image_sha256"]) == 64 and ("mask_sha256" in answer) == ("--mask" in more)
+        found.append((answer["path"], image))
+    assert len({path for path, _ in found}) == 4  # nothing was replaced
+    kept = fitted(Image.open(given / "given.png"), (96, 48)).permute(1, 2, 0).numpy()
+    assert (found[2][1][:, 48:] == kept[:, 48:]).all() and (found[2][1][:, :48] != kept[:, :48]).any()
+
+
+def test_generate_with_loras(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, given: Path
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(weights / "unet")
+    for seed, name in enumerate(("one", "two")):
+        save_file(kohya_style(unet, "lora_unet", ATTENTION, seed), given / f"{name}.safetensors")
+    images = []
+    for more in (
+        [],
+        ["--lora", given / "one.safetensors"],
+        ["--lora", f"{given / 'one.safetensors'}:0.5", "--lora", given / "two.safetensors"],
+        ["--vae", "tiny"],
+    ):
+        assert run(monkeypatch, "generate", "an owl", "--weights", weights, "--seed", "3", "--json", *more) == 0
+        answer = json.loads(capsys.readouterr().out)
+        images.append(np.array(Image.open(answer["path"])).astype(int))
+        assert answer.get("loras", "").count("safetensors") == list(more).count("--lora")
+    assert abs(images[0] - images[1]).max() > 1 and abs(images[1] - images[2]).max() > 1
+    assert (images[0] == images[3]).all()  # the embedded VAE is a small one
+
+
+def test_generate_with_previews(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "generate", "an owl", "--weights", weights, "--seed", "3", "--json", "--previews") == 0
+    path = Path(json.loads(capsys.readouterr().out)["path"])
+    names = sorted(file.name for file in path.parent.iterdir())
+    assert names == sorted([path.name, *(f"{path.stem}_preview-{step}.png" for step in (1, 2, 3))])
+    with Image.open(path.with_name(f"{path.stem}_preview-2.png")) as image:
+        assert image.info["preview_of_step"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--previews", "--steps", "teacher"], "--previews: the teacher's own sampler shows none"),
+        (["--image", "nothing.png"], "image: cannot be read (No such file or directory)"),
+        (["--image", "text.png"], "image: no picture; expected PNG, JPEG, WEBP"),
+        (["--mask", "mask.png"], "mask: given without an image"),
+        (["--image", "given.png", "--prompt-strength", "0"], "prompt_strength: 0.0; expected more than 0, at most 1"),
+        (["--image", "given.png", "--prompt-strength", "nan"], "prompt_strength: nan; expected more than 0"),
+        (["--image", "given.png", "--steps", "teacher"], "--steps teacher: takes no image"),
+        (["--lora", "nothing.safetensors"], "LoRA nothing.safetensors: expected an https URL"),
+        (["--lora", "text.png"], "LoRA text.png: cannot be read as safetensors"),
+        (["--lora", "text.png:7"], "LoRA text.png: scale 7.0; expected -4 to 4"),
+        (["--control", "canny"], "control, control_image: expected both or neither"),
+        (["--control-image", "given.png"], "control, control_image: expected both or neither"),
+        (["--control", "canny", "--control-image", "given.png"], "control canny: expected a folder"),
+        (["--vae", "huge"], "vae: huge; expected kl or tiny"),
+    ],
+)
+def test_generate_refuses_what_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    given: Path,
+    arguments: list[str],
+    named: str,
+) -> None:
+    monkeypatch.chdir(given)
+    assert run(monkeypatch, "generate", "an owl", "--weights", weights, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dmd2: ") and err.count("\n") == 1 and named in err
+    assert not list(given.glob("outputs/*"))

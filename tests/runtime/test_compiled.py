@@ -1,0 +1,402 @@
+"""Compiled networks: the numbers of eager ones, nobody's output overwritten, kernels that outlive the process."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+import dmd2.inference.engine
+import dmd2.runtime.compiled
+from dmd2.emoji.architecture import build_unet
+from dmd2.inference.engine import Engine
+from dmd2.models.stable_diffusion.codec import LatentCodec
+from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
+from dmd2.models.stable_diffusion.unet import StableDiffusion
+from dmd2.runtime.compiled import (
+    Compiler,
+    Fp8Linear,
+    Prepared,
+    cache_path,
+    fuse_projections,
+    has_fp8,
+    quantize_linears,
+    replaying,
+    restore_kernels,
+    save_kernels,
+)
+from dmd2.runtime.memory import Plan
+from dmd2.runtime.placement import Placement
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def unet() -> Any:
+    torch.manual_seed(0)
+    return build_unet((32, 32, 32)).eval().requires_grad_(False)
+
+
+def smallest_unet() -> Any:
+    """With one block of everything that SDXL's has: it is compiled in seconds."""
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=1,
+        cross_attention_dim=256,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=320,
+    )
+    return network.eval().requires_grad_(False)
+
+
+def condition(batch: int) -> TextCondition:
+    torch.manual_seed(1)
+    sizes = torch.tensor([64.0, 64.0, 0.0, 0.0, 64.0, 64.0]).expand(batch, -1)
+    return TextCondition(torch.randn(batch, 8, 256), torch.randn(batch, 128), sizes)
+
+
+class Double:
+    """A function that notes its batches, in the place of one that was captured: same memory for every result."""
+
+    def __init__(self) -> None:
+        self.recorded: list[int] = []
+        self.replayed: list[int] = []
+        self.plain: list[int] = []
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        self.plain.append(len(x))
+        return 2 * x
+
+    def record(self, inputs: tuple[Tensor | None, ...]) -> Any:
+        x, *_ = inputs
+        assert x is not None
+        self.recorded.append(len(x))
+        output = torch.empty_like(x)
+
+        def replay() -> None:
+            self.replayed.append(len(output))
+            torch.mul(x, 2, out=output)
+
+        return replaying(replay, inputs, output)
+
+
+def prepared(most: int | None = None) -> tuple[Double, Compiler, Prepared]:
+    double, compiler = Double(), Compiler(CPU)
+    return double, compiler, Prepared(double, double.record, compiler, most)
+
+
+# Shapes
+
+
+def test_only_what_is_recorded_is_replayed() -> None:
+    double, compiler, function = prepared()
+    x = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(function(x), 2 * x) and double.plain == [2] and not double.recorded
+    with compiler.recording():
+        assert torch.equal(function(x), 2 * x)
+        assert torch.equal(function(x + 1), 2 * x + 2)
+    assert double.recorded == [2] and double.replayed == [2, 2]
+    assert torch.equal(function(-x), -2 * x) and double.replayed == [2, 2, 2]
+    # Another shape, another dtype, an input more: as they are.
+    for inputs in ((x[:, :2],), (x.double(),), (x, x)):
+        assert torch.equal(function(*inputs), 2 * inputs[0])
+    assert double.plain == [2] * 4 and double.recorded == [2]
+
+
+def test_other_batches_are_put_together() -> None:
+    double, compiler, function = prepared()
+    x = torch.randn(7, 3)
+    with compiler.recording():
+        function(x[:1])
+        function(x[:3])
+    double.replayed.clear()
+    for count, parts in ((7, [3, 3, 1]), (5, [3, 1, 1]), (3, [3]), (2, [1, 1]), (1, [1])):
+        assert torch.equal(function(x[:count]), 2 * x[:count])
+        assert double.replayed == parts
+        double.replayed.clear()
+    assert double.plain == []
+
+
+def test_batches_smaller_than_any_recorded_one_run_as_they_are() -> None:
+    double, compiler, function = prepared()
+    with compiler.recording():
+        function(torch.ones(4, 3))
+    assert torch.equal(function(torch.ones(2, 3)), torch.full((2, 3), 2.0)) and double.plain == [2]
+
+
+def test_a_limit_keeps_large_batches_from_being_recorded() -> None:
+    double, compiler, function = prepared(most=1)
+    x = torch.randn(3, 2)
+    with compiler.recording():
+        assert torch.equal(function(x), 2 * x)
+    assert double.recorded == [1] and double.replayed == [1, 1, 1]
+
+
+def test_no_result_is_overwritten_by_the_next_call_and_no_input_kept() -> None:
+    _, compiler, function = prepared()
+    x = torch.ones(2, 3)
+    with compiler.recording():
+        first = function(x)
+    second = function(5 * x)
+    x.zero_()
+    third = function(x)
+    assert [float(result.mean()) for result in (first, second, third)] == [2, 10, 0]
+
+
+def test_several_outputs_are_each_copied_and_joined() -> None:
+    x, outputs = torch.zeros(1, 2), (torch.zeros(1, 2), torch.zeros(1, 1))
+
+    def replay() -> None:
+        outputs[0].copy_(x + 1)
+        outputs[1].copy_(x.sum(1, keepdim=True))
+
+    compiler = Compiler(CPU)
+    function = Prepared(lambda _: (), lambda inputs: replaying(replay, (x,), outputs), compiler)
+    with compiler.recording():
+        function(torch.ones(1, 2))
+    first, second = function(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert first.tolist() == [[2, 3], [4, 5]] and second.tolist() == [[3], [7]]
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    double, compiler, _ = prepared()
+
+    def fails(inputs: Any) -> Any:
+        raise RuntimeError("no compiler\nand more")
+
+    function = Prepared(double, fails, compiler)
+    with compiler.recording(), caplog.at_level(logging.WARNING):
+        assert torch.equal(function(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+    assert "no compiler" in caplog.text and "and more" not in caplog.text and double.plain == [2]
+
+
+# Networks
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_a_compiled_unet_is_the_eager_one(backend: str) -> None:
+    """Inductor's C++ takes a while; "eager" still sees to it that the whole network is one graph."""
+    network, compiler = smallest_unet(), Compiler(CPU, backend=backend)
+    eager = StableDiffusion(network, "v_prediction")
+    compiled = StableDiffusion(network, "v_prediction", compiler=compiler)
+    x, sigma, cond = torch.randn(3, 4, 16, 16), torch.tensor([14.6, 1.0, 0.1]), condition(3)
+    plain = compiled(x, sigma, cond)
+    with compiled.recording():
+        compiled(x[:1], sigma[:1], cond[:1])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 1 and not torch._dynamo.utils.counters["graph_break"]
+    found, features = compiled.features(x, sigma, cond)  # three times one
+    expected, bottleneck = eager.features(x, sigma, cond)
+    assert torch.allclose(plain, expected, atol=1e-6)
+    assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(features, bottleneck, atol=1e-4)
+    other = compiled(x[..., :8], sigma, cond)  # a shape that nobody recorded is not compiled either
+    assert torch.allclose(other, eager(x[..., :8], sigma, cond), atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@torch.no_grad()
+def test_compiled_decoders_and_captured_text_encoders_are_the_eager_ones(
+    text_models: tuple[Any, Any, Any], tiny_vae: Any
+) -> None:
+    compiler = Compiler(CPU, backend="eager")
+    codec, fast = LatentCodec(tiny_vae), LatentCodec(tiny_vae, compiler=compiler)
+    z = torch.randn(2, 4, 8, 8)
+    with compiler.recording():
+        fast.decode(z)
+    difference = fast.decode(z).int() - codec.decode(z).int()
+    assert int(difference.abs().max()) <= 1
+    tokenizer, first, second = text_models
+    both: tuple[Any, Any] = ([tokenizer] * 2, [first, second])
+    with compiler.recording():
+        TextEncoder(*both, compiler=compiler)(["an owl"], (64, 64))
+    found = TextEncoder(*both, compiler=compiler)(["an owl", ""], (64, 64))
+    expected = TextEncoder(*both)(["an owl", ""], (64, 64))
+    assert found.pooled is not None and expected.pooled is not None
+    assert torch.equal(found.context, expected.context) and torch.equal(found.pooled, expected.pooled)
+
+
+# Joint projections, 8 bits
+
+
+@torch.no_grad()
+def test_fused_projections_compute_the_same_without_more_memory() -> None:
+    network = unet()
+    x, cond = torch.randn(2, 4, 16, 16), condition(2)
+    sigma = torch.tensor([1.0, 0.5])
+    before = StableDiffusion(network)(x, sigma, cond)
+    size = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in network.parameters()}.values())
+    fuse_projections(network)
+    after = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in network.parameters()}.values())
+    assert after == size
+    fused = [module for module in network.modules() if getattr(module, "fused_projections", False)]
+    assert {hasattr(module, "to_qkv") for module in fused} == {True, False}  # self- and cross-attention
+    assert torch.allclose(StableDiffusion(network)(x, sigma, cond), before, atol=1e-5)
+    assert not any(p.requires_grad for p in network.parameters())
+    # What changes a single projection in place changes the joint one.
+    for module in fused:
+        module.to_v.weight.mul_(0)
+    gone = StableDiffusion(network)(x, sigma, cond)
+    assert float((gone - before).abs().max()) > 1e-3
+    for module in fused:
+        joint = module.to_qkv if hasattr(module, "to_qkv") else module.to_kv
+        assert not joint.weight[-module.to_v.out_features :].any() and joint.weight.any()
+
+
+def multiplies_8_bit_floats() -> bool:
+    """Whether torch has the product with a scale for each row on a CPU: 2.13 does, 2.11 does not."""
+    numbers, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(numbers, numbers.t(), scales, scales.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+needs_8_bit_floats = pytest.mark.skipif(not multiplies_8_bit_floats(), reason="this torch cannot on a CPU")
+
+
+@needs_8_bit_floats
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_8_bit_linears_are_the_linears_but_for_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48).to(dtype)
+    linear.weight[3] *= 100  # outputs and rows of other sizes have scales of their own
+    x = torch.randn(2, 5, 64).to(dtype)
+    x[1, 2] *= 1000
+    x[0, 0] = 0
+    found, expected = Fp8Linear(linear)(x), linear(x)
+    assert found.shape == expected.shape and found.dtype == dtype and found.isfinite().all()
+    assert torch.equal(found[0, 0], linear.bias)
+    # Each row and each output has a scale of its own: none is lost for another's being large.
+    error, size = (found - expected).float()[0, 1:], expected.float()[0, 1:]
+    for kept in (error[:, 3].norm() / size[:, 3].norm(), error[:, 4:].norm() / size[:, 4:].norm()):
+        assert 0 < kept < 0.1
+
+
+@needs_8_bit_floats
+@torch.no_grad()
+def test_an_8_bit_unet_draws_about_the_same() -> None:
+    network = unet()
+    x, sigma, cond = torch.randn(2, 4, 16, 16), torch.tensor([14.6, 1.0]), condition(2)
+    expected = StableDiffusion(network)(x, sigma, cond) - x
+    fuse_projections(network)
+    linears = [m for n, m in network.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks" in n]
+    assert quantize_linears(network) == len(linears) > 10
+    left = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks" in n]
+    assert left == []
+    found = StableDiffusion(network)(x, sigma, cond) - x
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
+    assert not has_fp8(CPU)
+
+
+# Kernels that outlive the process
+
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from torch._dynamo.utils import counters
+from dmd2.runtime.compiled import restore_kernels, save_kernels
+path = Path(sys.argv[1])
+restored = restore_kernels(path)
+function = torch.compile(lambda x: (x.sin() + 1).cos() * 3, fullgraph=True)
+value = float(function(torch.ones(7)).sum())
+print(restored, counters["inductor"]["fxgraph_cache_hit"], round(value, 4), save_kernels(path))
+"""
+
+
+def child(path: Path, cache: Path) -> list[str]:
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    command = [sys.executable, "-c", CHILD, str(path)]
+    root = Path(dmd2.runtime.compiled.__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+def test_kernels_saved_by_one_process_are_found_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "kernels" / "torch.bin"
+    assert child(path, tmp_path / "a") == ["False", "0", "-5.615", "True"] and path.is_file()
+    assert child(path, tmp_path / "b") == ["True", "1", "-5.615", "True"]  # a new machine, but for this file
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "foreign"])
+def test_a_damaged_cache_is_ignored_with_a_line_in_the_log(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: loaded.append(data) or object())
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"kernels", None))
+    path = tmp_path / "compiled" / "torch.bin"
+    assert save_kernels(path) and restore_kernels(path) and loaded == [b"kernels"]
+    content = path.read_bytes()
+    broken = {"cut": content[:-1], "changed": content[:-1] + b"!", "empty": b"", "foreign": b"kernels"}
+    path.write_bytes(broken[damage])
+    with caplog.at_level(logging.WARNING):
+        assert not restore_kernels(path)
+    assert f"{path}: damaged" in caplog.text and loaded == [b"kernels"]
+    assert [p.name for p in path.parent.iterdir()] == ["torch.bin"]
+
+
+def test_a_missing_cache_is_nothing_to_speak_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not restore_kernels(tmp_path / "torch.bin") and not caplog.records
+
+
+def test_each_torch_and_each_device_has_its_own_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {cache_path(tmp_path, CPU)}
+    for name in ("NVIDIA H200", "NVIDIA A100-SXM4/80GB"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        paths.add(cache_path(tmp_path, torch.device("cuda")))
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    paths.add(cache_path(tmp_path, CPU))
+    assert len(paths) == 4 and {p.parent for p in paths} == {tmp_path / "compiled"}
+
+
+# In an engine
+
+
+def test_an_engine_draws_the_same_with_compiled_networks(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = tmp_path / "compiled" / "torch.bin"
+    placement = Placement(Plan("full"), compiler=Compiler(CPU, backend="eager"), kernels=kernels)
+    prompts = [f"an owl {i}" for i in range(5)]
+    expected = Engine(weights, "cpu", modes=("1", "4")).draw(prompts, [*range(5)], "4")
+    monkeypatch.setattr(dmd2.inference.engine, "place", lambda *args, **kwargs: placement)
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"kernels", None))
+    engine = Engine(weights, "cpu", modes=("1", "4"), trace=True)
+    with caplog.at_level(logging.INFO):
+        engine.warm_up(("4",), [(64, 64)], 1)
+    assert "memory: full, peak" in caplog.text and "not compiled" not in caplog.text
+    assert kernels.read_bytes().endswith(b"kernels")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    found = engine.draw(prompts, [*range(5)], "4")
+    assert int((found.int() - expected.int()).abs().max()) <= 1 and float(expected.float().std()) > 1
+    for i in range(5):  # each alone: nobody has another's picture
+        alone = engine.draw([prompts[i]], [i], "4")
+        assert int((alone.int() - expected[i].int()).abs().max()) <= 1
+    assert engine.draw(prompts[:1], [0], "4", (96, 64)).shape == (1, 3, 64, 96)
+    assert engine.draw(prompts[:1], [0], "1").shape == (1, 3, 64, 64)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # no request was compiled for

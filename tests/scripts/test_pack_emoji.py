@@ -1,0 +1,65 @@
+"""scripts/pack-emoji: students of several runs become one folder of weights."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmd2.models.stable_diffusion.folder import save_text_to_image
+from dmd2.weights.manifest import Student, read_manifest, verify
+from tests.conftest import tiny_unet
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "pack-emoji"
+
+
+@pytest.fixture
+def pack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The script, with another folder in the place of weights/emoji."""
+    spec = spec_from_loader("pack_emoji", SourceFileLoader("pack_emoji", str(SCRIPT)))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    spec.loader.exec_module(module)
+    target = tmp_path / "weights" / "emoji"
+    target.mkdir(parents=True)
+    (target / "README.md").write_text("the card")
+    monkeypatch.setattr(module, "DEFAULT", target)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def export(folder: Path, init: Path, steps: int) -> Path:
+    name = "unet" if steps == 4 else f"unet_{steps}step"
+    student = Student(subfolder=name, timesteps=[999, 749, 499, 249][:steps])
+    save_text_to_image(
+        folder,
+        init,
+        unet_subfolder=name,
+        unet=tiny_unet(steps),
+        prediction_type="v_prediction",
+        recipe={},
+        student=(steps, student),
+        card="# Of one run\n",
+    )
+    return folder
+
+
+def test_students_of_two_runs_are_packed_together(pack: Any, weights: Path, tmp_path: Path) -> None:
+    four, one = export(tmp_path / "4", weights, 4), export(tmp_path / "1", tmp_path / "4", 1)
+    pack.main([four, one])
+    manifest = read_manifest(pack.DEFAULT)
+    verify(pack.DEFAULT, manifest)
+    assert set(manifest.students) == {4, 1} and manifest.teacher == read_manifest(weights).teacher
+    assert (pack.DEFAULT / "README.md").read_text() == "the card"
+    other = tmp_path / "other"
+    shutil.copytree(one, other)
+    text = (other / "dmd2.json").read_text()
+    key = read_manifest(other).files["vae/config.json"]
+    (other / "dmd2.json").write_text(text.replace(key, "0" * 64))
+    with pytest.raises(SystemExit, match=r"vae/config\.json differs"):
+        pack.main([four, other])

@@ -1,0 +1,158 @@
+"""DMD: what its two losses are made of, and that each leads where it should."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork
+from dmd2.training.discriminators.head import ClassifierHead
+from dmd2.training.loop import Batch, Phase, training_step
+from dmd2.training.losses import l2
+from dmd2.training.methods.dmd import DmdSettings, RegressionPairs, dmd_phases
+from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
+from dmd2.training.recipes.kinds import LoopSettings
+
+CONFIG = EdmConfig(
+    architecture="ddpmpp",
+    resolution=8,
+    classes=3,
+    model_channels=8,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention=(4,),
+)
+SIGMA = 80.0
+SAMPLES, PAIRS = 6, 4  # not alike: they are independent
+
+
+def network(seed: int) -> EdmNetwork:
+    """Untrained, but none of its layers is next to zero."""
+    torch.manual_seed(seed)
+    made = EdmNetwork(CONFIG)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return made
+
+
+def labels(n: int) -> ClassCondition:
+    return ClassCondition.of(torch.arange(n) % CONFIG.classes, CONFIG.classes)
+
+
+def randn(n: int, seed: int) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Setting:
+    student: EdmNetwork
+    fake: EdmNetwork
+    pairs: RegressionPairs
+    phases: list[Phase]
+    matching: list[Phase]
+    """DMD2's phases on the same networks"""
+
+    def draw(self) -> Tensor:
+        level = torch.full((PAIRS,), SIGMA)
+        return Edm(self.student)(SIGMA * self.pairs.noise, level, self.pairs.cond)
+
+
+def setting(*, weight: float = 0.25, fake_seed: int = 1, lr: float = 1e-3) -> Setting:
+    teacher, fake = network(0).requires_grad_(False), network(fake_seed)
+    student = deepcopy(teacher).requires_grad_(True)
+    samples = Samples((SAMPLES, 3, 8, 8), labels(SAMPLES), labels(SAMPLES).unconditional())
+    pairs = RegressionPairs(randn(PAIRS, 5), randn(PAIRS, 6).clamp(-1, 1), labels(PAIRS))
+    networks = Networks(Edm(student), Edm(teacher), Edm(fake))
+    optimizers = torch.optim.Adam(student.parameters(), lr), torch.optim.Adam(fake.parameters(), lr)
+    shared = networks, (student, fake), optimizers, lambda batch: samples
+    phases = dmd_phases(shared[0], DmdSettings(SIGMA, weight), *shared[1:], pairs_of=lambda batch: pairs, distance=l2)
+    matching = dmd2_phases(shared[0], Dmd2Settings((SIGMA,), 1.0, 1), *shared[1:])
+    return Setting(student, fake, pairs, phases, matching)
+
+
+def batch(step: int = 0) -> Batch:
+    return Batch(step, None, torch.Generator().manual_seed(step))
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def test_nothing_is_matched_when_the_teacher_equals_the_fake() -> None:
+    s = setting(weight=0.0, fake_seed=0)
+    loss, _ = s.phases[0].loss(batch())
+    loss.backward()
+    assert all(not gradient.any() for gradient in gradients(s.student))
+    other = setting(weight=0.0, fake_seed=1)
+    loss, _ = other.phases[0].loss(batch())
+    loss.backward()
+    assert any(bool(gradient.any()) for gradient in gradients(other.student))
+
+
+def test_regression_is_zero_on_the_student_s_own_pictures() -> None:
+    s = setting()
+    assert float(s.phases[0].loss(batch())[1]["regression"]) > 0.01
+    with torch.no_grad():
+        object.__setattr__(s.pairs, "target", s.draw())
+    assert float(s.phases[0].loss(batch())[1]["regression"]) == 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])
+def test_generator_s_loss_is_matching_and_weighted_regression(weight: float) -> None:
+    s = setting(weight=weight)
+    loss, logs = s.phases[0].loss(batch())
+    matching, _ = s.matching[0].loss(batch())
+    with torch.no_grad():
+        regression = (s.draw() - s.pairs.target).square().mean()
+    assert float(logs["regression"]) == pytest.approx(float(regression), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(matching.detach() + weight * regression), rel=1e-5)
+    assert "dm_gradient" in logs
+
+
+def test_critic_is_dmd2_s_without_a_gan() -> None:
+    s = setting()
+    loss, logs = s.phases[1].loss(batch(3))
+    same, _ = s.matching[1].loss(batch(3))
+    assert torch.equal(loss, same) and set(logs) == {"fake_score"}
+
+
+def test_both_networks_learn_at_every_step() -> None:
+    s = setting()
+    assert [(phase.name, phase.every) for phase in s.phases] == [("generator", 1), ("critic", 1)]
+    loop = LoopSettings(iterations=10, batch_size=SAMPLES)
+    for step in (0, 1):
+        before = deepcopy(s.student.state_dict()), deepcopy(s.fake.state_dict())
+        logs = training_step(s.phases, batch(step), loop)
+        for module, old in zip((s.student, s.fake), before, strict=True):
+            assert any(not torch.equal(value, old[name]) for name, value in module.state_dict().items())
+        assert {"generator", "critic", "regression", "dm_gradient", "fake_score"} <= logs.keys()
+
+
+def test_regression_leads_to_the_teacher_s_pictures() -> None:
+    s = setting(weight=100.0, lr=1e-2)  # drowns the matching
+    loop = LoopSettings(iterations=1000, batch_size=SAMPLES)
+    first = float(training_step(s.phases[:1], batch(0), loop)["regression"])
+    for step in range(1, 30):
+        last = float(training_step(s.phases[:1], batch(step), loop)["regression"])
+    assert last < 0.5 * first
+
+
+def test_a_classifier_head_has_no_place_here() -> None:
+    s = setting()
+    networks = Networks(Edm(s.student), Edm(s.fake), Edm(s.fake), ClassifierHead(64, 4))
+    with pytest.raises(ValueError, match="no classifier head"):
+        dmd_phases(
+            replace(networks),
+            DmdSettings(SIGMA, 0.25),
+            (s.student, s.fake),
+            (s.phases[0].optimizer, s.phases[1].optimizer),
+            lambda batch: None,  # type: ignore[arg-type, return-value]
+            lambda batch: s.pairs,
+            l2,
+        )

@@ -1,0 +1,144 @@
+"""EDM's training of a teacher: the loss against its definition, learning, augmentation, what is exported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+import dmd2.training.recipes.edm
+from dmd2.data.images import ImageSet
+from dmd2.models.edm.folder import load_edm
+from dmd2.models.edm.network import ClassCondition, EdmNetwork
+from dmd2.runtime.errors import UserError
+from dmd2.training.build import build_method
+from dmd2.training.loop import Batch, train, training_step
+from dmd2.training.methods.edm_teacher import edm_loss, train_edm_teacher
+from dmd2.training.recipes import resolve
+from dmd2.training.recipes.kinds import EdmTeacherRecipe, LoopSettings
+from dmd2.weights.manifest import read_manifest
+from tests.training.pixels import CONFIG, same_weights, write_set
+
+CPU = torch.device("cpu")
+RECIPE = EdmTeacherRecipe(
+    loop=LoopSettings(iterations=6, batch_size=8, sample_every=100),
+    network="tiny",
+    lr=2e-3,
+    class_names=("dark", "bright"),
+    precision="fp32",
+)
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
+    tiny = {"tiny": CONFIG, "tiny-augmented": CONFIG.model_copy(update={"augment_dim": 9})}
+    monkeypatch.setattr(dmd2.training.recipes.edm, "NETWORKS", tiny)
+    monkeypatch.setattr("dmd2.training.methods.edm_teacher.NETWORKS", tiny)
+    monkeypatch.setattr("dmd2.training.build.NETWORKS", tiny)
+    monkeypatch.setattr("dmd2.training.methods.edm_teacher.heun_steps", lambda config: 2)
+    return ImageSet(write_set(tmp_path / "set.zip"), 8, 2)
+
+
+def test_the_loss_is_edm_s() -> None:
+    """For a network that answers with zeros, λ(σ)·x0² with ln σ ~ N(−1.2, 1.2²); its noisy input has that σ."""
+    seen: list[Tensor] = []
+
+    class Zeros(torch.nn.Module):
+        config = CONFIG
+
+        def forward(self, x: Tensor, sigma: Tensor, labels: Tensor, augment: Tensor | None) -> tuple[Tensor, Tensor]:
+            seen.extend([x, sigma])
+            return torch.zeros_like(x), x
+
+    x0 = torch.full((20_000, 3, 1, 1), 0.3)
+    loss = edm_loss(Zeros(), x0, torch.zeros(20_000, 2), None, torch.Generator().manual_seed(0))
+    x, sigma = seen
+    assert abs(float(sigma.log().mean()) + 1.2) < 0.03 and abs(float(sigma.log().std()) - 1.2) < 0.03
+    n = (x - x0) / sigma[:, None, None, None]
+    assert abs(float(n.mean())) < 0.02 and abs(float(n.std()) - 1) < 0.02
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    assert torch.isclose(loss, (weight * 0.09).mean(), rtol=1e-5)
+
+
+def test_a_new_network_s_loss_is_about_one_at_every_level() -> None:
+    """Unit variance of what the raw network should say is what EDM's preconditioning is for (eq. 7 and 8)."""
+    x0 = 0.5 * torch.randn(600, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = edm_loss(EdmNetwork(CONFIG), x0, torch.zeros(600, 2), None, torch.Generator().manual_seed(0))
+    assert abs(float(loss) - 1) < 0.03
+
+
+def one_step(method: Any, recipe: EdmTeacherRecipe) -> float:
+    """On the same batch with the same noise, each time. Returns the loss before the step."""
+    batch = Batch(0, method.data(0), torch.Generator().manual_seed(0))
+    return float(training_step(method.phases, batch, recipe.loop)["denoising"])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_it_learns(images: ImageSet, optimizer: Literal["adam", "muon"]) -> None:
+    recipe = replace(RECIPE, optimizer=optimizer, lr={"adam": 2e-3, "muon": 1e-2}[optimizer])
+    method = train_edm_teacher(recipe, images, CPU)
+    losses = [one_step(method, recipe) for _ in range(15)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_network_is_told_of_augmentation_in_training_but_never_in_samples(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, network="tiny-augmented", augment=0.5)
+    method = train_edm_teacher(recipe, images, CPU)
+    assert method.sample is not None
+    told: list[Tensor | None] = []
+    original = EdmNetwork.forward
+
+    def forward(self: EdmNetwork, x: Any, sigma: Any, labels: Any, augment: Tensor | None = None) -> Any:
+        told.append(augment)
+        return original(self, x, sigma, labels, augment)
+
+    monkeypatch.setattr(EdmNetwork, "forward", forward)
+    one_step(method, recipe)
+    assert told[0] is not None and told[0].shape == (8, 9) and told[0].any()
+    told.clear()
+    method.sample(None)
+    assert told and all(augment is None for augment in told)
+    with pytest.raises(UserError, match="augment"):
+        train_edm_teacher(replace(RECIPE, augment=0.5), images, CPU)
+
+
+def test_a_run_writes_a_teacher_and_resumes_bit_for_bit(images: ImageSet, tmp_path: Path) -> None:
+    def run(out: Path, iterations: int, resume: bool = False) -> None:
+        recipe = replace(RECIPE, loop=replace(RECIPE.loop, iterations=iterations, decay=False))
+        method = build_method(recipe, {"data": images.path}, CPU)
+        assert train(method, recipe.loop, out, resume=resume, recipe={"name": "tiny", **asdict(recipe)})
+
+    run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 3)
+    (tmp_path / "parts" / "model").rename(tmp_path / "half")
+    run(tmp_path / "parts", 6, resume=True)
+    run(tmp_path / "parts", 6, resume=True)  # finished: it is exported again
+    assert "trained from scratch" in (tmp_path / "parts" / "model" / "README.md").read_text()
+    whole, parts = tmp_path / "whole" / "model", tmp_path / "parts" / "model"
+    assert same_weights(whole, parts) and not same_weights(whole, tmp_path / "half")
+    assert (tmp_path / "whole" / "samples" / "0000006.png").is_file()
+
+    manifest = read_manifest(whole)
+    assert manifest.teacher is not None and not manifest.students
+    assert (manifest.teacher.subfolder, manifest.teacher.steps, manifest.teacher.guidance_scale) == (".", 18, 1.0)
+    assert manifest.class_names == ["dark", "bright"] and manifest.native_size == (8, 8)
+    denoiser = load_edm(whole, "cpu")
+    x0 = denoiser(torch.zeros(2, 3, 8, 8), torch.ones(2), ClassCondition.of(torch.tensor([0, 1]), 2))
+    assert x0.shape == (2, 3, 8, 8) and torch.isfinite(x0).all()
+    json.loads((tmp_path / "whole" / "recipe.json").read_text())
+
+
+def test_what_is_missing_is_said(images: ImageSet) -> None:
+    with pytest.raises(UserError, match="--data: missing"):
+        build_method(RECIPE, {}, CPU)
+    with pytest.raises(UserError, match="--set network=small: expected one of"):
+        resolve("cifar10-small-teacher", ["network=small"])

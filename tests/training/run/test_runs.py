@@ -1,0 +1,757 @@
+"""What may befall a run: terminals that go away, stop requests, NaNs, damaged checkpoints, a second trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.files import atomic_path
+from dmd2.runtime.tensors import os_errors, save_tensors
+from dmd2.runtime.terminal import Terminal, say
+from dmd2.training.loop import Batch, Logs, Method, Phase, train, training_step
+from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.run.checkpoints import Checkpoints, check_inputs, check_recipe, digest, read
+from dmd2.training.run.divergence import IN_A_ROW, WINDOW, Guard, TrainingDiverged
+from dmd2.training.run.folder import check_out
+from dmd2.training.run.signals import stop_signals
+from tests.training.test_loop import TOY, assert_same_runs, checkpoint, differences, log, toy
+
+SHORT = replace(TOY, iterations=4, checkpoint_every=2, sample_every=100)
+RECIPE = {"name": "toy", "lr": 1e-2, "loop": asdict(SHORT)}
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 600
+    return text
+
+
+# Stop requests, terminals
+
+
+@pytest.fixture(autouse=True)
+def _signals_end_a_process() -> Iterator[None]:
+    """As they do by default: under nohup, say, the tests would inherit that hang-ups are ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_request_sets_a_flag_and_writes_nothing(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stop_signals() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # parents that pass signals on send the same one twice
+        assert stopped()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_a_second_ctrl_c_a_while_later_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ended = [0.0], list[int]()
+    monkeypatch.setattr("dmd2.training.run.signals.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    with stop_signals():
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        clock[0] = 5.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_signal_that_was_ignored_stays_so_and_threads_have_no_handlers() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopped()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    entered = []
+
+    def elsewhere() -> None:
+        with stop_signals() as stopped:
+            entered.append(stopped())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert entered == [False]
+
+
+def stop_at(method: Method, step: int, number: signal.Signals = signal.SIGTERM) -> Method:
+    def data(part: int) -> Any:
+        if part == step:
+            os.kill(os.getpid(), number)
+        return method.data(part)
+
+    return replace(method, data=data)
+
+
+class Gone:
+    """A stream whose reader has gone away."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("stream", [Gone(), None])
+def test_a_run_without_a_terminal_stops_after_a_checkpoint_and_goes_on(
+    number: signal.Signals, stream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert not train(stop_at(toy(SHORT), 2, number), SHORT, tmp_path / "run", recipe=RECIPE)
+    assert checkpoint(tmp_path / "run")["step"] == 3
+    assert train(toy(SHORT), SHORT, tmp_path / "run", resume=True, recipe=RECIPE)
+    assert train(toy(SHORT), SHORT, tmp_path / "whole", recipe=RECIPE)
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_pipe_that_broke_leads_nowhere_from_then_on() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        terminal = Terminal(stream)
+        assert terminal == Terminal(None) and hash(terminal) and terminal != stream
+        os.close(reader)
+        terminal.write("to nobody\n")
+        stream.write("nor this\n")
+        stream.flush()  # as Python does at its end
+        terminal.flush()
+    Terminal(stream).write("closed by now")
+
+
+def test_words_go_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    say("step 3: σ")
+    assert capsys.readouterr().out == "step 3: σ\n"
+
+
+def test_the_checkpoint_comes_before_samples_scores_and_words(tmp_path: Path) -> None:
+    """What is missing of a step whose sampling was cut short is made up for by the run that goes on."""
+    steps = replace(TOY, sample_every=7)
+    draw, calls = toy(steps).sample, itertools.count()
+    assert draw is not None
+
+    def cut(averaged: nn.Module | None) -> Tensor:
+        if next(calls):  # the first is of step 0
+            raise KeyboardInterrupt
+        return draw(averaged)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(toy(steps), sample=cut), steps, tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["step"] == 7
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))  # nor had that step's line been written
+    assert train(toy(steps), steps, tmp_path / "run", resume=True)
+    assert train(toy(steps), steps, tmp_path / "whole")
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+    assert (tmp_path / "run" / "samples" / "0000007.png").is_file()
+
+
+# Not a number
+
+
+def poisoned(settings: LoopSettings, bad: Callable[[int], bool], value: float = math.nan) -> Method:
+    method = toy(settings)
+    return replace(method, data=lambda part: method.data(part) * (value if bad(part) else 1))
+
+
+def strict(line: str) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_batch_is_skipped_counted_and_said(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(TOY, iterations=9, log_every=3)
+    assert train(poisoned(settings, lambda step: step == 3, value), settings, tmp_path / "run")
+    text = capsys.readouterr().out
+    assert "step 4: generator: loss or gradient is not finite, update skipped (1 so far)" in text
+    assert "critic: loss" not in text
+    lines = [strict(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "generator" in line]
+    assert [line["generator/skipped"] for line in lines] == [0, 1, 0]
+    assert lines[1]["generator"] is None and lines[1]["critic"] > 0
+
+
+def norms() -> tuple[nn.Module, nn.Module, list[Phase]]:
+    first, second = (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)) for _ in range(2))
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        out = second(first(batch.data))
+        return (out if batch.step < 2 else torch.ones(1, requires_grad=True) + 0 * first[1].weight).sum(), {}
+
+    return first, second, [Phase("only", 1, first, torch.optim.Adam(first.parameters(), 0.1), loss)]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("zero_nans", [False, True])
+def test_batch_normalisation_forgets_a_bad_batch(step: int, value: float, zero_nans: bool) -> None:
+    """Its averages are what they were, of every network that the loss ran through, even if the loss is finite."""
+    first, second, phases = norms()
+    settings = replace(TOY, zero_nans=zero_nans)
+    good = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    training_step(phases, Batch(0, good, torch.Generator()), settings, networks=[second])
+    before = [{k: v.clone() for k, v in network.state_dict().items()} for network in (first, second)]
+    bad = torch.cat([torch.full((1, 3), value), good])
+    figures = training_step(phases, Batch(step, bad, torch.Generator()), settings, [], [second])
+    assert figures["only/skipped"] == 1
+    assert differences(before, [first.state_dict(), second.state_dict()]) == []
+    assert training_step(phases, Batch(0, good, torch.Generator()), settings, networks=[second])["only/skipped"] == 0
+    assert differences(before, [first.state_dict(), second.state_dict()]) != []
+
+
+def test_zeroed_gradients_of_a_loss_that_is_not_finite_count_as_skipped() -> None:
+    module = nn.Linear(2, 1)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    phase = Phase(
+        "only",
+        1,
+        module,
+        torch.optim.Adam(module.parameters()),
+        lambda batch: (module(torch.full((1, 2), math.nan)).sum(), {}),
+    )
+    for _ in range(2):
+        figures = training_step([phase], Batch(0, None, torch.Generator()), replace(TOY, zero_nans=True))
+        assert figures["only/skipped"] == 1 and math.isfinite(figures["only/gradient_norm"])
+    assert differences(before, module.state_dict()) == []
+
+
+def test_any_of_the_parts_of_a_step_may_be_the_bad_one() -> None:
+    for where in range(3):
+        module = nn.Linear(2, 1)
+        phase = Phase(
+            "only", 1, module, torch.optim.Adam(module.parameters()), lambda b, m=module: (m(b.data).sum(), {})
+        )
+        data = [torch.full((1, 2), math.nan if i == where else 1.0) for i in range(3)]
+        first, *rest = (Batch(0, part, torch.Generator()) for part in data)
+        assert training_step([phase], first, TOY, rest)["only/skipped"] == 1
+
+
+@pytest.mark.parametrize("iterations", [20, 400])
+def test_a_run_that_no_longer_learns_ends_with_an_error_and_keeps_its_checkpoint(
+    iterations: int, tmp_path: Path
+) -> None:
+    settings = replace(TOY, iterations=iterations)
+    with pytest.raises(TrainingDiverged, match="updates were skipped") as error:
+        train(poisoned(settings, lambda step: step >= 3), settings, tmp_path / "run")
+    one_line(error)
+    assert checkpoint(tmp_path / "run")["step"] < 200 and not (tmp_path / "run" / "exported.pt").exists()
+    with pytest.raises(TrainingDiverged):  # nor does going on help
+        train(poisoned(settings, lambda step: step >= 3), settings, tmp_path / "run", resume=True)
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path) -> None:
+    method = toy(SHORT)
+    phases = [method.phases[0], replace(method.phases[1], optimizer=torch.optim.SGD(
+        method.phases[1].module.parameters(), lr=math.inf
+    ))]  # fmt: skip
+    with pytest.raises(TrainingDiverged, match=r"step 2: weights are no longer finite \(critic: ") as error:
+        train(replace(method, phases=phases), SHORT, tmp_path / "run")
+    one_line(error)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@given(st.lists(st.booleans(), max_size=260), st.integers(0, 260))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_guard_is_what_it_says_wherever_the_run_was_resumed(updates: list[bool], cut: int) -> None:
+    guard, failed = Guard(), None
+    for step, skipped in enumerate(updates):
+        if step == cut:
+            guard = Guard.of(json.loads(json.dumps(guard.state())))
+        guard.note(step + 1, {"a": float(skipped), "b": None})
+        try:
+            guard.check(step + 1)
+        except TrainingDiverged:
+            failed = step
+            break
+    assert "b" not in guard.recent and len(guard.recent.get("a", [])) <= WINDOW
+
+    def diverged(upto: int) -> bool:
+        row = upto >= IN_A_ROW and all(updates[upto - IN_A_ROW : upto])
+        return row or (upto >= WINDOW and 2 * sum(updates[upto - WINDOW : upto]) > WINDOW)
+
+    assert failed == next((step for step in range(len(updates)) if diverged(step + 1)), None)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, torch.float32), (-math.inf, torch.bfloat16)])
+def test_weights_that_are_not_finite_are_not_written(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match=r"model\.safetensors: not written, for b has values") as error:
+        save_tensors({"a": torch.ones(2), "b": torch.tensor([1, value], dtype=dtype)}, path)
+    one_line(error)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="not finite in float16"):
+        save_tensors({"too-large": torch.tensor([1e5]).half()}, path)
+    save_tensors({"a": torch.ones(2), "n": torch.tensor([3])}, path)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_is_the_same_error_whoever_meets_it(tmp_path: Path) -> None:
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from dmd2.runtime.tensors import save_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    save_tensors({"a": torch.zeros(1000)}, Path(sys.argv[1]))
+except OSError as error:
+    print(error.errno, error.strerror)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model.safetensors")]
+    done = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[3], timeout=600, capture_output=True, text=True
+    )
+    assert done.stdout == f"{errno.EFBIG} {os.strerror(errno.EFBIG)}\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No space left") as error, os_errors(tmp_path):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path)
+    with pytest.raises(KeyError), os_errors(tmp_path):
+        raise KeyError("something else")
+
+
+# Checkpoints
+
+
+def finished(out: Path, iterations: int = 4) -> Path:
+    steps = replace(SHORT, iterations=iterations)
+    assert train(toy(steps), steps, out, recipe=RECIPE | {"loop": asdict(steps)})
+    return out
+
+
+def resume(out: Path, method: Method | None = None, recipe: dict[str, Any] = RECIPE, **more: Any) -> bool:
+    return train(method or toy(SHORT), SHORT, out, resume=True, recipe=recipe, **more)
+
+
+def test_two_generations_are_kept(tmp_path: Path) -> None:
+    finished(tmp_path / "run", 6)
+    states = [read(tmp_path / "run" / name) for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+    assert [state["step"] for state in states] == [6, 4]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_never_goes_unseen(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file is either refused, or every bit that counts in it is what was written."""
+    out = finished(tmp_path / "run")
+    path = out / "checkpoint.pt"
+    content, whole = bytearray(path.read_bytes()), read(path)
+    generator = torch.Generator().manual_seed(seed)
+    place = int(torch.randint(len(content), (1,), generator=generator))
+    content[place] ^= 1 << int(torch.randint(8, (1,), generator=generator))
+    path.write_bytes(content)
+    try:
+        assert digest(read(path)) == digest(whole)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert resume(out)
+        text = capsys.readouterr().out
+        assert "checkpoint.pt: not a" in text and "going on from the one before it, of step 2" in text
+    assert differences(read(path), whole) == []
+
+
+def test_a_weight_that_was_changed_is_seen(tmp_path: Path) -> None:
+    out = finished(tmp_path / "run")
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    next(iter(state["phases"]["critic"]["module"].values()))[0, 0] = -6e37
+    torch.save(state, out / "checkpoint.pt")
+    with pytest.raises(UserError, match="its content and its checksum differ") as error:
+        read(out / "checkpoint.pt")
+    one_line(error)
+    (out / "checkpoint.previous.pt").write_bytes(b"no")
+    with pytest.raises(UserError, match="nor is there an older one") as error:
+        resume(out)
+    one_line(error)
+
+
+def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(tmp_path: Path) -> None:
+    out = finished(tmp_path / "run")
+    (out / "checkpoint.pt").write_bytes(b"damaged")
+    assert not resume(out, stop_at(toy(SHORT), 2))
+    assert read(out / "checkpoint.pt")["step"] == 3 and read(out / "checkpoint.previous.pt")["step"] == 2
+    (out / "checkpoint.pt").unlink()  # killed between two renames
+    assert resume(out)
+    assert_same_runs(out, finished(tmp_path / "whole"))
+
+
+def widened(change: str) -> Method:
+    method = toy(SHORT)
+    wide = nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.Linear(9, 4))
+    generator, critic = method.phases
+    if change == "width":
+        critic = replace(critic, module=wide, optimizer=torch.optim.Adam(wide.parameters()))
+    if change == "tensor":
+        more = nn.Sequential(critic.module, nn.Linear(4, 4))
+        critic = replace(critic, module=more)
+    if change == "optimizer":
+        critic = replace(critic, optimizer=torch.optim.Adam(list(critic.module.parameters())[:2]))
+    if change == "optimizer-shapes":
+        critic = replace(critic, optimizer=torch.optim.Adam(reversed(list(critic.module.parameters()))))
+    if change == "phase":
+        critic = replace(critic, name="discriminator")
+    return replace(method, phases=[generator, critic], averaged=wide if change == "average" else method.averaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("width", r"critic: the tensor 0\.weight is \(8, 4\); this run's is \(9, 4\)"),
+        ("tensor", r"critic: lacks the tensor 0\.0\.weight"),
+        ("optimizer", r"critic: its optimizer has \[6\] parameters; this run's has \[2\]"),
+        ("optimizer-shapes", "critic: its optimizer's state does not fit"),
+        ("phase", "trains generator, critic; this run generator, discriminator"),
+        ("average", "average: the tensor"),
+    ],
+)
+def test_a_checkpoint_of_other_networks_is_one_line_and_loads_nothing(
+    change: str, words: str, tmp_path: Path
+) -> None:
+    out = finished(tmp_path / "run")
+    method = widened(change)
+    before = [{k: v.clone() for k, v in phase.module.state_dict().items()} for phase in method.phases]
+    with pytest.raises(UserError, match=words) as error:
+        resume(out, method)
+    one_line(error)
+    assert differences(before, [phase.module.state_dict() for phase in method.phases]) == []
+
+
+@pytest.mark.parametrize("name", ["step", "phases", "average", "guard", "log", "recipe"])
+@pytest.mark.parametrize("value", [None, "x", [1], {"generator": 3, "critic": None}])
+def test_foreign_structures_with_a_right_checksum_are_one_line(name: str, value: Any, tmp_path: Path) -> None:
+    out = finished(tmp_path / "run")
+    state = read(out / "checkpoint.pt") | {name: value}
+    torch.save(state | {"sha256": digest(state)}, out / "checkpoint.pt")
+    with pytest.raises(UserError) as error:
+        resume(out)
+    one_line(error)
+
+
+def test_a_checkpoint_of_an_older_version_is_named(tmp_path: Path) -> None:
+    out = finished(tmp_path / "run")
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        state = read(out / name)
+        torch.save({k: state[k] for k in ("step", "recipe", "phases", "average")}, out / name)
+    with pytest.raises(UserError, match="not a checkpoint that this version of dmd2 reads") as error:
+        resume(out)
+    one_line(error)
+
+
+def test_a_recipe_that_gained_a_key_goes_on_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = finished(tmp_path / "run")
+    gained = RECIPE | {"new": 3, "loop": asdict(SHORT) | {"newer": [1]}}
+    assert resume(out, recipe=gained)
+    assert "says nothing of loop.newer=[1], new=3; going on with that" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"different: lr\)"):
+        resume(out, recipe={"name": "toy", "loop": asdict(SHORT)})  # one that lost a key is another
+
+
+def test_what_may_change_and_what_may_not() -> None:
+    then = {"name": "toy", "steps": (1, 2), "loop": {"seed": 1, "iterations": 5, "log_every": 1}}
+    free = {"iterations": 9, "log_every": 2, "sample_every": 3, "checkpoint_every": 4}
+    check_recipe(Path("c"), {"name": "toy", "steps": [1, 2], "loop": {"seed": 1, **free}}, then)
+    for change in ({"name": "other"}, {"steps": (2, 1)}, {"loop": {"seed": 2}}):
+        with pytest.raises(UserError, match="another recipe"):
+            check_recipe(Path("c"), {**then, **change}, then)
+
+
+def test_other_inputs_are_refused_by_name() -> None:
+    check_inputs({"data": "a"}, {"data": "a"})
+    check_inputs(None, {"data": "a"})
+    for now in ({"data": "b", "init": "i"}, {"init": "i"}):
+        with pytest.raises(UserError, match="--data: not what this run began with"):
+            check_inputs(now, {"data": "a", "init": "i"})
+
+
+def test_more_steps_with_decay_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = finished(tmp_path / "run", 2)
+    assert resume(out)
+    assert "the learning rate falls to zero at step 4" in capsys.readouterr().out
+    fewer = replace(SHORT, iterations=1)
+    with pytest.raises(UserError, match="has done 4 steps already"):
+        train(toy(fewer), fewer, out, resume=True, recipe=RECIPE)
+
+
+# The folder
+
+
+def test_resuming_nothing_is_an_error_and_touches_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(UserError, match="holds no checkpoint to --resume from") as error:
+        resume(out)
+    one_line(error)
+    assert [p.name for p in out.iterdir()] == ["log.jsonl"]
+    assert (out / "log.jsonl").read_text() == '{"step": 3}\n'
+    finished(out)  # a new run does not wipe it either
+    assert (out / "log.previous.jsonl").read_text() == '{"step": 3}\n' and log(out)[0]["step"] == 0
+
+
+def test_a_second_trainer_is_told_so(tmp_path: Path) -> None:
+    out = finished(tmp_path / "run")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with (out / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=rf"--out .*: process {os.getpid()} is at work there") as error:
+            resume(out)
+    one_line(error)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert resume(out)  # the lock is gone with its owner
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "samples").mkdir(parents=True)
+    for name in ("model", "fake_score"):
+        (out / f".{name}.ab_1cd2e" / name).mkdir(parents=True)
+    stale = [out / ".checkpoint.pt.0123abcd.tmp", out / "samples" / ".0000020.png.0123abcd.tmp"]
+    others = [out / ".checkpoint.pt.tmp", out / "note.tmp", out / ".mine.0123abcd.tmp", out / ".model.txt"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("kept")
+    for path in stale + others:
+        path.write_text("x")
+    link = out / ".log.jsonl.0123abcd.tmp"
+    link.symlink_to(elsewhere)
+    finished(out)
+    assert not any(path.exists() for path in stale) and not list(out.glob(".*.ab_1cd2e"))
+    assert all(path.exists() for path in [*others, link]) and elsewhere.read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["model", "fake_score", "classifier.safetensors"])
+def test_a_place_that_is_taken_is_noticed_before_the_first_step(name: str, tmp_path: Path) -> None:
+    out, method = tmp_path / "run", replace(toy(SHORT), data=lambda part: pytest.fail("a step was made"))
+    (out / name).mkdir(parents=True)
+    (out / name / "file").write_text("")
+    with pytest.raises(UserError, match=f"holds {name} already|in the way") as error:
+        train(method, SHORT, out)
+    one_line(error)
+    shutil.rmtree(out / name)
+    wrong = out / name
+    if wrong.suffix:
+        wrong.mkdir()
+    else:
+        wrong.write_text("")
+    with pytest.raises(UserError, match="in the way of what the run is going to write") as error:
+        train(method, SHORT, out)
+    one_line(error)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        train(toy(SHORT), SHORT, tmp_path / "file" / "run")
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match=f"--out .*run: {tmp_path} cannot be written to") as error:
+        check_out(tmp_path / "new" / "run", resume=False)
+    one_line(error)
+    monkeypatch.undo()
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"--out .*run: cannot be written to \(Permission denied\)") as error:
+        train(toy(SHORT), SHORT, tmp_path / "run")
+    one_line(error)
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full after so many bytes."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("room", [0, 3000, 6000])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert not train(stop_at(toy(SHORT), 1), SHORT, out, recipe=RECIPE)
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if ".checkpoint.pt." not in path.name:
+            return real(path, mode, *more, **options)
+        file = Full(path, "w")
+        file.room = room
+        return file
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="No space left on device; its checkpoint is whole: --resume") as error:
+        resume(out)
+    one_line(error)
+    monkeypatch.undo()
+    assert read(out / "checkpoint.pt")["step"] == 2
+    assert not [p for p in out.iterdir() if p.name.endswith(".tmp")]
+    assert resume(out)
+    assert_same_runs(out, finished(tmp_path / "whole"))
+
+
+def test_a_second_error_does_not_hide_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="No space left"), atomic_path(tmp_path / "file"):
+        raise OSError(28, "No space left on device")
+
+
+def test_checkpoints_of_a_folder_without_any(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is missing"):
+        Checkpoints(tmp_path).load()
+
+
+# Dropout
+
+
+def dropping(settings: LoopSettings) -> Method:
+    """Draws from the global generator in its network and in its data."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        return module(batch.data).square().mean(), {}
+
+    return Method(
+        [Phase("only", 1, module, torch.optim.Adam(module.parameters(), 1e-2), loss)],
+        data=lambda part: torch.randn(8, 4),
+        averaged=module,
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_with_dropout_is_bit_identical(accumulate: int, tmp_path: Path) -> None:
+    settings = replace(SHORT, iterations=5, accumulate=accumulate)
+    assert train(dropping(settings), settings, tmp_path / "whole")
+    assert not train(stop_at(dropping(settings), 2 * accumulate), settings, tmp_path / "run")
+    method = dropping(settings)
+    torch.manual_seed(12345)
+    assert train(method, settings, tmp_path / "run", resume=True)
+    assert len({tuple(line.values()) for line in log(tmp_path / "run")}) == 5
+    assert_same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(method: Method, part: int) -> Method:
+    def data(at: int) -> Any:
+        if at == part:
+            raise Crash
+        return method.data(at)
+
+    return replace(method, data=data)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(both(), LONG, out)
+    return out
+
+
+LONG = replace(TOY, iterations=12, checkpoint_every=3, sample_every=4, log_every=2)
+
+
+def both() -> Method:
+    """The toy's two networks and, as a third phase, one with dropout."""
+    one, two = toy(LONG), dropping(LONG)
+    third = replace(two.phases[0], name="third")
+    return replace(one, phases=[*one.phases, third])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["crash", "stop", "damage", "sample"]), st.integers(0, 13)), max_size=5))
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_whatever_befalls_a_run_it_ends_as_the_undisturbed_one(
+    undisturbed: Path, tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int]]
+) -> None:
+    out = tmp_path_factory.mktemp("disturbed") / "run"
+
+    def cut(averaged: nn.Module | None) -> Tensor:
+        raise Crash
+
+    def begun() -> bool:
+        return any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+
+    for kind, step in events:
+        method = both()
+        if kind == "damage" and (out / "checkpoint.previous.pt").exists():
+            (out / "checkpoint.pt").write_bytes(b"damaged")
+        method = stop_at(method, step) if kind == "stop" else crash_at(method, step)
+        if kind == "sample":
+            method = replace(method, sample=cut)
+        with contextlib.suppress(Crash):
+            train(method, LONG, out, resume=begun())
+    assert train(both(), LONG, out, resume=begun())
+    assert_same_runs(undisturbed, out)
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [f"{n:07d}.png" for n in (0, 4, 8, 12)]
+
+
+def test_streams_that_came_closed_are_not_taken_by_files(tmp_path: Path) -> None:
+    """Else what a library writes to descriptor 2 ends up in whatever file the process opened first."""
+    code = (
+        "import os, sys; from dmd2.runtime.terminal import Terminal, occupy_standard_streams; "
+        "occupy_standard_streams(); "
+        "file = open(sys.argv[1], 'w'); assert file.fileno() > 2; os.write(2, b'noise'); file.write('content'); "
+        "Terminal(sys.stderr).write('words')"
+    )
+    command = ["sh", "-c", '"$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, code, str(tmp_path / "file")]
+    assert subprocess.run(command, check=False, cwd=Path(__file__).parents[3], timeout=600).returncode == 0
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_a_terminal_knows_its_width_and_what_it_is(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        assert Terminal(file).fileno() == file.fileno() and not Terminal(file).isatty()
+    assert not Terminal(file).isatty() and not Terminal(None).isatty()
+    with pytest.raises(OSError, match="no such stream"):
+        Terminal(None).fileno()
