@@ -30,11 +30,10 @@ from dmd2.training.discriminators.projected import (
 )
 from dmd2.training.discriminators.published import PublishedDiscriminator, class_embeddings
 from dmd2.training.loop import Batch, Method, Phase
-from dmd2.training.methods.dmd import DmdSettings, dmd_phases
+from dmd2.training.methods.dmd import DmdSettings, dmd_phases, regression_distance
 from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
 from dmd2.training.methods.gdd import GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
 from dmd2.training.muon import Muon
-from dmd2.training.perceptual import regression_distance
 from dmd2.training.preview import ClassPreview, ClassScore
 from dmd2.training.recipes.kinds import EdmDistilRecipe, EdmDmd2Recipe, EdmDmdRecipe, EdmGddRecipe
 from dmd2.training.run.card import model_card, name_of

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dmd2.data.pairs import RegressionPairs
+from dmd2.evaluation.perceptual import Lpips
+from dmd2.runtime.terminal import say
 from dmd2.training.loop import Batch, Logs, Phase
+from dmd2.training.losses import l2
 from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -66,3 +70,16 @@ def dmd_phases(
         return loss + settings.regression_weight * regression, logs | {"regression": regression.detach()}
 
     return [replace(generator, loss=generator_loss), critic]
+
+
+def regression_distance(path: Path | None, device: torch.device | str) -> Distance:
+    """LPIPS if there is a file, else L2; the terminal says which.
+
+    Raises:
+        UserError: see `Lpips`.
+    """
+    if path is None:
+        say("regression: L2, as no LPIPS network is given")
+        return l2
+    say(f"regression: LPIPS, {path}")
+    return Lpips(path, device)

@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.terminal import say
-from dmd2.training.losses import l2
-from dmd2.training.methods.dmd import Distance
 
 SIDE = 224
 """what both pictures are enlarged to, in pixels (DMD, app. B)"""
@@ -61,16 +58,3 @@ class Lpips:
 
 def _enlarged(x: Tensor) -> Tensor:
     return F.interpolate(x, size=(SIDE, SIDE), mode="bilinear")
-
-
-def regression_distance(path: Path | None, device: torch.device | str) -> Distance:
-    """LPIPS if there is a file, else L2; the terminal says which.
-
-    Raises:
-        UserError: see `Lpips`.
-    """
-    if path is None:
-        say("regression: L2, as no LPIPS network is given")
-        return l2
-    say(f"regression: LPIPS, {path}")
-    return Lpips(path, device)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmd2.evaluation.perceptual import Lpips
 from dmd2.runtime.errors import UserError
 from dmd2.training.losses import l2
-from dmd2.training.perceptual import Lpips, regression_distance
+from dmd2.training.methods.dmd import regression_distance
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
