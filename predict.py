@@ -11,7 +11,7 @@ from cog import BaseRunner, Input, Path, concurrent, streaming
 
 from dmd2.runtime.errors import BriefFormatter
 from dmd2.service.cog.bridge import begun, in_this_context
-from dmd2.service.images import PictureFile, PictureRequest, PictureService
+from dmd2.service.images import ImageRequest, ImageService, OutputImage
 
 
 class Predictor(BaseRunner):
@@ -23,7 +23,7 @@ class Predictor(BaseRunner):
         handler.setFormatter(BriefFormatter("%(levelname)s %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
         logging.getLogger("httpx2").setLevel(logging.WARNING)
-        self.service = PictureService(os.environ.get("DMD2_WEIGHTS") or weights)
+        self.service = ImageService(os.environ.get("DMD2_WEIGHTS") or weights)
 
     @streaming
     @concurrent(max=32)
@@ -50,12 +50,12 @@ class Predictor(BaseRunner):
             default=None,
         ),
         image: Optional[Path] = Input(
-            description="Picture to begin with (PNG, JPEG, WebP), by https or data URL; width and height follow it.",
+            description="Image to begin with (PNG, JPEG, WebP), by https or data URL; width and height follow it.",
             regex=r"^(https://|data:)",
             default=None,
         ),
         mask: Optional[Path] = Input(
-            description="Light, or a hole in an opaque picture, where image is painted anew. Resized to image.",
+            description="Light, or a hole in an opaque image, where image is painted anew. Resized to image.",
             regex=r"^(https://|data:)",
             default=None,
         ),
@@ -74,7 +74,7 @@ class Predictor(BaseRunner):
             description="Of all LoRAs that name no scale of their own.", ge=-4, le=4, default=1
         ),
         control_image: Optional[Path] = Input(
-            description="Picture whose lines (or depth, …) are followed, as the control was trained for.",
+            description="Image whose lines (or depth, …) are followed, as the control was trained for.",
             regex=r"^(https://|data:)",
             default=None,
         ),
@@ -84,7 +84,7 @@ class Predictor(BaseRunner):
             default=None,
         ),
         control_scale: float = Input(description="How much control_image counts.", ge=0, le=2, default=0.8),
-        num_outputs: int = Input(description="How many pictures.", ge=1, le=4, default=1),
+        num_outputs: int = Input(description="How many images.", ge=1, le=4, default=1),
         num_inference_steps: Optional[int] = Input(
             description="Each is a distilled model of its own: 1 is faster, 4 better. Empty: the most there is.",
             choices=[1, 4],
@@ -97,7 +97,7 @@ class Predictor(BaseRunner):
             default=0,
         ),
         seed: Optional[int] = Input(
-            description="Of the first picture; picture i has seed + i. Empty: random (see the metrics and the log).",
+            description="Of the first image; image i has seed + i. Empty: random (see the metrics and the log).",
             ge=0,
             le=4294967295,
             default=None,
@@ -105,17 +105,17 @@ class Predictor(BaseRunner):
         output_format: str = Input(description="Of the files.", choices=["webp", "jpg", "png"], default="webp"),
         output_quality: int = Input(description="Of webp and jpg; png is lossless.", ge=1, le=100, default=80),
         disable_safety_checker: bool = Input(
-            description="Do not check the pictures. Only where the operator allows it.", default=False
+            description="Do not check the images. Only where the operator allows it.", default=False
         ),
         previews: bool = Input(
-            description="Also show rough pictures of the steps before the last, as they are made; for SSE clients.",
+            description="Also show rough images of the steps before the last, as they are made; for SSE clients.",
             default=False,
         ),
     ) -> AsyncIterator[Path]:
-        """Draws pictures and hands over each as soon as it is encoded."""
+        """Draws images and hands over each as soon as it is encoded."""
         if negative_prompt or guidance_scale:
             print("negative_prompt and guidance_scale have no effect: the model is distilled to draw without them")
-        request = PictureRequest(  # Cog lets 4.0 pass for an integer, and leaves it a float
+        request = ImageRequest(  # Cog lets 4.0 pass for an integer, and leaves it a float
             prompt=prompt,
             width=None if width is None else int(width),
             height=None if height is None else int(height),
@@ -137,31 +137,31 @@ class Predictor(BaseRunner):
             control_scale=float(control_scale),
         )
         # Not `yield`: see dmd2/service/cog/bridge.py.
-        return in_this_context(self._files(await begun(self.service.draw(request))))
+        return in_this_context(self._files(await begun(self.service.generate(request))))
 
-    def _files(self, pictures: Iterator[PictureFile]) -> Iterator[Path]:
+    def _files(self, images: Iterator[OutputImage]) -> Iterator[Path]:
         seconds: dict[str, float] = {}
         shown = 0
         finished = 0
-        for picture in pictures:
-            if picture.step is not None and picture.path is not None:  # a preview
-                yield Path(picture.path)
+        for image in images:
+            if image.step is not None and image.path is not None:  # a preview
+                yield Path(image.path)
                 continue
             finished += 1
             if finished == 1:
-                print(f"seed: {picture.seed}")
-                self.record_metric("seed", picture.seed)
-                self.record_metric("batch_size", picture.batch_size)
-            seconds = {stage: max(time, seconds.get(stage, 0.0)) for stage, time in picture.seconds.items()}
-            shown += picture.path is not None
+                print(f"seed: {image.seed}")
+                self.record_metric("seed", image.seed)
+                self.record_metric("batch_size", image.batch_size)
+            seconds = {stage: max(time, seconds.get(stage, 0.0)) for stage, time in image.seconds.items()}
+            shown += image.path is not None
             self.record_metric("seconds", seconds)
             self.record_metric("image_count", shown)
-            if picture.path is None:
-                print(f"the picture with seed {picture.seed} was withheld by the safety checker")
+            if image.path is None:
+                print(f"the image with seed {image.seed} was withheld by the safety checker")
             else:
-                yield Path(picture.path)
+                yield Path(image.path)
         if not shown:
-            raise ValueError("every picture was withheld by the safety checker; try another prompt or seed")
+            raise ValueError("every image was withheld by the safety checker; try another prompt or seed")
 
     def healthcheck(self) -> bool:
         """False once the device is gone: the server must be restarted (see scripts/entrypoint)."""

@@ -26,7 +26,7 @@ RATE, TEXT = 790, 0.00034  # of an H200: dense 16-bit TFLOP/s, seconds to read t
 
 
 def start(weights: Path, system: str, device: str, size: int, steps: int, rounds: int) -> dict[str, Any]:
-    """From the start of a process to its pictures, in seconds. Run in a process of its own."""
+    """From the start of a process to its images, in seconds. Run in a process of its own."""
     import torch
 
     mode = str(steps)
@@ -44,7 +44,7 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
         if engine.device.type == "cuda":
             engine.warm_up((mode,), [(size, size)], 1)
             done("warm_up")
-        draw, dtype, target = ours(engine, size, steps, 1), engine.dtype, engine.device
+        generate, dtype, target = ours(engine, size, steps, 1), engine.dtype, engine.device
     else:
         from diffusers import StableDiffusionXLPipeline  # noqa: F401
 
@@ -53,12 +53,12 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
         done("imports")
         target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         dtype = torch.float16 if target.type == "cuda" else DTYPES[fastest(target)]
-        draw = theirs(load_pipeline(weights, dtype, target), size, steps, 1)
+        generate = theirs(load_pipeline(weights, dtype, target), size, steps, 1)
         done("load")
     stages = {}
     for i in range(1 + rounds):
-        stages = draw()
-        done(f"picture {i + 1}")
+        stages = generate()
+        done(f"image {i + 1}")
     result: dict[str, Any] = {"system": system, "threads": torch.get_num_threads()}
     for (_, before), (name, after) in itertools.pairwise(marks.items()):
         result[name] = {"s": round(after[0] - before[0], 2), "cpu_s": round(after[1] - before[1], 2)}
@@ -76,13 +76,13 @@ def ours(engine: Any, size: int, steps: int, batch: int) -> Callable[[], dict[st
     """A call that draws and gives the seconds of its stages. Each has new prompts: none is encoded already."""
     numbers = itertools.count()
 
-    def draw() -> dict[str, float]:
+    def generate() -> dict[str, float]:
         seeds = [next(numbers) for _ in range(batch)]
         prompts = [f"{PROMPT} {steps} {seed}" for seed in seeds]
-        timings = engine.draw_timed(prompts, seeds, str(steps), (size, size))[1]
+        timings = engine.generate_timed(prompts, seeds, str(steps), (size, size))[1]
         return {name: round(value, 4) for name, value in vars(timings).items()}
 
-    return draw
+    return generate
 
 
 def load_pipeline(weights: Path, dtype: Any, device: Any) -> Any:
@@ -98,13 +98,13 @@ def theirs(pipeline: Any, size: int, steps: int, batch: int) -> Callable[[], Non
     """A call that draws with diffusers, up to the tensor on the CPU."""
     import torch
 
-    def draw() -> None:
-        pictures = pipeline(
+    def generate() -> None:
+        images = pipeline(
             [PROMPT] * batch, width=size, height=size, timesteps=STEPS[steps], guidance_scale=0.0, output_type="pt"
         ).images
-        (pictures * 255).round().to(torch.uint8).cpu()
+        (images * 255).round().to(torch.uint8).cpu()
 
-    return draw
+    return generate
 
 
 def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -1,6 +1,6 @@
 """SDXL's structure in small: what diffusers' own pipelines and this project are both given, in parity tests.
 
-Random weights, float32, pictures of 64×64 pixels, eight to a latent.
+Random weights, float32, images of 64×64 pixels, eight to a latent.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def noise_for_diffusers(drawn: Sequence[Tensor], *modules: Any) -> Iterator[None
 
 
 def photograph(seed: int = 5, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
-    """A smooth random picture: one that survives a VAE about as well as a photograph does."""
+    """A smooth random image: one that survives a VAE about as well as a photograph does."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (4, 4, 3), generator=generator).byte().numpy()
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)

@@ -49,7 +49,7 @@ def _convert() -> None:
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; one picture for each.")
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; one image for each.")
     ] = None,
     weights: Annotated[
         Path,
@@ -65,10 +65,10 @@ def generate(
         str | None,
         typer.Option(metavar="0-9", help="Instead of prompts: classes by number, such as 0,3-5; also writes a grid."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first picture; random unless given.")] = None,
-    num_outputs: Annotated[int, typer.Option(help="Pictures for each prompt; image i uses seed + i.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of the first image; random unless given.")] = None,
+    num_outputs: Annotated[int, typer.Option(help="Images for each prompt; image i uses seed + i.")] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; the weights' own unless given.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to begin with; gives the ratio unless --size.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to begin with; gives the ratio unless --size.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Light, or a hole, where to paint --image anew.")] = None,
     prompt_strength: Annotated[float, typer.Option(help="How much of --image goes; 1 is all of it.")] = 0.8,
     lora: Annotated[
@@ -79,7 +79,7 @@ def generate(
         Path | None,
         typer.Option(help="Folder of a ControlNet or T2I-Adapter; or its name, if in the weights."),
     ] = None,
-    control_image: Annotated[Path | None, typer.Option(help="Picture that --control follows.")] = None,
+    control_image: Annotated[Path | None, typer.Option(help="Image that --control follows.")] = None,
     control_scale: Annotated[float, typer.Option(help="How much --control-image counts.")] = 0.8,
     vae: Annotated[str, typer.Option(help="kl; or tiny (TAESDXL): faster, less sharp.")] = "kl",
     previews: Annotated[
@@ -91,9 +91,9 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each picture.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each image.")] = False,
 ) -> None:
-    """Draw pictures. Each PNG holds its prompt, seed, steps and the weights' sha256."""
+    """Draw images. Each PNG holds its prompt, seed, steps and the weights' sha256."""
     if classes is not None and prompts:
         raise UserError("--classes: given beside PROMPT; expected one or the other")
     prompts = _numbers(classes) if classes is not None else prompts or []
@@ -111,7 +111,7 @@ def generate(
     from dmd2.diffusion.sampling import Churn
     from dmd2.inference.engine import Engine, default_mode
     from dmd2.inference.image_output import save_grid, save_png
-    from dmd2.inference.inputs import Given
+    from dmd2.inference.inputs import InputImages
     from dmd2.models.locate import locate
     from dmd2.weights.manifest import read_manifest
 
@@ -123,7 +123,7 @@ def generate(
     steps = steps or default_mode(manifest)
     if previews and steps == "teacher":
         raise UserError("--previews: the teacher's own sampler shows none; expected --steps with a student")
-    given = Given.read(image, mask, prompt_strength, control_image, control_scale)
+    given = InputImages.read(image, mask, prompt_strength, control_image, control_scale)
     engine = Engine(weights, device, modes=(steps,), vae=vae, churn=None if churn is None else Churn.parse(churn))
     engine.check_prompts(prompts)
     pixels = given.size(pixels, manifest.native_size, engine.size_unit)
@@ -135,27 +135,27 @@ def generate(
     drawn = []
     for prompt in prompts:
         for i in range(num_outputs):
-            facts: dict[str, object] = {
+            metadata: dict[str, object] = {
                 "prompt": prompt,
                 "seed": first + i,
                 "steps": steps,
                 "weights_sha256": engine.sha256(steps),
-                **edit.facts,
+                **edit.metadata,
                 **({} if churn is None else {"churn": churn}),
             }
 
-            def preview(step: int, _: list[int], images: Tensor, facts: dict[str, object] = facts) -> None:
-                save_png(images[0], out, facts | {"preview_of_step": step})
+            def preview(step: int, _: list[int], images: Tensor, metadata: dict[str, object] = metadata) -> None:
+                save_png(images[0], out, metadata | {"preview_of_step": step})
 
-            # One at a time: a picture's bits never depend on its neighbours. The service batches.
+            # One at a time: an image's bits never depend on its neighbours. The service batches.
             began = time.perf_counter()
-            images, timings = engine.draw_timed(
+            images, timings = engine.generate_timed(
                 [prompt], [first + i], steps, pixels, edit=edit, preview=preview if previews else None
             )
             total = time.perf_counter() - began
-            path = save_png(images[0], out, facts)
+            path = save_png(images[0], out, metadata)
             drawn.append(images[0])
-            _tell(path, facts, asdict(timings), total, loaded, as_json)
+            _tell(path, metadata, asdict(timings), total, loaded, as_json)
     if classes is not None:
         names = [manifest.class_names[int(n)] if manifest.class_names else f"class {n}" for n in prompts]
         grid = save_grid(drawn, names, out / f"classes-{classes}_{steps}_{first}.png")
@@ -261,19 +261,19 @@ def pairs(
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of weights; or pictures: zip, folder.")],
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of weights; or images: zip, folder.")],
     metric: Annotated[str, typer.Option(help="Some of fid,kid,is,prdc,accuracy,clip,patch-fid.")] = "fid",
-    ref: Annotated[Path | None, typer.Option(help="Pictures (zip, folder), or for fid an .npz.")] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Pictures; 50000, or all there are, unless given.")] = None,
+    ref: Annotated[Path | None, typer.Option(help="Images (zip, folder), or for fid an .npz.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Images; 50000, or all there are, unless given.")] = None,
     features: Annotated[str, typer.Option(help="inception; or small: FD-small, which is not FID.")] = "inception",
     inception: Annotated[Path | None, typer.Option(help="TorchScript; in weights/metrics unless given.")] = None,
     classifier: Annotated[Path | None, typer.Option(help="For accuracy and --features small; CIFAR-10's.")] = None,
     clip: Annotated[Path | None, typer.Option(help="Folder with a CLIP model, for clip.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text, one prompt a line, for text-to-image weights.")] = None,
     steps: Annotated[str | None, typer.Option(help="Sampler's steps; the weights' own unless given.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; picture i uses seed + i.")] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 64,
-    resize: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to first.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first image; image i uses seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images at once.")] = 64,
+    resize: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to first.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     churn: Annotated[
         str | None,
@@ -302,21 +302,21 @@ def evaluate(
 
 @app.command()
 def ref_stats(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Pictures: a zip or a folder.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Images: a zip or a folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="File to write.")],
     features: Annotated[str, typer.Option(help="inception or small.")] = "inception",
     inception: Annotated[Path | None, typer.Option(help="TorchScript; in weights/metrics unless given.")] = None,
     classifier: Annotated[Path | None, typer.Option(help="For --features small; CIFAR-10's.")] = None,
-    resize: Annotated[int | None, typer.Option(help="Side in pixels that pictures are brought to first.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 64,
+    resize: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to first.")] = None,
+    batch: Annotated[int, typer.Option(help="Images at once.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Mean and covariance of pictures' features, for --ref, as EDM's .npz. Only fid can do without the pictures."""
+    """Mean and covariance of images' features, for --ref, as EDM's .npz. Only fid can do without the images."""
     from dmd2.evaluation.evaluate import CLASSIFIER, INCEPTION, reference_statistics
 
     networks = (features, inception or INCEPTION, classifier or CLASSIFIER)
     count = reference_statistics(data, out, *networks, resize=resize, batch=batch, device=device)
-    print(f"{out}: {count} pictures, {features} features")
+    print(f"{out}: {count} images, {features} features")
 
 
 @app.command()
@@ -325,7 +325,7 @@ def cog(
     host: Annotated[str, typer.Option(help="To listen on; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
     weights: Annotated[Path | None, typer.Option(help="Folder of weights with a dmd2.json.")] = None,
 ) -> None:
-    """Serve pictures through Cog's own server, without Docker. Needs a clone of the repository."""
+    """Serve images through Cog's own server, without Docker. Needs a clone of the repository."""
     if not 1 <= port <= 65535:
         raise UserError(f"--port {port}: expected 1 to 65535")
     if weights is not None and not weights.is_file() and not (weights / "dmd2.json").is_file():
@@ -402,15 +402,15 @@ def sdxl(
 
 
 def _tell(
-    path: Path, facts: dict[str, object], seconds: dict[str, float], total: float, loaded: float, as_json: bool
+    path: Path, metadata: dict[str, object], seconds: dict[str, float], total: float, loaded: float, as_json: bool
 ) -> None:
-    """One line of a finished picture."""
+    """One line of a finished image."""
     if as_json:
         rounded = {k: round(v, 4) for k, v in seconds.items()}
-        print(json.dumps({"path": str(path), **facts, "seconds": {**rounded, "load": round(loaded, 2)}}))
+        print(json.dumps({"path": str(path), **metadata, "seconds": {**rounded, "load": round(loaded, 2)}}))
         return
     stages = ", ".join(f"{stage} {value * 1000:.0f}" for stage, value in seconds.items())
-    print(f"{path}  seed {facts['seed']}  {total * 1000:.0f} ms ({stages}; start-up {loaded:.1f} s)")
+    print(f"{path}  seed {metadata['seed']}  {total * 1000:.0f} ms ({stages}; start-up {loaded:.1f} s)")
 
 
 def _check_folder(out: Path) -> None:

@@ -33,24 +33,24 @@ LOW_PASS = (
 
 
 def augment(x0: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Each picture flipped, scaled, turned, stretched and moved at random, and what was done to it.
+    """Each image flipped, scaled, turned, stretched and moved at random, and what was done to it.
 
-    Half of the pictures are mirrored, always; each other transformation happens with `probability`.
+    Half of the images are mirrored, always; each other transformation happens with `probability`.
 
     Args:
-        x0: (B, C, R, R) pictures in [−1, 1].
+        x0: (B, C, R, R) images in [−1, 1].
         probability: CIFAR-10 0.12, the 64×64 sets 0.15; 0 only mirrors.
         generator: on the CPU.
 
     Returns:
-        The pictures, as x0, and their labels (B, 9) fp32 for `map_augment`: zeros for a picture that is as it was.
+        The images, as x0, and their labels (B, 9) fp32 for `map_augment`: zeros for an image that is as it was.
     """
-    forward, labels = _draw(len(x0), probability, generator)
+    forward, labels = _generate(len(x0), probability, generator)
     return transform(x0, forward.to(x0.device)), labels.to(x0.device)
 
 
-def _draw(n: int, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What happens to n pictures (n, 3, 3), in units of half a picture's side, and labels (n, 9)."""
+def _generate(n: int, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What happens to n images (n, 3, 3), in units of half an image's side, and labels (n, 9)."""
 
     def uniform() -> Tensor:
         return torch.rand(n, generator=generator)
@@ -87,7 +87,7 @@ def _draw(n: int, probability: float, generator: torch.Generator) -> tuple[Tenso
 
 
 def transform(x: Tensor, forward: Tensor) -> Tensor:
-    """Pictures x (B, C, R, R) moved by `forward` (B, 3, 3), with mirrored surroundings.
+    """Images x (B, C, R, R) moved by `forward` (B, 3, 3), with mirrored surroundings.
 
     Coordinates are (x, y), zero in the middle, one at the edge. The identity gives back x: the filter that doubles
     the resolution before bilinear sampling, and the one that halves it after, are each other's inverse.

@@ -1,4 +1,4 @@
-"""Data sets of pictures in EDM's layout: a zip or a folder of square images, with their classes in `dataset.json`."""
+"""Data sets of images in EDM's layout: a zip or a folder of square images, with their classes in `dataset.json`."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class _Files:
 
 
 class ImageSet:
-    """Square RGB pictures of one size and, if there are any, their classes.
+    """Square RGB images of one size and, if there are any, their classes.
 
     Args:
         path: zip or folder. `dataset.json` in it is `{"labels": [["00000/img00000000.png", 6], …]}`, or null.
-        resolution: what the side of every picture must be, in pixels; None for whatever the first one's is.
+        resolution: what the side of every image must be, in pixels; None for whatever the first one's is.
         classes: how many the model knows; more than 0 makes labels 0 … classes − 1 compulsory.
-        fit: bring pictures of other sizes to `resolution`: their central square, resized by Lanczos' filter.
-        in_memory: decode all pictures at once, and keep them if they are not too many.
+        fit: bring images of other sizes to `resolution`: their central square, resized by Lanczos' filter.
+        in_memory: decode all images at once, and keep them if they are not too many.
 
     Raises:
         UserError: the file is unreadable, holds no images, or they are not what is asked for.

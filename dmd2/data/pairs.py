@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dmd2.diffusion.denoiser import Cond
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import conditioned, heun, teacher_sigmas
+from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import WEIGHTS_FILE, load_edm
 from dmd2.models.edm.network import ClassCondition, Edm
 from dmd2.runtime.errors import UserError, first_error
@@ -141,7 +141,7 @@ def _make_missing(teacher: Edm, out: Path, config: PairsConfig, batch: int) -> N
             images = []
             for start in range(pairs.start, pairs.stop, batch):
                 part = range(start, min(start + batch, pairs.stop))
-                images.append(_draw(teacher, config, part).half().cpu())
+                images.append(_generate(teacher, config, part).half().cpu())
                 bar.update(len(part))
             tensors = {"images": torch.cat(images), "labels": config.labels(pairs), "seeds": config.seeds(pairs)}
             save_tensors(tensors, out / name)
@@ -154,12 +154,12 @@ def _is_there(path: Path, config: PairsConfig, pairs: range) -> bool:
 
 
 @torch.no_grad()
-def _draw(teacher: Edm, config: PairsConfig, pairs: range) -> Tensor:
+def _generate(teacher: Edm, config: PairsConfig, pairs: range) -> Tensor:
     sigmas = teacher_sigmas(teacher, config.steps)
     noise = seeded_noise(config.seeds(pairs).tolist(), config.shape, teacher.device)
     start = teacher.start(noise, torch.full((len(pairs),), sigmas[0], device=teacher.device))
     cond = ClassCondition.of(config.labels(pairs).to(teacher.device), config.classes)
-    return heun(conditioned(teacher, cond), start, sigmas)
+    return sample_heun(conditioned(teacher, cond), start, sigmas)
 
 
 def teacher_sha256(weights: Path) -> str:

@@ -49,7 +49,7 @@ class Codec(Protocol):
         ...
 
 
-def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
+def cfg_denoise(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6) on x0: u + scale·(c − u), in one batch of 2B.
 
     Args:

@@ -38,7 +38,7 @@ def karras_sigmas(steps: int = 1000, sigma_min: float = 0.002, sigma_max: float 
     return (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
 
 
-def draw_sigma(
+def sample_sigma(
     sigmas: Tensor, n: int, generator: torch.Generator, lowest: float = 0.0, highest: float = 1.0
 ) -> Tensor:
     """σ at `n` indices drawn uniformly from the part [lowest, highest] of the table, both ends included.

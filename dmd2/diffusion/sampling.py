@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmd2.diffusion.denoiser import Cond, Denoiser, guided
+from dmd2.diffusion.denoiser import Cond, Denoiser, cfg_denoise
 from dmd2.diffusion.noise import add_noise, karras_sigmas
 from dmd2.runtime.errors import UserError
 
@@ -25,10 +25,10 @@ def conditioned(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guid
     """`denoiser` with its condition filled in, and guided where the scale is not 1."""
     if guidance_scale == 1.0 or uncond is None:
         return lambda x, sigma: denoiser(x, sigma, cond)
-    return lambda x, sigma: guided(denoiser, x, sigma, cond, uncond, guidance_scale)
+    return lambda x, sigma: cfg_denoise(denoiser, x, sigma, cond, uncond, guidance_scale)
 
 
-def few_step(
+def sample_few_step(
     denoise: Denoise,
     start: Callable[[Tensor, Tensor], Tensor],
     noise: Iterable[Tensor],
@@ -55,8 +55,8 @@ def few_step(
     return x0
 
 
-def last_steps(levels: Sequence[T], strength: float) -> list[T]:
-    """The levels of a few-step student that a given picture goes through: the last ⌊strength · N⌋ of N, at least one.
+def timesteps_for_strength(levels: Sequence[T], strength: float) -> list[T]:
+    """The levels of a few-step student that a given image goes through: the last ⌊strength · N⌋ of N, at least one.
 
     Of DMD2's four (t = 999, 749, 499, 249), a strength below 0.5 leaves t = 249, from 0.5 on 499 and 249, from 0.75
     on all but 999, and 1 all. A one-step student has nothing but its own level, whatever the strength.
@@ -70,13 +70,13 @@ def last_steps(levels: Sequence[T], strength: float) -> list[T]:
 
 
 def image_to_image(denoise: Denoise, image: Tensor, noise: Iterable[Tensor], sigmas: Sequence[float]) -> Tensor:
-    """`few_step`, begun with a picture noised to the first level instead of with noise (Meng et al. 2021, SDEdit).
+    """`sample_few_step`, begun with an image noised to the first level instead of noise (Meng et al. 2021, SDEdit).
 
     Args:
-        image: (B, C, H, W), what the codec makes of the picture.
-        noise, sigmas: as for `few_step`; see `last_steps`.
+        image: (B, C, H, W), what the codec makes of the image.
+        noise, sigmas: as for `sample_few_step`; see `timesteps_for_strength`.
     """
-    return few_step(denoise, lambda n, sigma: add_noise(image, sigma, n), noise, sigmas)
+    return sample_few_step(denoise, lambda n, sigma: add_noise(image, sigma, n), noise, sigmas)
 
 
 def inpaint(
@@ -87,16 +87,16 @@ def inpaint(
     noise: Iterable[Tensor],
     sigmas: Sequence[float],
 ) -> Tensor:
-    """`few_step` where `mask` is true, around a picture that is known elsewhere (Lugmayr et al. 2022, eq. 8).
+    """`sample_few_step` where `mask` is true, around an image that is known elsewhere (Lugmayr et al. 2022, eq. 8).
 
     After each step the known part is put back, noised to the next level by the first step's noise: one noise for
-    that part all the way down, as in diffusers' pipelines for networks that were not trained to paint into pictures.
+    that part all the way down, as in diffusers' pipelines for networks that were not trained to paint into images.
 
     Args:
-        start: `Denoiser.start` to begin with noise alone; to begin with the picture, what noises it.
+        start: `Denoiser.start` to begin with noise alone; to begin with the image, what noises it.
         image: (B, C, H, W) in the denoiser's space.
         mask: bool, (B, 1, H, W).
-        noise, sigmas: as for `few_step`.
+        noise, sigmas: as for `sample_few_step`.
 
     Returns:
         x0 (B, C, H, W), fp32; exactly `image` where `mask` is false.
@@ -108,10 +108,10 @@ def inpaint(
             first = n if first is None else first
             yield torch.where(mask, n, first)
 
-    return few_step(lambda x, sigma: torch.where(mask, denoise(x, sigma), image), start, fixed(), sigmas)
+    return sample_few_step(lambda x, sigma: torch.where(mask, denoise(x, sigma), image), start, fixed(), sigmas)
 
 
-def dpm_solver_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+def sample_dpm_solver_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): the teacher's deterministic sampler.
 
     Args:
@@ -169,7 +169,7 @@ class Churn:
         return found
 
 
-def heun(
+def sample_heun(
     denoise: Denoise,
     x: Tensor,
     sigmas: Sequence[float],

@@ -10,7 +10,7 @@ from dmd2.evaluation.image_classifier import Residual, convolution
 class Classifier(nn.Module):
     """A small residual network with two linear heads over its global-average pooled features.
 
-    `widths` are the channels at 1/2, 1/4, 1/8 and 1/16 of the picture's side; a residual block is at 1/4 and
+    `widths` are the channels at 1/2, 1/4, 1/8 and 1/16 of the image's side; a residual block is at 1/4 and
     one at 1/8. The pooled features are what Fréchet distances and diversity are measured in.
     """
 

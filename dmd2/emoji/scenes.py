@@ -1,4 +1,4 @@
-"""Emoji scenes: endless captioned pictures for the embedded model, composed from weights/emoji/emoji.zip.
+"""Emoji scenes: endless captioned images for the embedded model, composed from weights/emoji/emoji.zip.
 
 A scene is one emoji, somewhere inside the frame, turned and mirrored a little, on one flat colour. Every
 batch is a pure function of (seed, step), so a resumed run sees exactly the scenes that it would have seen.
@@ -76,7 +76,7 @@ CLIP_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+")
 
 @dataclass(frozen=True)
 class Scenes:
-    """One batch of B pictures with everything that is known about them."""
+    """One batch of B images with everything that is known about them."""
 
     images: Tensor
     """uint8 (B, 3, size, size), RGB"""

@@ -1,6 +1,6 @@
-"""How good the pictures of the embedded emoji model are.
+"""How good the images of the embedded emoji model are.
 
-Anything that draws pictures for captions and seeds can be scored. What the pictures are held against is
+Anything that draws images for captions and seeds can be scored. What the images are held against is
 `RealScenes`, which draws from the data itself: the ceiling of every score.
 """
 
@@ -19,18 +19,18 @@ from dmd2.evaluation.classifiers import load_classifier_file
 from dmd2.evaluation.frechet import frechet_distance_of
 from dmd2.runtime.errors import UserError
 
-Draw = Callable[[list[str], list[int]], Tensor]
-"""(B captions, B seeds) → B pictures, uint8 (B, 3, 64, 64), on any device"""
+Generate = Callable[[list[str], list[int]], Tensor]
+"""(B captions, B seeds) → B images, uint8 (B, 3, 64, 64), on any device"""
 
-BATCH = 64  # pictures asked of a `Draw` at once, at most
+BATCH = 64  # images asked of a `Generate` at once, at most
 OPEN_CAPTIONS, SEEDS, REAL_SEEDS = 50, 4, 16  # of the diversity score
 
 
 class EmojiJudge:
-    """Says what a picture shows, and measures pictures. In fp32, without gradients.
+    """Says what an image shows, and measures images. In fp32, without gradients.
 
     `names` and `backgrounds` are what the two heads tell apart, in the order of their logits; `size` is the
-    side of the pictures, in pixels.
+    side of the images, in pixels.
     """
 
     def __init__(self, model: Classifier, names: list[str], backgrounds: list[str], size: int) -> None:
@@ -54,7 +54,7 @@ class EmojiJudge:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Pictures, uint8 (B, 3, `size`, `size`) → pooled features, fp32 (B, F), on the CPU.
+        """Images, uint8 (B, 3, `size`, `size`) → pooled features, fp32 (B, F), on the CPU.
 
         Raises:
             ValueError: `images` is something else.
@@ -62,7 +62,7 @@ class EmojiJudge:
         side = self.size
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
             found = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"expected pictures, uint8 (B, 3, {side}, {side}), not {found}")
+            raise ValueError(f"expected images, uint8 (B, 3, {side}, {side}), not {found}")
         device = self.model.emoji.weight.device
         parts = [self.model.features(part.to(device).float() / 127.5 - 1) for part in images.split(BATCH)]
         return torch.cat(parts).cpu() if parts else torch.empty(0, self.model.emoji.in_features)
@@ -75,11 +75,11 @@ class EmojiJudge:
 
 
 class RealScenes:
-    """A `Draw` that composes a scene of the training set which the caption describes.
+    """A `Generate` that composes a scene of the training set which the caption describes.
 
     It knows plain captions ("a red apple on a blue background"), and those which leave things open, "a red
-    apple" and "a fruit". What a caption leaves open is drawn by the picture's seed, among the pairs that
-    training has seen. `then` is applied to the pictures: an autoencoder's round trip, say.
+    apple" and "a fruit". What a caption leaves open is drawn by the image's seed, among the pairs that
+    training has seen. `then` is applied to the images: an autoencoder's round trip, say.
     """
 
     def __init__(self, scenes: EmojiScenes, then: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -93,58 +93,58 @@ class RealScenes:
                 self.pairs.setdefault(with_article(thing), []).append((e, b))
 
     def __call__(self, captions: list[str], seeds: list[int]) -> Tensor:
-        """Pictures, uint8 (B, 3, size, size). Each depends on its own caption and seed only.
+        """Images, uint8 (B, 3, size, size). Each depends on its own caption and seed only.
 
         Raises:
             ValueError: a caption of another form.
         """
-        pictures = []
+        samples = []
         for caption, seed in zip(captions, seeds, strict=True):
             if caption not in self.pairs:
                 raise ValueError(f"no scene answers to the caption {caption!r}")
             pair = random.Random(f"real {seed}").choice(self.pairs[caption])
             emoji, background = torch.tensor([pair]).unbind(1)
-            pictures.append(self.scenes.captioned(emoji, background, seed=seed, plain=True).images)
-        images = torch.cat(pictures)
+            samples.append(self.scenes.captioned(emoji, background, seed=seed, plain=True).images)
+        images = torch.cat(samples)
         return self.then(images) if self.then else images
 
 
 def score_emoji(
-    draw: Draw,
+    generate: Generate,
     scenes: EmojiScenes,
     judge: EmojiJudge,
     n: int = 1000,
     seed: int = 0,
     *,
-    real: Draw | None = None,
+    real: Generate | None = None,
 ) -> dict[str, int | float | dict[str, float]]:
-    """Every score of a generator of emoji pictures. Asks it for n + 200 pictures.
+    """Every score of a generator of emoji images. Asks it for n + 200 images.
 
     Half of the n captions name an (emoji, background) pair that training has seen, half one that was held
     out. The first three scores are shares in [0, 1], of "all" captions, the "seen" and the "held_out":
 
     - `top1`, `top5`: the judge names the right emoji, first or among its five best guesses.
     - `background`: the judge names the right background.
-    - `fd`: Fréchet distance between the judge's features of the n pictures and of n real scenes of the same
+    - `fd`: Fréchet distance between the judge's features of the n images and of n real scenes of the same
       captions. `fd_real`: the same of n other real scenes, the floor.
-    - `diversity`: mean distance, in the judge's features, between four pictures of one caption, relative to
+    - `diversity`: mean distance, in the judge's features, between four images of one caption, relative to
       that of real scenes. Most of these captions leave the background or the emoji open. 1 is as diverse as
       the data, 0 is no diversity.
 
     Args:
-        draw: the generator; asked for up to 64 pictures at once.
+        draw: the generator; asked for up to 64 images at once.
         n: at least 4; `fd` of different n must not be compared.
-        seed: of the captions and of the pictures' seeds.
-        real: what to hold the pictures against, `RealScenes(scenes)` unless given.
+        seed: of the captions and of the images' seeds.
+        real: what to hold the images against, `RealScenes(scenes)` unless given.
 
     Raises:
         UserError: the judge knows other emoji than `scenes`.
-        ValueError: n is too small, or `draw` returns something else than pictures.
+        ValueError: n is too small, or `generate` returns something else than images.
     """
     real = real or RealScenes(scenes)
     emoji, background, held_out = _pairs(scenes, judge, n, seed)
     captions = [scenes.caption(e, b).text for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
-    drawn = _features(draw, captions, _seeds("drawn", seed, n), judge)
+    drawn = _features(generate, captions, _seeds("drawn", seed, n), judge)
     references = [_features(real, captions, _seeds(f"real {i}", seed, n), judge) for i in range(2)]
 
     emoji_logits, background_logits = judge.answers(drawn)
@@ -156,18 +156,20 @@ def score_emoji(
         "background": _shares(background_logits.argmax(1) == background, held_out),
         "fd": frechet_distance_of(drawn, references[0]),
         "fd_real": frechet_distance_of(references[1], references[0]),
-        "diversity": _diversity(draw, real, scenes, judge, seed),
+        "diversity": _diversity(generate, real, scenes, judge, seed),
     }
 
 
-def quick_score(draw: Draw, scenes: EmojiScenes, judge: EmojiJudge, n: int = 128, seed: int = 0) -> dict[str, float]:
-    """What to watch while training: `score_emoji` without top5, fd_real and diversity, of n pictures.
+def quick_score(
+    generate: Generate, scenes: EmojiScenes, judge: EmojiJudge, n: int = 128, seed: int = 0
+) -> dict[str, float]:
+    """What to watch while training: `score_emoji` without top5, fd_real and diversity, of n images.
 
     Flat: top1, top1_seen, top1_held_out, background and fd. Arguments and errors are those of `score_emoji`.
     """
     emoji, background, held_out = _pairs(scenes, judge, n, seed)
     captions = [scenes.caption(e, b).text for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
-    drawn = _features(draw, captions, _seeds("drawn", seed, n), judge)
+    drawn = _features(generate, captions, _seeds("drawn", seed, n), judge)
     reference = _features(RealScenes(scenes), captions, _seeds("real 0", seed, n), judge)
     emoji_logits, background_logits = judge.answers(drawn)
     top1 = _shares(emoji_logits.argmax(1) == emoji, held_out)
@@ -207,25 +209,25 @@ def _seeds(purpose: str, seed: int, n: int) -> list[int]:
     return [rng.getrandbits(31) for _ in range(n)]
 
 
-def _features(draw: Draw, captions: list[str], seeds: list[int], judge: EmojiJudge) -> Tensor:
-    """The judge's features (B, F) of one picture for each caption and seed."""
+def _features(generate: Generate, captions: list[str], seeds: list[int], judge: EmojiJudge) -> Tensor:
+    """The judge's features (B, F) of one image for each caption and seed."""
     parts = []
     for start in range(0, len(captions), BATCH):
         batch = captions[start : start + BATCH]
-        images = draw(batch, seeds[start : start + BATCH])
+        images = generate(batch, seeds[start : start + BATCH])
         if len(images) != len(batch):
-            raise ValueError(f"expected {len(batch)} pictures, not {len(images)}")
+            raise ValueError(f"expected {len(batch)} images, not {len(images)}")
         parts.append(judge.features(images))
     return torch.cat(parts)
 
 
 def _shares(right: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Shares of a bool (B,), in all and by split; a split without pictures is left out."""
+    """Shares of a bool (B,), in all and by split; a split without images is left out."""
     parts = {"all": right, "seen": right[~held_out], "held_out": right[held_out]}
     return {split: float(part.double().mean()) for split, part in parts.items() if len(part)}
 
 
-def _diversity(draw: Draw, real: Draw, scenes: EmojiScenes, judge: EmojiJudge, seed: int) -> float:
+def _diversity(generate: Generate, real: Generate, scenes: EmojiScenes, judge: EmojiJudge, seed: int) -> float:
     """Of the captions, half name the emoji alone, a quarter its kind alone, a quarter leave nothing open."""
     rng = random.Random(f"diversity {seed}")
     seen = scenes.pairs("seen").tolist()
@@ -236,9 +238,9 @@ def _diversity(draw: Draw, real: Draw, scenes: EmojiScenes, judge: EmojiJudge, s
         name, kind = with_article(scenes.names[emoji]), with_article(scenes.kinds[emoji])
         captions.append((name, kind, name, both)[i % 4])
 
-    def spread(source: Draw, purpose: str, pictures: int) -> float:
-        repeated = [caption for caption in captions for _ in range(pictures)]
+    def spread(source: Generate, purpose: str, images: int) -> float:
+        repeated = [caption for caption in captions for _ in range(images)]
         features = _features(source, repeated, _seeds(purpose, seed, len(repeated)), judge).double()
-        return float(sum(torch.pdist(group).mean() for group in features.split(pictures)))
+        return float(sum(torch.pdist(group).mean() for group in features.split(images)))
 
-    return spread(draw, "diversity drawn", SEEDS) / spread(real, "diversity real", REAL_SEEDS)
+    return spread(generate, "diversity drawn", SEEDS) / spread(real, "diversity real", REAL_SEEDS)

@@ -1,4 +1,4 @@
-"""`dmd2 evaluate` and `dmd2 ref-stats`: pictures of any supported weights, or of a data set, against a reference.
+"""`dmd2 evaluate` and `dmd2 ref-stats`: images of any supported weights, or of a data set, against a reference.
 
 Under torchrun each process takes every world-size-th batch, and the features are put together: the figures are
 those of one process. The result holds everything that is needed to repeat it.
@@ -43,7 +43,7 @@ from dmd2.evaluation.metrics import (
     prdc,
     resized,
 )
-from dmd2.evaluation.samples import DataSet, Pictures, open_pictures
+from dmd2.evaluation.samples import DataSet, Images, open_images
 from dmd2.inference.engine import resolve_device
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import atomic_path, expect_place, sha256_file
@@ -53,8 +53,8 @@ from dmd2.runtime.terminal import Terminal
 CLASSIFIER = ROOT / "weights" / "cifar10-classifier.safetensors"
 INCEPTION = ROOT / "weights" / "metrics" / "inception-2015-12-05.pt"
 METRICS = {"fid": 2, "kid": 2, "is": SPLITS, "prdc": max(NEIGHBOURS) + 1, "accuracy": 1, "clip": 1, "patch-fid": 2}
-"""metric → the fewest pictures that it takes"""
-MOST = 10_000_000  # pictures: 80 GB of Inception's features
+"""metric → the fewest images that it takes"""
+MOST = 10_000_000  # images: 80 GB of Inception's features
 REFERENCED = ("fid", "kid", "prdc", "patch-fid")  # those that compare with a reference
 
 
@@ -63,12 +63,12 @@ class Settings:
     """What is judged, and how. The command line's options."""
 
     weights: Path
-    """folder of weights; or pictures, as a folder or a zip"""
+    """folder of weights; or images, as a folder or a zip"""
     metrics: tuple[str, ...]
     reference: Path | None = None
-    """pictures, or the mean and covariance of their features (.npz)"""
+    """images, or the mean and covariance of their features (.npz)"""
     n: int | None = None
-    """None: 50,000; as many as there are prompts, or pictures"""
+    """None: 50,000; as many as there are prompts, or images"""
     features: str = "inception"
     inception: Path = INCEPTION
     classifier: Path = CLASSIFIER
@@ -78,7 +78,7 @@ class Settings:
     seed: int = 0
     batch: int = 64
     resize: int | None = None
-    """side in pixels that pictures, and the reference's, are brought to before all but patch-FID"""
+    """side in pixels that images, and the reference's, are brought to before all but patch-FID"""
     device: str = "auto"
     churn: Churn | None = None
     """of an EDM teacher's sampler"""
@@ -95,7 +95,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Judges:
-    """The networks that look at pictures, as far as the metrics need them."""
+    """The networks that look at images, as far as the metrics need them."""
 
     extractor: Extractor | None = None
     classifier: SmallFeatures | None = None
@@ -112,7 +112,7 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     began = time.monotonic()
     with process_group(settings.device) as place:
         judges = _judges(settings, place.device)
-        pictures = open_pictures(
+        images = open_images(
             settings.weights,
             settings.n,
             settings.prompts,
@@ -122,21 +122,21 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
             None if "patch-fid" in settings.metrics else settings.resize,
             settings.churn,
         )
-        _check_pictures(settings, pictures, judges)
+        _check_images(settings, images, judges)
         compared = set(settings.metrics) & set(REFERENCED)
-        reference = _Reference(settings, judges, place, pictures) if compared else None
-        rows = collect(pictures, _measure(settings, judges, pictures), settings.batch, place, "pictures")
+        reference = _Reference(settings, judges, place, images) if compared else None
+        rows = collect(images, _measure(settings, judges, images), settings.batch, place, "images")
     if place.rank:
         return None
     scores = _scores(settings, rows, reference)
     return {
         "scores": scores,
-        "n": pictures.n,
+        "n": images.n,
         "batch": settings.batch,
         "resize": settings.resize and {"side": settings.resize, "filter": "lanczos"},
-        "pictures": {"path": str(settings.weights), **pictures.facts},
+        "images": {"path": str(settings.weights), **images.metadata},
         "prompts": _file(settings.prompts),
-        "reference": reference and reference.facts,
+        "reference": reference and reference.metadata,
         **_networks(judges),
         **_circumstances(place, began),
     }
@@ -153,9 +153,9 @@ def reference_statistics(
     batch: int = 64,
     device: str = "auto",
 ) -> int:
-    """Writes `mu` and `sigma` of the pictures' features, as EDM's .npz has them, and which features they are of.
+    """Writes `mu` and `sigma` of the images' features, as EDM's .npz has them, and which features they are of.
 
-    Returns the number of pictures.
+    Returns the number of images.
 
     Raises:
         UserError: something is missing or does not fit.
@@ -167,16 +167,16 @@ def reference_statistics(
     expect_place(out, "OUT.npz")
     with process_group(device) as place:
         judges = _judges(settings, place.device)
-        pictures = DataSet(data, side=resize)
-        _check_pictures(settings, pictures, judges)
-        rows = collect(pictures, _measure(settings, judges, pictures), batch, place, "pictures")
+        images = DataSet(data, side=resize)
+        _check_images(settings, images, judges)
+        rows = collect(images, _measure(settings, judges, images), batch, place, "images")
         if place.rank == 0:
             mean, covariance = moments(rows["features"])
             assert judges.extractor is not None
-            what = {"features": features, "features_sha256": judges.extractor.sha256, "n": pictures.n}
+            what = {"features": features, "features_sha256": judges.extractor.sha256, "n": images.n}
             with atomic_path(out) as temporary, temporary.open("wb") as file:
                 np.savez(file, mu=mean.cpu().numpy(), sigma=covariance.cpu().numpy(), **what)  # type: ignore[arg-type]
-        return pictures.n
+        return images.n
 
 
 @contextmanager
@@ -198,17 +198,17 @@ def process_group(device: str) -> Iterator[Place]:
 
 
 Measure = Callable[[Tensor, list[int]], dict[str, Tensor]]
-"""pictures, uint8 (B, 3, H, W), and their numbers → what is kept of them, each (B, …)"""
+"""images, uint8 (B, 3, H, W), and their numbers → what is kept of them, each (B, …)"""
 
 
-def collect(pictures: Pictures, measure: Measure, batch: int, place: Place, what: str) -> dict[str, Tensor]:
-    """What `measure` says of all n pictures, each (n, …), fp32, in order, on every process.
+def collect(images: Images, measure: Measure, batch: int, place: Place, what: str) -> dict[str, Tensor]:
+    """What `measure` says of all n images, each (n, …), fp32, in order, on every process.
 
     A batch is drawn by one process, as it would be if there were only that, so the world's size changes no number.
     """
-    n = pictures.n
+    n = images.n
     if n < place.world:
-        raise UserError(f"-n {n}: fewer pictures than processes ({place.world})")
+        raise UserError(f"-n {n}: fewer images than processes ({place.world})")
     batch = min(batch, n // place.world)  # at least one batch for each process
     batches = [list(range(start, min(start + batch, n))) for start in range(0, n, batch)]
     kept: dict[str, Tensor] = {}
@@ -217,7 +217,7 @@ def collect(pictures: Pictures, measure: Measure, batch: int, place: Place, what
     for rows in tqdm(
         mine, what, unit="batch", disable=place.rank > 0, mininterval=interval, file=Terminal(sys.stderr)
     ):
-        for name, values in measure(pictures.draw(rows), rows).items():
+        for name, values in measure(images.generate(rows), rows).items():
             if name not in kept:
                 kept[name] = torch.zeros(n, *values.shape[1:], device=place.device)
             kept[name][rows] = values.to(place.device, torch.float32)
@@ -227,8 +227,8 @@ def collect(pictures: Pictures, measure: Measure, batch: int, place: Place, what
     return kept
 
 
-def _measure(settings: Settings, judges: Judges, pictures: Pictures) -> Measure:
-    """What the metrics need to know of a picture."""
+def _measure(settings: Settings, judges: Judges, samples: Images) -> Measure:
+    """What the metrics need to know of an image."""
     wanted = set(settings.metrics)
 
     def measure(images: Tensor, rows: list[int]) -> dict[str, Tensor]:
@@ -243,46 +243,46 @@ def _measure(settings: Settings, judges: Judges, pictures: Pictures) -> Measure:
             kept["features"], answers = judges.extractor(images, answers=need)
         if "is" in wanted and answers is not None:
             kept["log_probabilities"] = answers
-        if judges.classifier and pictures.labels is not None:
+        if judges.classifier and samples.labels is not None:
             if judges.classifier is not judges.extractor or answers is None:
                 _, answers = judges.classifier(images, answers=True)
             assert answers is not None
-            truth = torch.tensor([pictures.labels[i] for i in rows], device=answers.device)
+            truth = torch.tensor([samples.labels[i] for i in rows], device=answers.device)
             kept["right"] = answers.argmax(1) == truth
-        if judges.clip and pictures.prompts is not None:
-            kept["clip"] = judges.clip(images, [pictures.prompts[i] for i in rows])
+        if judges.clip and samples.prompts is not None:
+            kept["clip"] = judges.clip(images, [samples.prompts[i] for i in rows])
         return kept
 
     return measure
 
 
 class _Reference:
-    """What pictures are compared with: features of other pictures, or their mean and covariance.
+    """What images are compared with: features of other images, or their mean and covariance.
 
     For patch-FID the others are brought to the size of the judged ones: patches show texture at a scale.
     """
 
-    def __init__(self, settings: Settings, judges: Judges, place: Place, pictures: Pictures) -> None:
+    def __init__(self, settings: Settings, judges: Judges, place: Place, images: Images) -> None:
         path = settings.reference
         assert path is not None and judges.extractor is not None
         self.rows: dict[str, Tensor] = {}
-        self.facts: dict[str, Any] = {"path": str(path)}
+        self.metadata: dict[str, Any] = {"path": str(path)}
         if path.suffix == ".npz":
             self._moments = _read_statistics(path, judges.extractor)
-            self.facts["sha256"] = sha256_file(path)
+            self.metadata["sha256"] = sha256_file(path)
             return
         if not path.exists():
-            raise UserError(f"--ref {path}: no such file or folder; expected pictures (zip, folder) or an .npz")
+            raise UserError(f"--ref {path}: no such file or folder; expected images (zip, folder) or an .npz")
         wanted = {name for name in settings.metrics if name in REFERENCED}
-        passes = [(wanted - {"patch-fid"}, settings.resize), (wanted & {"patch-fid"}, pictures.side)]
+        passes = [(wanted - {"patch-fid"}, settings.resize), (wanted & {"patch-fid"}, images.side)]
         for metrics, side in passes:
             if metrics:
                 data = DataSet(path, side=side)
                 if data.n < max(METRICS[name] for name in metrics):
-                    raise UserError(f"--ref {path}: {data.n} pictures are too few for {', '.join(sorted(metrics))}")
+                    raise UserError(f"--ref {path}: {data.n} images are too few for {', '.join(sorted(metrics))}")
                 measure = _measure(replace(settings, metrics=tuple(metrics)), Judges(judges.extractor), data)
                 self.rows |= collect(data, measure, settings.batch, place, "reference")
-                self.facts |= {"n": data.n, **data.facts}
+                self.metadata |= {"n": data.n, **data.metadata}
 
     def moments(self, name: str) -> tuple[Tensor, Tensor]:
         """Of the rows with this name."""
@@ -366,12 +366,10 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--resize {settings.resize}: expected 1 to 8192 pixels")
     compared = [metric for metric in settings.metrics if metric in REFERENCED]
     if compared and settings.reference is None:
-        raise UserError(
-            f"--ref: missing; needed for {', '.join(compared)}: pictures (zip, folder), or for fid an .npz"
-        )
+        raise UserError(f"--ref: missing; needed for {', '.join(compared)}: images (zip, folder), or for fid an .npz")
     if settings.reference and settings.reference.suffix == ".npz" and compared != ["fid"][: len(compared)]:
         needy = ", ".join(metric for metric in compared if metric != "fid")
-        raise UserError(f"--ref {settings.reference}: mean and covariance only; {needy}: need pictures (zip, folder)")
+        raise UserError(f"--ref {settings.reference}: mean and covariance only; {needy}: need images (zip, folder)")
     if "patch-fid" in settings.metrics and settings.features != "inception":
         raise UserError("--metric patch-fid: is of Inception's features only; expected --features inception")
     if "clip" in settings.metrics and settings.clip is None:
@@ -389,20 +387,18 @@ def _judges(settings: Settings, device: torch.device) -> Judges:
     return Judges(extractor, classifier if "accuracy" in settings.metrics else None, clip)
 
 
-def _check_pictures(settings: Settings, pictures: Pictures, judges: Judges) -> None:
+def _check_images(settings: Settings, images: Images, judges: Judges) -> None:
     for metric in settings.metrics:
-        if pictures.n < METRICS[metric]:
-            raise UserError(f"{settings.weights}: {pictures.n} pictures are too few for {metric}")
-    if judges.clip and pictures.prompts is None:
+        if images.n < METRICS[metric]:
+            raise UserError(f"{settings.weights}: {images.n} images are too few for {metric}")
+    if judges.clip and images.prompts is None:
         raise UserError(f"--metric clip: {settings.weights} has no prompts; expected a text-to-image model")
     if judges.classifier:
         known = judges.classifier.classes
-        if pictures.labels is None:
-            raise UserError(
-                f"--metric accuracy: {settings.weights} has no labels; expected one class for each picture"
-            )
-        if max(pictures.labels) >= len(known):
-            found = f"class {max(pictures.labels)}"
+        if images.labels is None:
+            raise UserError(f"--metric accuracy: {settings.weights} has no labels; expected one class for each image")
+        if max(images.labels) >= len(known):
+            found = f"class {max(images.labels)}"
             raise UserError(f"--metric accuracy: {settings.classifier} knows {len(known)} classes, not {found}")
 
 

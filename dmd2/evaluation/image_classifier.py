@@ -1,4 +1,4 @@
-"""The judge of the embedded model: which emoji, and on which background, a 64×64 picture shows."""
+"""The judge of the embedded model: which emoji, and on which background, a 64×64 image shows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Sequent
 class ImageClassifier(nn.Module):
     """A small residual network (He et al. 2016) with a linear head over its global-average pooled features.
 
-    `widths` are the channels at the picture's own side, at a half and at a quarter and below. A residual block is at
+    `widths` are the channels at the image's own side, at a half and at a quarter and below. A residual block is at
     the half and one at the quarter.
     """
 
@@ -74,7 +74,7 @@ class LoadedClassifier:
     classes: list[str]
     """in the order of the logits"""
     size: int
-    """side of the pictures that it was trained on, in pixels"""
+    """side of the images that it was trained on, in pixels"""
 
 
 def load_image_classifier(path: Path, device: torch.device | str = "cpu") -> LoadedClassifier:

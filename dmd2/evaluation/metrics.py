@@ -1,4 +1,4 @@
-"""How good pictures are: features of pictures, and the metrics that compare two sets of features.
+"""How good images are: features of images, and the metrics that compare two sets of features.
 
 Features come from Inception (a TorchScript file, given by path) or, where none is at hand, from this project's own
 small classifier. Figures of the two cannot be compared, so their names differ: FID is Inception's only; the other is
@@ -160,7 +160,7 @@ def _quiet_and_seeded(seed: int) -> Iterator[None]:
         yield
 
 
-# Features of pictures
+# Features of images
 
 
 class Extractor(Protocol):
@@ -174,14 +174,14 @@ class Extractor(Protocol):
     """F, of its features"""
 
     def __call__(self, images: Tensor, *, answers: bool = False) -> tuple[Tensor, Tensor | None]:
-        """uint8 (B, 3, H, W) → features (B, F), and with `answers` log p(class | picture) (B, C); fp32."""
+        """uint8 (B, 3, H, W) → features (B, F), and with `answers` log p(class | image) (B, C); fp32."""
 
 
 class Inception:
     """Inception v3 of 2015 as the TorchScript file that FID is defined by in EDM and StyleGAN.
 
     The script is called as `net(images, return_features=True)` → (B, 2048) and `net(images, no_output_bias=True)` →
-    class probabilities, with uint8 pictures of any size, which it resizes to 299×299 itself.
+    class probabilities, with uint8 images of any size, which it resizes to 299×299 itself.
 
     Raises:
         UserError: there is no such file, or it is something else.
@@ -230,7 +230,7 @@ class Inception:
 
 
 class SmallFeatures:
-    """This project's classifier of small pictures: class accuracy, and features for FD-small.
+    """This project's classifier of small images: class accuracy, and features for FD-small.
 
     Raises:
         UserError: there is no such file, or it is something else.
@@ -251,7 +251,7 @@ class SmallFeatures:
         if images.shape[1:] != (3, side, side):
             found = f"{images.shape[-1]}x{images.shape[-2]}"
             raise UserError(
-                f"{self.path}: judges pictures of {side}x{side} pixels, not {found}; --resize {side} makes them so"
+                f"{self.path}: judges images of {side}x{side} pixels, not {found}; --resize {side} makes them so"
             )
         x = images.to(self.device).float() / 127.5 - 1
         features = self.net.features(x.contiguous(memory_format=torch.channels_last))
@@ -259,7 +259,7 @@ class SmallFeatures:
 
 
 class ClipScore:
-    """Cosine of a picture and its prompt in a CLIP model (Hessel et al. 2021, without their factor 2.5).
+    """Cosine of an image and its prompt in a CLIP model (Hessel et al. 2021, without their factor 2.5).
 
     Args:
         folder: a transformers CLIP model with its tokenizer, as on the Hugging Face hub.
@@ -307,18 +307,18 @@ class ClipScore:
         return F.cosine_similarity(answer.image_embeds, answer.text_embeds).float()
 
 
-# Pictures
+# Images
 
 
 def centre_crop(images: Tensor, side: int = PATCH) -> Tensor:
     """uint8 (B, 3, H, W) → (B, 3, side, side): what patch-FID looks at (Lin et al. 2024, SDXL-Lightning, sec. 4).
 
     Raises:
-        UserError: the pictures are smaller.
+        UserError: the images are smaller.
     """
     height, width = images.shape[2:]
     if min(height, width) < side:
-        raise UserError(f"patch-fid: pictures of {width}x{height} pixels; expected at least {side}x{side}")
+        raise UserError(f"patch-fid: images of {width}x{height} pixels; expected at least {side}x{side}")
     top, left = (height - side) // 2, (width - side) // 2
     return images[:, :, top : top + side, left : left + side]
 
@@ -329,8 +329,8 @@ def resized(images: Tensor, side: int) -> Tensor:
         return images
 
     def one(image: Tensor) -> Tensor:
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        return torch.from_numpy(np.array(picture.resize((side, side), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+        pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        return torch.from_numpy(np.array(pixels.resize((side, side), Image.Resampling.LANCZOS))).permute(2, 0, 1)
 
     return torch.stack([one(image) for image in images.cpu()])
 

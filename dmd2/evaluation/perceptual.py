@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018, 1801.03924): how different two pictures look to a pretrained VGG16, read from a file."""
+"""LPIPS (Zhang et al. 2018, 1801.03924): how different two images look to a pretrained VGG16, read from a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dmd2.runtime.errors import UserError
 
 SIDE = 224
-"""what both pictures are enlarged to, in pixels (DMD, app. B)"""
+"""what both images are enlarged to, in pixels (DMD, app. B)"""
 
 
 class Lpips:
@@ -45,7 +45,7 @@ class Lpips:
             reason = str(error).strip().splitlines() or ["unknown"]
             raise UserError(f"LPIPS {path}: not a TorchScript network of this kind ({reason[0]})") from error
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
-            raise UserError(f"LPIPS {path}: expected one vector for each picture; is this a VGG16 with return_lpips?")
+            raise UserError(f"LPIPS {path}: expected one vector for each image; is this a VGG16 with return_lpips?")
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y (B, 3, H, W) fp32 in [−1, 1] → () mean distance over the batch. Differentiable in both."""

@@ -1,6 +1,6 @@
-"""Numbered pictures to judge: what weights draw for seed + i, or what a data set holds.
+"""Numbered images to judge: what weights draw for seed + i, or what a data set holds.
 
-Picture i is the same whatever batch, process or order it is drawn in.
+Image i is the same whatever batch, process or order it is drawn in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmd2.data.images import ImageSet
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import Churn, conditioned, few_step, heun, teacher_sigmas
+from dmd2.diffusion.sampling import Churn, conditioned, sample_few_step, sample_heun, teacher_sigmas
 from dmd2.inference.engine import Engine
 from dmd2.models.edm.folder import heun_steps, load_edm
 from dmd2.models.edm.network import ClassCondition, RgbCodec
@@ -27,8 +27,8 @@ TEXT_FAMILIES = "sdxl", "sd15"
 DEFAULT_N = 50_000  # what FID is usually measured with
 
 
-class Pictures(Protocol):
-    """n pictures, by number."""
+class Images(Protocol):
+    """n images, by number."""
 
     n: int
     side: int
@@ -36,17 +36,17 @@ class Pictures(Protocol):
     labels: list[int] | None
     """the class of each; None where there are no classes"""
     prompts: list[str] | None
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """what it takes to get the same ones again, for JSON"""
 
-    def draw(self, rows: list[int]) -> Tensor:
-        """The pictures with these numbers, uint8 (B, 3, H, W), on any device."""
+    def generate(self, rows: list[int]) -> Tensor:
+        """The images with these numbers, uint8 (B, 3, H, W), on any device."""
 
 
 class EdmSamples:
     """Samples of an EDM network: a teacher's by Heun's method, a student's in its own steps. In fp32.
 
-    Picture i starts from the noise of seed + i, and is of class i modulo the number of classes.
+    Image i starts from the noise of seed + i, and is of class i modulo the number of classes.
 
     Args:
         steps: of the teacher's sampler, or which student; None for what the manifest says.
@@ -70,7 +70,7 @@ class EdmSamples:
             raise UserError("--churn: only of a teacher's sampler; these weights are a student")
         self.prompts: list[str] | None = None
         self.labels = [i % config.classes for i in range(n)] if config.classes else None
-        self.facts: dict[str, Any] = {
+        self.metadata: dict[str, Any] = {
             "family": "edm",
             "sampler": "few-step" if self.student else "heun",
             "sigmas": self.sigmas,
@@ -97,7 +97,7 @@ class EdmSamples:
         return False, teacher_sigmas(self.denoiser, int(count))
 
     @torch.inference_mode()
-    def draw(self, rows: list[int]) -> Tensor:
+    def generate(self, rows: list[int]) -> Tensor:
         config = self.denoiser.config
         classes = [-1] * len(rows) if self.labels is None else [self.labels[i] for i in rows]
         denoise = conditioned(self.denoiser, ClassCondition.of(torch.tensor(classes), config.classes).to(self.device))
@@ -105,17 +105,17 @@ class EdmSamples:
         shape = (count, config.channels, config.resolution, config.resolution)
         noise = seeded_noise([self.seed + i for i in rows], shape, self.device)
         if self.student:
-            x0 = few_step(denoise, self.denoiser.start, noise.unbind(1), self.sigmas)
+            x0 = sample_few_step(denoise, self.denoiser.start, noise.unbind(1), self.sigmas)
         else:
             highest = torch.full((len(rows),), self.sigmas[0], device=self.device)
-            x0 = heun(
+            x0 = sample_heun(
                 denoise, self.denoiser.start(noise[:, 0], highest), self.sigmas, noise[:, 1:].unbind(1), self.churn
             )
         return RgbCodec().decode(x0)
 
 
 class TextSamples:
-    """What a text-to-image model draws: picture i for prompt i, with seed + i; after the last prompt the first again.
+    """What a text-to-image model draws: image i for prompt i, with seed + i; after the last prompt the first again.
 
     Args:
         steps: a mode of `Engine`; None for the student with the most steps, or else the teacher.
@@ -133,7 +133,7 @@ class TextSamples:
         self.prompts: list[str] | None = [prompts[i % len(prompts)] for i in range(n)]
         self.mode = steps or (str(max(manifest.students)) if manifest.students else "teacher")
         self.engine = Engine(folder, device, modes=(self.mode,))
-        self.facts: dict[str, Any] = {
+        self.metadata: dict[str, Any] = {
             "family": manifest.family,
             "sampler": self.mode,
             "size": list(manifest.native_size),
@@ -142,13 +142,13 @@ class TextSamples:
             "weights_sha256": self.engine.sha256(self.mode),
         }
 
-    def draw(self, rows: list[int]) -> Tensor:
+    def generate(self, rows: list[int]) -> Tensor:
         assert self.prompts is not None
-        return self.engine.draw([self.prompts[i] for i in rows], [self.seed + i for i in rows], self.mode)
+        return self.engine.generate([self.prompts[i] for i in rows], [self.seed + i for i in rows], self.mode)
 
 
 class DataSet:
-    """Pictures in a zip or a folder, square or, with `side`, their central squares brought to `side` pixels.
+    """Images in a zip or a folder, square or, with `side`, their central squares brought to `side` pixels.
 
     See `dmd2.data.images.ImageSet`, also for how classes are told.
 
@@ -156,36 +156,36 @@ class DataSet:
         n: how many of them, from the first; None for all.
 
     Raises:
-        UserError: there are no or not enough pictures, or they or their labels are not as they should be.
+        UserError: there are no or not enough images, or they or their labels are not as they should be.
     """
 
     def __init__(self, path: Path, n: int | None = None, side: int | None = None) -> None:
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder; expected weights, or pictures in a zip or a folder")
+            raise UserError(f"{path}: no such file or folder; expected weights, or images in a zip or a folder")
         self._set = ImageSet(path, side, fit=side is not None, in_memory=False)
         if n is not None and n > len(self._set):
-            raise UserError(f"-n {n}: {path} holds {len(self._set)} pictures")
+            raise UserError(f"-n {n}: {path} holds {len(self._set)} images")
         self.n, self.side = n or len(self._set), self._set.resolution
         self.labels: list[int] | None = None if self._set.labels is None else self._set.labels[: self.n].tolist()
         self.prompts: list[str] | None = None
         names = self._set.names[: self.n]
-        self.facts: dict[str, Any] = {
+        self.metadata: dict[str, Any] = {
             "sha256": _sha256_of_folder(path, names) if path.is_dir() else sha256_file(path)
         }
 
-    def draw(self, rows: list[int]) -> Tensor:
+    def generate(self, rows: list[int]) -> Tensor:
         return self._set.images(torch.tensor(rows))
 
 
 def _sha256_of_folder(folder: Path, names: list[str]) -> str:
-    """Of the lines "sha256  name" of its pictures, as `sha256sum` prints them."""
+    """Of the lines "sha256  name" of its images, as `sha256sum` prints them."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{sha256_file(folder / name)}  {name}\n".encode())
     return digest.hexdigest()
 
 
-def open_pictures(
+def open_images(
     source: Path,
     n: int | None,
     prompts: Path | None,
@@ -194,8 +194,8 @@ def open_pictures(
     device: torch.device,
     side: int | None = None,
     churn: Churn | None = None,
-) -> Pictures:
-    """What `dmd2 evaluate` judges: a folder of weights, or pictures in a folder or a zip.
+) -> Images:
+    """What `dmd2 evaluate` judges: a folder of weights, or images in a folder or a zip.
 
     Args:
         n: how many; None for all that the data set or the prompts have, else 50,000.

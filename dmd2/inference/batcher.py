@@ -1,6 +1,6 @@
 """One bounded queue, one thread that owns the device, batches of jobs of equal shape.
 
-Knows nothing of pictures: a job is whatever `draw` takes, and jobs of equal `key` may ride in one batch.
+Knows nothing of images: a job is whatever `generate` takes, and jobs of equal `key` may ride in one batch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Stopped(Exception):
     """The batcher draws no more: it was closed, or its device is gone."""
 
 
-class Abandoned(Exception):
+class Cancelled(Exception):
     """Nobody waits any more for what is being drawn."""
 
 
 @dataclass(frozen=True)
-class Drawn(Generic[Result]):
+class JobResult(Generic[Result]):
     """What became of a job."""
 
     result: Result
@@ -44,20 +44,20 @@ class Drawn(Generic[Result]):
     """how many jobs rode together"""
 
 
-class Ticket(Generic[Job, Result]):
-    """A job in the queue: `future` gives its `Drawn`; `abandon()` says that nobody waits for it any more."""
+class PendingJob(Generic[Job, Result]):
+    """A job in the queue: `future` gives its `JobResult`; `cancel()` says that nobody waits for it any more."""
 
     def __init__(self, job: Job, key: Hashable = None) -> None:
         self.job, self.key = job, key
-        self.future: Future[Drawn[Result]] = Future()
+        self.future: Future[JobResult[Result]] = Future()
         self.submitted = time.perf_counter()
-        self.abandoned = False
+        self.cancelled = False
         self._lock = threading.RLock()  # what is called back when a future ends may abandon it again
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """A job that waits is dropped; a running batch stops at its next step if all of its jobs are abandoned."""
         with self._lock:
-            self.abandoned = True
+            self.cancelled = True
             if not self.future.cancelled() and self.future.cancel():
                 self.future.set_running_or_notify_cancel()  # without this `concurrent.futures.wait` waits for ever
 
@@ -68,7 +68,7 @@ class Ticket(Generic[Job, Result]):
 
 
 class Batcher(Generic[Job, Result]):
-    """Runs `draw` on batches of jobs, in one thread of its own.
+    """Runs `generate` on batches of jobs, in one thread of its own.
 
     An idle batcher starts at once. Under load, whatever came in meanwhile rides in the next batch; the oldest job
     says which key it has. If a batch fails, its halves are tried, down to single jobs, so that an error (or a
@@ -76,21 +76,21 @@ class Batcher(Generic[Job, Result]):
 
     Args:
         draw: (jobs of one key, check) → their results, in order. It should call `check` now and then: that raises
-            `Abandoned` once nobody waits for any of the jobs.
+            `Cancelled` once nobody waits for any of the jobs.
         key: of a job; asked by `submit`, which raises what it raises.
         max_batch: jobs in one batch, at most.
         max_waiting: jobs in the queue, at most.
         prepare: called first of all. The constructor waits for it, and raises what it raises. What loads and warms up
             belongs here: each thread that uses torch on a CPU gets a pool of workers, and two pools on the same
             cores slow each other down.
-        recover: called after an error, before the next `draw`. If it raises, the device is given up: `alive` is
+        recover: called after an error, before the next `generate`. If it raises, the device is given up: `alive` is
             false from then on and every job fails with `Stopped`.
         linger: seconds that a batch which is not full waits for company, if the thread was at work just before.
     """
 
     def __init__(
         self,
-        draw: Callable[[list[Job], Check], list[Result]],
+        generate: Callable[[list[Job], Check], list[Result]],
         key: Callable[[Job], Hashable],
         *,
         max_batch: int = 8,
@@ -99,9 +99,9 @@ class Batcher(Generic[Job, Result]):
         recover: Check = lambda: None,
         linger: float = 0.003,
     ) -> None:
-        self._draw, self._key, self._recover = draw, key, recover
+        self._generate, self._key, self._recover = generate, key, recover
         self._max_batch, self._max_waiting, self._linger = max_batch, max_waiting, linger
-        self._waiting: deque[Ticket[Job, Result]] = deque()
+        self._waiting: deque[PendingJob[Job, Result]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._ended: str | None = None
@@ -115,25 +115,25 @@ class Batcher(Generic[Job, Result]):
         """Whether jobs are still drawn."""
         return self._thread.is_alive() and not self._closing and self._ended is None
 
-    def submit(self, job: Job) -> Ticket[Job, Result]:
+    def submit(self, job: Job) -> PendingJob[Job, Result]:
         """Queues a job. From any thread. Raises as `submit_all`."""
         return self.submit_all([job])[0]
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[Ticket[Job, Result]]:
+    def submit_all(self, jobs: Sequence[Job]) -> list[PendingJob[Job, Result]]:
         """Queues jobs in one go, so that they ride together where they can. From any thread.
 
         Raises:
             Busy: the queue has not room for all of them; none is queued.
             Stopped: closed, or the device is gone.
         """
-        tickets: list[Ticket[Job, Result]] = [Ticket(job, self._key(job)) for job in jobs]
+        tickets: list[PendingJob[Job, Result]] = [PendingJob(job, self._key(job)) for job in jobs]
         with self._changed:
             if not self.alive:
                 raise Stopped(self._ended or "closed")
             # Who is gone takes no place, and holds nothing in memory however long the present batch takes.
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.future.cancelled())
             if len(self._waiting) + len(tickets) > self._max_waiting:
-                raise Busy(f"{len(self._waiting)} pictures are waiting already; try again later")
+                raise Busy(f"{len(self._waiting)} images are waiting already; try again later")
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
@@ -158,7 +158,7 @@ class Batcher(Generic[Job, Result]):
                 self._run_batch(batch)
         except BaseException as error:
             why = f"the device is gone: {type(error).__name__}: {error}"
-            logger.critical("%s; no more pictures until a restart", why, exc_info=error)
+            logger.critical("%s; no more images until a restart", why, exc_info=error)
         finally:
             with self._changed:
                 self._ended = why
@@ -167,7 +167,7 @@ class Batcher(Generic[Job, Result]):
             for ticket in left:
                 _fail(ticket, Stopped(why))
 
-    def _next_batch(self) -> list[Ticket[Job, Result]] | None:
+    def _next_batch(self) -> list[PendingJob[Job, Result]] | None:
         """Waits for jobs. None when there will be no more."""
         with self._changed:
             idle = not self._waiting
@@ -183,10 +183,10 @@ class Batcher(Generic[Job, Result]):
                     batch += self._take(self._max_batch - len(batch), company=batch[0])
             return batch
 
-    def _take(self, most: int, company: Ticket[Job, Result] | None = None) -> list[Ticket[Job, Result]]:
+    def _take(self, most: int, company: PendingJob[Job, Result] | None = None) -> list[PendingJob[Job, Result]]:
         """Out of the queue: the oldest jobs that may ride with `company`, or else with the oldest job."""
-        taken: list[Ticket[Job, Result]] = []
-        left: deque[Ticket[Job, Result]] = deque()
+        taken: list[PendingJob[Job, Result]] = []
+        left: deque[PendingJob[Job, Result]] = deque()
         for ticket in self._waiting:
             if ticket.future.cancelled():
                 continue
@@ -195,7 +195,7 @@ class Batcher(Generic[Job, Result]):
         self._waiting = left
         return taken
 
-    def _run_batch(self, batch: list[Ticket[Job, Result]]) -> None:
+    def _run_batch(self, batch: list[PendingJob[Job, Result]]) -> None:
         batch = [ticket for ticket in batch if ticket.begin()]
         try:
             if batch:
@@ -205,19 +205,19 @@ class Batcher(Generic[Job, Result]):
                 _fail(ticket, Stopped(f"the device is gone: {type(error).__name__}: {error}"))
             raise
 
-    def _attempt(self, batch: list[Ticket[Job, Result]]) -> None:
+    def _attempt(self, batch: list[PendingJob[Job, Result]]) -> None:
         began = time.perf_counter()
 
         def check() -> None:
-            if all(ticket.abandoned for ticket in batch):
-                raise Abandoned
+            if all(ticket.cancelled for ticket in batch):
+                raise Cancelled
 
         try:
             check()
-            results = self._draw([ticket.job for ticket in batch], check)
+            results = self._generate([ticket.job for ticket in batch], check)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} jobs")
-        except Abandoned as error:
+        except Cancelled as error:
             logger.info("nobody waits any more: stopped before the end of a batch of %d", len(batch))
             for ticket in batch:
                 _fail(ticket, error)
@@ -225,10 +225,10 @@ class Batcher(Generic[Job, Result]):
             self._after(error, batch)
         else:
             for ticket, result in zip(batch, results, strict=True):
-                ticket.future.set_result(Drawn(result, began - ticket.submitted, len(batch)))
+                ticket.future.set_result(JobResult(result, began - ticket.submitted, len(batch)))
 
-    def _after(self, error: BaseException, batch: list[Ticket[Job, Result]]) -> None:
-        # Tracebacks keep the frames of `draw` alive, and with them the memory that there was too little of.
+    def _after(self, error: BaseException, batch: list[PendingJob[Job, Result]]) -> None:
+        # Tracebacks keep the frames of `generate` alive, and with them the memory that there was too little of.
         link: BaseException | None = error
         while link is not None and link.__traceback__ is not None:
             link.__traceback__, link = None, link.__cause__ or link.__context__
@@ -241,7 +241,7 @@ class Batcher(Generic[Job, Result]):
         self._attempt(batch[half:])
 
 
-def _fail(ticket: Ticket[Job, Result], error: BaseException) -> None:
+def _fail(ticket: PendingJob[Job, Result], error: BaseException) -> None:
     if not isinstance(error, Exception) or isinstance(error, StopIteration):  # these would end the waiting coroutine
         error = RuntimeError(f"{type(error).__name__}: {error}")
     if not ticket.future.done():

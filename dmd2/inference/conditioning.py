@@ -1,4 +1,4 @@
-"""What pictures are made from besides prompts: a given picture, a mask, a control, LoRAs."""
+"""What images are made from besides prompts: a given image, a mask, a control, LoRAs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmd2.diffusion.denoiser import Codec
 from dmd2.diffusion.noise import add_noise
-from dmd2.diffusion.sampling import Denoise, few_step, image_to_image, inpaint
+from dmd2.diffusion.sampling import Denoise, image_to_image, inpaint, sample_few_step
 from dmd2.models.adapters.control import SCALE
 from dmd2.models.adapters.lora import Lora
 from dmd2.models.stable_diffusion.codec import LatentCodec
@@ -21,16 +21,15 @@ from dmd2.runtime.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
-    """One for all pictures of a batch. The default is text-to-image."""
+class ImageConditioning:
+    """One for all images of a batch. The default is text-to-image."""
 
     image: Tensor | None = None
     """uint8 (3, H, W) on the CPU, as large as what is drawn"""
     mask: Tensor | None = None
-    """bool (H, W): what is painted anew. Everywhere else the picture keeps its pixels, to the bit"""
+    """bool (H, W): what is painted anew. Everywhere else the image keeps its pixels, to the bit"""
     strength: float = 1.0
-    """in (0, 1]; see `last_steps` in `dmd2.diffusion.sampling`. 1 begins with noise alone, so that without a mask
-    nothing of `image` is left"""
+    """in (0, 1]; see `timesteps_for_strength`. 1 begins with noise alone: without a mask nothing of `image` is left"""
     control: Path | None = None
     """folder of a ControlNet or T2I-Adapter"""
     control_image: Tensor | None = None
@@ -50,36 +49,36 @@ class Edit:
             raise UserError("control_image: expected both a control and its image, or neither")
 
     @property
-    def pictures(self) -> list[Tensor]:
-        return [picture for picture in (self.image, self.control_image) if picture is not None]
+    def images(self) -> list[Tensor]:
+        return [image for image in (self.image, self.control_image) if image is not None]
 
     @property
     def key(self) -> Hashable:
-        """Only pictures with equal keys may ride in one batch. While an `Edit` lives, no other has its `id`."""
+        """Only images with equal keys may ride in one batch. While one lives, no other has its `id`."""
         loras = tuple((lora.sha256, scale) for lora, scale in self.loras)
-        return (loras, id(self) if self.pictures else 0)
+        return (loras, id(self) if self.images else 0)
 
     @property
-    def facts(self) -> dict[str, object]:
+    def metadata(self) -> dict[str, object]:
         """What a file says of how it was made, besides prompt, seed and steps."""
-        facts: dict[str, object] = {}
+        metadata: dict[str, object] = {}
         if self.loras:
-            facts["loras"] = " ".join(f"{lora.name}:{scale:g}" for lora, scale in self.loras)
+            metadata["loras"] = " ".join(f"{lora.name}:{scale:g}" for lora, scale in self.loras)
         if self.image is not None:
-            facts["prompt_strength"] = self.strength
-            facts["image_sha256"] = _sha256(self.image)
+            metadata["prompt_strength"] = self.strength
+            metadata["image_sha256"] = _sha256(self.image)
         if self.mask is not None:
-            facts["mask_sha256"] = _sha256(self.mask)
+            metadata["mask_sha256"] = _sha256(self.mask)
         if self.control is not None and self.control_image is not None:
-            facts["control"] = f"{self.control.name}:{self.control_scale:g}"
-            facts["control_image_sha256"] = _sha256(self.control_image)
-        return facts
+            metadata["control"] = f"{self.control.name}:{self.control_scale:g}"
+            metadata["control_image_sha256"] = _sha256(self.control_image)
+        return metadata
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises ValueError unless what is given is as large as what is drawn, `size` (width, height)."""
-        for picture in (*self.pictures, *(() if self.mask is None else (self.mask,))):
-            if tuple(picture.shape[-2:]) != (size[1], size[0]):
-                raise ValueError(f"expected {size[0]}x{size[1]}, not a picture of shape {tuple(picture.shape)}")
+        for image in (*self.images, *(() if self.mask is None else (self.mask,))):
+            if tuple(image.shape[-2:]) != (size[1], size[0]):
+                raise ValueError(f"expected {size[0]}x{size[1]}, not a picture of shape {tuple(image.shape)}")
 
     def sample(
         self,
@@ -92,13 +91,13 @@ class Edit:
         *,
         inpaints: bool = False,
     ) -> Tensor:
-        """x0 (B, C, h, w) by the sampler that fits. Arguments as of `dmd2.diffusion.sampling.few_step`.
+        """x0 (B, C, h, w) by the sampler that fits. Arguments as of `dmd2.diffusion.sampling.sample_few_step`.
 
         A network that `inpaints` is told what is known at each step (see `known`), and nothing is put back between.
         """
         free = self.mask is None or inpaints
         if self.image is None or (free and self.strength == 1):
-            return few_step(denoise, start, noise, sigmas)
+            return sample_few_step(denoise, start, noise, sigmas)
         image = codec.encode(self.image[None]).to(device)
         if free:
             return image_to_image(denoise, image, noise, sigmas)
@@ -109,7 +108,7 @@ class Edit:
     def known(self, codec: LatentCodec, size: tuple[int, int]) -> Tensor:
         """(1, 5, h, w) what a network that inpaints is told of a picture of `size`: see `StableDiffusion.features`.
 
-        Without a mask all is masked: the picture then counts through what is denoised, or not at all.
+        Without a mask all is masked: the image then counts through what is denoised, or not at all.
         """
         width, height = size
         mask = torch.ones(height, width, dtype=torch.bool) if self.mask is None else self.mask
@@ -136,4 +135,4 @@ def _sha256(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-PLAIN = Edit()
+TEXT_TO_IMAGE = ImageConditioning()

@@ -1,4 +1,4 @@
-"""Prompts in, pictures out: loads a folder of weights once and draws with its students or its teacher."""
+"""Prompts in, images out: loads a folder of weights once and draws with its students or its teacher."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ import torch
 from torch import Tensor
 
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import Churn, Denoise, conditioned, dpm_solver_2m, heun, last_steps, teacher_sigmas
-from dmd2.inference.conditioning import PLAIN, Edit
+from dmd2.diffusion.sampling import (
+    Churn,
+    Denoise,
+    conditioned,
+    sample_dpm_solver_2m,
+    sample_heun,
+    teacher_sigmas,
+    timesteps_for_strength,
+)
+from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.models.edm.classes import ClassToImage, load_class_to_image
 from dmd2.models.edm.network import ClassCondition, Edm
-from dmd2.models.stable_diffusion.adapters import TINY, Extras
+from dmd2.models.stable_diffusion.adapters import TINY, Adapters
 from dmd2.models.stable_diffusion.folder import TextToImage, load_denoisers, load_text_to_image
 from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.models.stable_diffusion.unet import StableDiffusion
@@ -35,7 +43,7 @@ TEXT_CACHE = 256_000_000
 
 Condition = TextCondition | ClassCondition
 Preview = Callable[[int, list[int], Tensor], object]
-"""Is told the number of steps done, which of a call's pictures these are, and what they look like so far: uint8
+"""Is told the number of steps done, which of a call's images these are, and what they look like so far: uint8
 (B, 3, H, W) on the CPU."""
 
 logger = logging.getLogger(__name__)
@@ -59,7 +67,7 @@ def go_on() -> None:
 
 @dataclass
 class Engine:
-    """Draws pictures from one folder of weights: Stable Diffusion's from prompts, EDM's from the classes they name.
+    """Draws images from one folder of weights: Stable Diffusion's from prompts, EDM's from the classes they name.
 
     Modes: "1", "4" (any number of steps that the manifest lists) are the students; "teacher" is the teacher with
     its own sampler and guidance; "teacher-4" is the undistilled teacher, guided, put through the sampler of the
@@ -71,10 +79,10 @@ class Engine:
         dtype: of networks; by default see `dmd2.runtime.placement.default_dtype`.
         trace: `warm_up` records networks for repeated calls: on a GPU they are compiled (see `dmd2.runtime.placement`
             for the variables that say how), on a CPU small ones are traced, which makes them about 1.3 times as fast.
-        modes: to load at once, so that a broken file is an error now and the first picture is fast.
+        modes: to load at once, so that a broken file is an error now and the first image is fast.
         vae: "kl" decodes with the folder's `vae`, whatever that is; "tiny" with its TAESDXL: a twentieth of the work,
             and less sharp.
-        churn: noise that the sampler of an EDM teacher adds, by the pictures' seeds; None for none.
+        churn: noise that the sampler of an EDM teacher adds, by the images' seeds; None for none.
         text_cache: bytes of encoded prompts that are remembered on the device, at most.
     """
 
@@ -104,9 +112,12 @@ class Engine:
             raise UserError("--churn: only of an EDM teacher's sampler; expected its weights and --steps teacher")
         self.placement = Placement()
         self.model: TextToImage | ClassToImage
-        self._solve: Callable[..., Tensor] = dpm_solver_2m
+        self._solve: Callable[..., Tensor] = sample_dpm_solver_2m
         if self.manifest.family == "edm":
-            self.model, self._solve = load_class_to_image(self.folder, subfolders, self.device, self.dtype), heun
+            self.model, self._solve = (
+                load_class_to_image(self.folder, subfolders, self.device, self.dtype),
+                sample_heun,
+            )
             return
         width, height = self.manifest.native_size
         self.placement = place(parameters, self.device, self.dtype, width * height, fast=self.trace)
@@ -120,7 +131,7 @@ class Engine:
             placement=self.placement,
             vae=vae_folder(self.folder, self.vae),
         )
-        self.extras = Extras(self.folder, self.model, self.device, self.dtype, self.placement)
+        self.adapters = Adapters(self.folder, self.model, self.device, self.dtype, self.placement)
 
     def sha256(self, mode: str) -> str:
         """The checksum of the UNet that `mode` runs."""
@@ -173,8 +184,8 @@ class Engine:
         """Draws once in each mode and size, so that no later call is the first of its kind.
 
         With `trace`, this is where networks are recorded. Calls of other modes and sizes run the networks as they
-        are. On a CPU a record serves every batch size, and a picture is the same to ±2 of 255 either way. On a GPU
-        networks are compiled for one picture and for `batch` pictures, and other batches are put together from these.
+        are. On a CPU a record serves every batch size, and an image is the same to ±2 of 255 either way. On a GPU
+        networks are compiled for one image and for `batch` images, and other batches are put together from these.
         """
         began = time.perf_counter()
         for mode in modes:
@@ -183,10 +194,10 @@ class Engine:
                 logger.info("warm-up: %s steps at %dx%d (%.0f s so far)", mode, *size, time.perf_counter() - began)
                 with denoiser.recording():
                     for prompts in self._rehearsal(mode, size, batch):
-                        self.draw(prompts, list(range(len(prompts))), mode, size)
+                        self.generate(prompts, list(range(len(prompts))), mode, size)
                 # A record's first two runs are slow: torch watches the one and rewrites the record for the other.
                 for _ in range(2):
-                    self.draw(["0"], [0], mode, size)
+                    self.generate(["0"], [0], mode, size)
         if self.placement.compiler is not None and self.placement.kernels is not None:
             save_kernels(self.placement.kernels)
         assert isinstance(self.device, torch.device)
@@ -202,29 +213,29 @@ class Engine:
         return [[name], [f"{name} {i}" for i in range(batch)]] if batch > 1 else [[name]]
 
     @torch.inference_mode()
-    def draw(
+    def generate(
         self,
         prompts: list[str],
         seeds: list[int],
         mode: str = "4",
         size: tuple[int, int] | None = None,
-        edit: Edit = PLAIN,
+        edit: ImageConditioning = TEXT_TO_IMAGE,
     ) -> Tensor:
         """One batch: B prompts and seeds → uint8 (B, 3, H, W) on the CPU. `size` is (width, height) in pixels."""
-        return self.draw_timed(prompts, seeds, mode, size, edit=edit)[0]
+        return self.generate_timed(prompts, seeds, mode, size, edit=edit)[0]
 
     @torch.inference_mode()
-    def draw_timed(
+    def generate_timed(
         self,
         prompts: list[str],
         seeds: list[int],
         mode: str = "4",
         size: tuple[int, int] | None = None,
         check: Callable[[], None] = go_on,
-        edit: Edit = PLAIN,
+        edit: ImageConditioning = TEXT_TO_IMAGE,
         preview: Preview | None = None,
     ) -> tuple[Tensor, Timings]:
-        """As `draw`, with the time that each stage took.
+        """As `generate`, with the time that each stage took.
 
         `check` is called before each step of a student; what it raises ends the call. `preview` is called after each
         of its steps but the last, and takes the time of a decoding.
@@ -239,43 +250,43 @@ class Engine:
         began = time.perf_counter()
         own = None if mode.startswith("teacher") else student
         if not isinstance(self.model, ClassToImage):
-            self._encoders = self.extras.use_loras(subfolder, own, edit.loras)
+            self._encoders = self.adapters.use_loras(subfolder, own, edit.loras)
         conditions: list[Any] = self._conditions(prompts, size)
         timings = Timings(time.perf_counter() - began, 0.0, 0.0)
-        # Prompts of one window and of several do not fit into one tensor, and padding would change the pictures.
-        pictures: dict[int, Tensor] = {}
+        # Prompts of one window and of several do not fit into one tensor, and padding would change the images.
+        samples: dict[int, Tensor] = {}
         for length in sorted({c.length for c in conditions}):
             rows = [i for i, c in enumerate(conditions) if c.length == length]
             cond = conditions[rows[0]].cat(*(conditions[i] for i in rows[1:]))
             shown = None if preview is None else partial(_of_rows, preview, rows)
-            images, taken = self._draw(cond, [seeds[i] for i in rows], mode, size, check, edit, shown)
-            pictures |= dict(zip(rows, images, strict=True))
+            images, taken = self._generate(cond, [seeds[i] for i in rows], mode, size, check, edit, shown)
+            samples |= dict(zip(rows, images, strict=True))
             timings += taken
-        return torch.stack([pictures[i] for i in range(len(prompts))]), timings
+        return torch.stack([samples[i] for i in range(len(prompts))]), timings
 
-    def _check_edit(self, mode: str, size: tuple[int, int], edit: Edit) -> None:
-        if isinstance(self.model, ClassToImage) and edit is not PLAIN:
+    def _check_edit(self, mode: str, size: tuple[int, int], edit: ImageConditioning) -> None:
+        if isinstance(self.model, ClassToImage) and edit is not TEXT_TO_IMAGE:
             raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
-        if mode == "teacher" and edit.pictures:
+        if mode == "teacher" and edit.images:
             raise UserError("--steps teacher: takes no image and no control; expected a student's steps")
         edit.check_size(size)
         if edit.control is not None:
-            self.extras.control(edit.control)  # before anything is computed
+            self.adapters.control(edit.control)  # before anything is computed
 
-    def _draw(
+    def _generate(
         self,
         cond: Any,
         seeds: list[int],
         mode: str,
         size: tuple[int, int],
         check: Callable[[], None],
-        edit: Edit,
+        edit: ImageConditioning,
         preview: Callable[[int, Tensor], object] | None,
     ) -> tuple[Tensor, Timings]:
         subfolder, student = self._plan(mode)
         denoiser: Any = self._denoiser(subfolder)
         codec: Any = self.model.codec
-        timesteps = [] if student is None else last_steps(student.timesteps, edit.strength)
+        timesteps = [] if student is None else timesteps_for_strength(student.timesteps, edit.strength)
         sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
         if student is not None and student.sigmas:
             sigmas = student.sigmas
@@ -302,7 +313,7 @@ class Engine:
                 assert self.manifest.teacher is not None
                 scale = self.manifest.teacher.guidance_scale
             if edit.control is not None and edit.control_image is not None:
-                model = self.extras.control(edit.control)
+                model = self.adapters.control(edit.control)
                 control = model.guide(edit.control_image, timesteps, edit.control_scale)
                 network = partial(network, control=control)
             uncond = None if scale == 1 else self._no_text(cond, size)
@@ -316,7 +327,7 @@ class Engine:
 
     def _shown(self, denoise: Denoise, steps: int, preview: Callable[[int, Tensor], object]) -> Denoise:
         done = 0
-        codec: Any = self.model.codec if isinstance(self.model, ClassToImage) else self.extras.preview
+        codec: Any = self.model.codec if isinstance(self.model, ClassToImage) else self.adapters.preview
 
         def shown(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal done
@@ -348,7 +359,7 @@ class Engine:
         scale = self.manifest.teacher.guidance_scale
         denoise = conditioned(network, cond, uncond, scale)
         if self.churn is not None:
-            return heun(denoise, start, sigmas, noise[:, 1:].unbind(1), self.churn)
+            return sample_heun(denoise, start, sigmas, noise[:, 1:].unbind(1), self.churn)
         return self._solve(denoise, start, sigmas)
 
     def _clock(self) -> float:

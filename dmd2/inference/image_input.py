@@ -192,9 +192,9 @@ def _opened(data: bytes, field: str, formats: tuple[str, ...]) -> Iterator[Image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{field}: expected at most {MOST_PIXELS // 1_000_000} million pixels") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{field}: no picture; expected {', '.join(formats)}") from error
+        raise UserError(f"{field}: no image; expected {', '.join(formats)}") from error
     except Exception as error:  # its decoders, in C and Python, know no bounds in what they raise at damaged files
-        raise UserError(f"{field}: a damaged picture ({shown(str(error) or type(error).__name__)})") from error
+        raise UserError(f"{field}: a damaged image ({shown(str(error) or type(error).__name__)})") from error
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Pictures as files that say how they were made."""
+"""Images as files that say how they were made."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ IMAGE_DESCRIPTION = 0x010E
 """the EXIF tag"""
 
 
-def encode_picture(image: Tensor, format: str, quality: int, facts: Mapping[str, object]) -> bytes:
+def encode_image(image: Tensor, format: str, quality: int, metadata: Mapping[str, object]) -> bytes:
     """uint8 (3, H, W) on the CPU → the content of an image file, encoded for speed rather than for the last byte.
 
-    `format` is webp, jpg or png; `quality` (0 … 100) is of no matter to a PNG. `facts` are kept as text: in a PNG as
-    chunks, which Pillow shows as `Image.open(path).info`; else as a JSON object in EXIF's ImageDescription, which it
+    `format` is webp, jpg or png; `quality` (0 … 100) is of no matter to a PNG. `metadata` is kept as text: in PNG
+    as chunks, which Pillow shows as `Image.open(path).info`; else as a JSON object in EXIF's ImageDescription, which it
     shows as `Image.open(path).getexif()[0x010E]`.
 
     Raises:
@@ -31,52 +31,52 @@ def encode_picture(image: Tensor, format: str, quality: int, facts: Mapping[str,
     """
     if not 0 <= quality <= 100:
         raise ValueError(f"quality {quality}: expected 0 to 100")
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    texts = {name: str(value) for name, value in facts.items()}
+    pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+    texts = {name: str(value) for name, value in metadata.items()}
     file = io.BytesIO()
     if format == "png":
         info = PngImagePlugin.PngInfo()
         for name, text in texts.items():
             info.add_itxt(name, text)
-        picture.save(file, format="PNG", compress_level=1, pnginfo=info)
+        pixels.save(file, format="PNG", compress_level=1, pnginfo=info)
         return file.getvalue()
     exif = Image.Exif()
     exif[IMAGE_DESCRIPTION] = json.dumps(texts)  # EXIF's texts are ASCII, and so is this: \u escapes for the rest
     if format == "webp":
         # Method 1: about a tenth of the default's time (4), some 5 % more bytes.
-        picture.save(file, format="WEBP", quality=quality, method=1, exif=exif)
+        pixels.save(file, format="WEBP", quality=quality, method=1, exif=exif)
     elif format == "jpg":
-        picture.save(file, format="JPEG", quality=quality, exif=exif)
+        pixels.save(file, format="JPEG", quality=quality, exif=exif)
     else:
         raise ValueError(f"format {format}: expected webp, jpg or png")
     return file.getvalue()
 
 
-def save_png(image: Tensor, folder: Path, facts: Mapping[str, object]) -> Path:
-    """Writes uint8 (3, H, W) into `folder` under a name made of the most important facts; see `encode_picture`.
+def save_png(image: Tensor, folder: Path, metadata: Mapping[str, object]) -> Path:
+    """Writes uint8 (3, H, W) into `folder` under a name made of the most important facts; see `encode_image`.
 
     A file of the same name is replaced: it was made of the same prompt, seed, steps, image and LoRAs.
     """
-    words = re.sub(r"[^\w]+", "-", str(facts["prompt"]).lower()).strip("-")[:60] or "picture"
-    # The digits tell prompts apart whose words look alike in a file name, and what else a picture was made of.
-    more = {name: str(value) for name, value in facts.items() if name not in IN_NAME}
-    mark = hashlib.sha256(f"{facts['prompt']}{json.dumps(more) if more else ''}".encode()).hexdigest()[:6]
-    step = facts.get("preview_of_step")
+    words = re.sub(r"[^\w]+", "-", str(metadata["prompt"]).lower()).strip("-")[:60] or "image"
+    # The digits tell prompts apart whose words look alike in a file name, and what else an image was made of.
+    more = {name: str(value) for name, value in metadata.items() if name not in IN_NAME}
+    mark = hashlib.sha256(f"{metadata['prompt']}{json.dumps(more) if more else ''}".encode()).hexdigest()[:6]
+    step = metadata.get("preview_of_step")
     end = "" if step is None else f"_preview-{step}"
-    path = folder / f"{words}_{mark}_{facts['steps']}_{facts['seed']}{end}.png"
-    atomic_bytes(path, encode_picture(image, "png", 100, facts))
+    path = folder / f"{words}_{mark}_{metadata['steps']}_{metadata['seed']}{end}.png"
+    atomic_bytes(path, encode_image(image, "png", 100, metadata))
     return path
 
 
 def labelled_grid(images: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
-    """One row for each label: pictures uint8 (3, H, W) on the CPU, equally many a row, row by row.
+    """One row for each label: images uint8 (3, H, W) on the CPU, equally many a row, row by row.
 
     Raises:
         ValueError: they do not fill the rows.
     """
     columns, rest = divmod(len(images), len(labels))
     if not columns or rest:
-        raise ValueError(f"{len(images)} pictures do not fill {len(labels)} rows")
+        raise ValueError(f"{len(images)} images do not fill {len(labels)} rows")
     height, width = images[0].shape[1:]
     font = ImageFont.load_default(min(14.0, height / 2))
     margin = max(int(font.getlength(label)) for label in labels) + 12

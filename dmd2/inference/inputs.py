@@ -1,4 +1,4 @@
-"""Pictures that callers give: read with limits, made as large as what is drawn, turned into an `Edit`."""
+"""Images that callers give: read with limits, made as large as what is drawn, turned into an `ImageConditioning`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmd2.inference.conditioning import PLAIN, Edit
+from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.image_input import LIGHT, ImageFile, Role, resized
 from dmd2.models.adapters.lora import Lora
 from dmd2.runtime.errors import UserError
@@ -24,13 +24,13 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def fitted_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """bool (H, W), true where the mask is light: that is painted anew. Fitted as the picture it belongs to."""
+    """bool (H, W), true where the mask is light: that is painted anew. Fitted as the image it belongs to."""
     grey = resized(image.convert("L"), size, method=Image.Resampling.BILINEAR)
     return torch.from_numpy(numpy.array(grey)) >= LIGHT
 
 
 @dataclass(frozen=True)
-class Given:
+class InputImages:
     """What a caller gives besides the prompt: files whose headers were read, but not yet decoded."""
 
     image: ImageFile | None = None
@@ -47,7 +47,7 @@ class Given:
         strength: float,
         control_image: bytes | Path | None,
         control_scale: float,
-    ) -> Given:
+    ) -> InputImages:
         """From files or their contents. `strength` is of no matter without an image.
 
         Raises:
@@ -68,18 +68,18 @@ class Given:
         return cls(read[0], read[1], 1.0 if image is None else strength, read[2], control_scale)
 
     def size(self, asked: tuple[int, int] | None, native: tuple[int, int], unit: int) -> tuple[int, int]:
-        """Width and height to draw: what is asked for, else about `native`'s pixels in the given picture's ratio."""
-        picture = self.image or self.control_image
-        if asked is not None or picture is None:
+        """Width and height to draw: what is asked for, else about `native`'s pixels in the given image's ratio."""
+        image = self.image or self.control_image
+        if asked is not None or image is None:
             return asked or native
-        width, height = picture.size  # beyond 4:1, of its middle
+        width, height = image.size  # beyond 4:1, of its middle
         ratio = f"{min(width, 4 * height)}:{min(height, 4 * width)}"
         return aspect_size(ratio, native, max(unit, native[0] // 16))
 
     def edit(
         self, size: tuple[int, int], control: Path | None = None, loras: tuple[tuple[Lora, float], ...] = ()
-    ) -> Edit:
-        """For pictures of `size` (width, height). A mask of another size is stretched to its image's.
+    ) -> ImageConditioning:
+        """For images of `size` (width, height). A mask of another size is stretched to its image's.
 
         Raises:
             UserError: a file is damaged, or they do not go together.
@@ -87,8 +87,8 @@ class Given:
         if (control is None) != (self.control_image is None):
             raise UserError("control, control_image: expected both or neither")
         if self.image is None and self.control_image is None and not loras:
-            return PLAIN
-        return Edit(
+            return TEXT_TO_IMAGE
+        return ImageConditioning(
             image=None if self.image is None else fitted(self.image.decode(size), size),
             mask=None if self.mask is None or self.image is None else self._mask(self.mask, self.image, size),
             strength=self.strength,

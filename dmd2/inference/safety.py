@@ -1,4 +1,4 @@
-"""CompVis's safety checker (Stable Diffusion's): does CLIP see one of its concepts in a picture?"""
+"""CompVis's safety checker (Stable Diffusion's): does CLIP see one of its concepts in an image?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SWITCH = "DMD2_ALLOW_UNSAFE"
 
 @dataclass(frozen=True)
 class SafetyChecker:
-    """Flags pictures. Make one with `SafetyChecker.load`."""
+    """Flags images. Make one with `SafetyChecker.load`."""
 
     model: Any
     """diffusers' `StableDiffusionSafetyChecker`"""
@@ -86,7 +86,7 @@ class SafetyChecker:
     def __call__(self, images: Tensor) -> list[bool]:
         """uint8 (B, 3, H, W) on the CPU → B times: is it flagged?
 
-        The same flags as from diffusers' own `forward`, which also blackens pictures and logs.
+        The same flags as from diffusers' own `forward`, which also blackens images and logs.
         """
         if not len(images):
             return []

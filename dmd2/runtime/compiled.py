@@ -100,7 +100,7 @@ class Prepared:
             return
         try:
             records[batch] = self._record(tuple(None if x is None else x[:batch].clone() for x in inputs))
-        except Exception as error:  # whatever a compiler may raise: pictures can be drawn without it
+        except Exception as error:  # whatever a compiler may raise: images can be drawn without it
             lines = str(error).strip().splitlines() or [""]
             logger.warning("not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, lines[0])
 
@@ -194,7 +194,7 @@ class Fp8Linear(nn.Module):
 def quantize_linears(unet: Any) -> int:
     """Replaces the linear layers of a UNet's transformer blocks, two thirds of SDXL's work at 1024², by `Fp8Linear`.
 
-    Pictures change a little, and LoRAs cannot be applied any more. Returns how many layers it were.
+    Images change a little, and LoRAs cannot be applied any more. Returns how many layers it were.
     """
     found = [
         (parent, name, child)

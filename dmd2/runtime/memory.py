@@ -20,7 +20,7 @@ MODES = ("auto", "full", "12gb", "8gb", "cpu")
 LARGE = 500_000_000  # parameters: networks from this size on may run in bf16 on a CPU, and are not traced
 CONTEXT = 600_000_000  # bytes that CUDA takes for itself on a device of which a part is to be used
 # Bytes beside the weights that a picture of 1024² needs: estimates for SDXL in 16 bits. With `full` a batch of four
-# goes through the UNet at once; the decoder takes one picture at a time, in `8gb` one tile of 512² at a time.
+# goes through the UNet at once; the decoder takes one image at a time, in `8gb` one tile of 512² at a time.
 WORK = {"full": 5e9, "12gb": 3.5e9, "8gb": 1.5e9}
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Plan:
     weights: int | None = None
     """bytes of weights on the device at a time, at most; None: all networks stay there"""
     tiles: bool = False
-    """whether the VAE decodes large pictures in tiles, which changes them a little"""
+    """whether the VAE decodes large images in tiles, which changes them a little"""
 
 
 def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted: str = "auto") -> Plan:
@@ -48,7 +48,7 @@ def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted:
     Args:
         sizes: bytes of each network's weights, by subfolder; UNets are those whose name begins with "unet".
         free: bytes free on the device before anything is loaded.
-        pixels: of a picture.
+        pixels: of an image.
         wanted: one of `MODES`, but not "cpu".
 
     Raises:
@@ -77,7 +77,7 @@ def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted:
     return Plan(mode, max(needed["8gb"], free - work[mode]), tiles=mode == "8gb")
 
 
-class Turns:
+class Offloader:
     """Networks that take turns on a device.
 
     A network is brought there when it (or one of its children) is called; those that were used longest ago make room.
@@ -138,7 +138,7 @@ class Turns:
 
 
 def save_memory(vae: Any, tiles: bool) -> None:
-    """Lets a diffusers VAE work on one picture at a time, and in tiles of 512² pixels if that is asked for."""
+    """Lets a diffusers VAE work on one image at a time, and in tiles of 512² pixels if that is asked for."""
     vae.enable_slicing()
     if tiles and hasattr(vae, "post_quant_conv"):  # the KL-VAE: tiny ones take little memory anyway
         vae.enable_tiling()

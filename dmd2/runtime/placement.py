@@ -15,7 +15,7 @@ from dmd2.runtime import precision
 from dmd2.runtime.compiled import Compiler, cache_path, fuse_projections, has_fp8, quantize_linears, restore_kernels
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.loading import parameters_in
-from dmd2.runtime.memory import LARGE, MODES, Plan, Turns, free_memory, host_memory, plan
+from dmd2.runtime.memory import LARGE, MODES, Offloader, Plan, free_memory, host_memory, plan
 
 EVERYTHING = Plan("full")
 DTYPES = {"fp16": torch.float16} | precision.DTYPES
@@ -29,7 +29,7 @@ class Placement:
     """What was decided for one engine. The default: everything stays on the device and runs as it is."""
 
     plan: Plan = EVERYTHING
-    turns: Turns | None = None
+    turns: Offloader | None = None
     """if not everything fits"""
     compiler: Compiler | None = None
     """on a GPU, if everything fits"""
@@ -105,7 +105,7 @@ def place(
 
     - `DMD2_MEMORY`: how much memory of a GPU to use, see `dmd2.runtime.memory.plan`; "cpu" is for `prefers_gpu`.
     - `DMD2_COMPILE`: "auto" compiles and captures large networks on a GPU, "graphs" only captures, "off" neither.
-    - `DMD2_GO_FAST`: "true" computes the UNet's linear layers in 8-bit floats. Pictures are not the same any more.
+    - `DMD2_GO_FAST`: "true" computes the UNet's linear layers in 8-bit floats. Images are not the same any more.
     - `DMD2_CACHE`: compiled kernels are kept there.
 
     Args:
@@ -130,7 +130,7 @@ def place(
     chosen = plan(sizes, free, pixels, "full" if wanted == "cpu" else wanted)
     total = sum(sizes.values()) / 1e9
     logger.info("memory: %s; %.1f GB of weights, %.1f GB free", chosen.mode, total, free / 1e9)
-    turns = None if chosen.weights is None else Turns(device, chosen.weights)
+    turns = None if chosen.weights is None else Offloader(device, chosen.weights)
     compiler = kernels = None
     if fast and turns is None and compiling != "off":
         compiler = Compiler(device, compile=compiling == "auto")

@@ -1,6 +1,6 @@
-"""From a request to picture files: what Cog's `Predictor` and any other server share.
+"""From a request to image files: what Cog's `Predictor` and any other server share.
 
-Checks and completes requests, queues their pictures for the one thread that owns the device, has the pictures encoded
+Checks and completes requests, queues their images for the one thread that owns the device, has the images encoded
 in other threads, and leaves them in the outbox.
 """
 
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dmd2.inference.batcher import Batcher, Check, Drawn, Ticket
-from dmd2.inference.conditioning import PLAIN, Edit
+from dmd2.inference.batcher import Batcher, Check, JobResult, PendingJob
+from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import TEXT_CACHE, Engine, Timings
-from dmd2.inference.image_output import encode_picture
-from dmd2.inference.inputs import Given, aspect_size
+from dmd2.inference.image_output import encode_image
+from dmd2.inference.inputs import InputImages, aspect_size
 from dmd2.inference.safety import FOLDER as SAFETY
 from dmd2.inference.safety import SafetyChecker, may_be_disabled
 from dmd2.models.adapters.control import SCALE as CONTROL_SCALE
@@ -38,17 +38,17 @@ from dmd2.service.outbox import Outbox
 from dmd2.weights.manifest import Manifest, read_manifest
 
 SLOTS = 32  # predictions that Cog lets in (see predict.py)
-WAITING = 4 * SLOTS  # pictures in the queue, at most: as many as all of these may ask for
+WAITING = 4 * SLOTS  # images in the queue, at most: as many as all of these may ask for
 MOST_PROMPT = 5000  # characters (see predict.py)
-LARGE = 1024 * 1024  # pixels of a picture that any weights may be asked for; more only if their own size is large
+LARGE = 1024 * 1024  # pixels of an image that any weights may be asked for; more only if their own size is large
 
-NOTHING = Given()
+NOTHING = InputImages()
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PictureRequest:
+class ImageRequest:
     """What a client asks for. None: the service chooses."""
 
     prompt: str
@@ -59,18 +59,18 @@ class PictureRequest:
     num_outputs: int = 1
     num_inference_steps: int | None = None
     seed: int | None = None
-    """of the first picture; picture i has seed + i"""
+    """of the first image; image i has seed + i"""
     output_format: str = "webp"
     output_quality: int = 80
     disable_safety_checker: bool = False
     previews: bool = False
-    """whether to show what each step but the last makes of the pictures"""
+    """whether to show what each step but the last makes of the images"""
     image: bytes | Path | None = None
-    """a picture to begin with: a file or its content; it also chooses the size's ratio"""
+    """an image to begin with: a file or its content; it also chooses the size's ratio"""
     mask: bytes | Path | None = None
-    """light where the picture is to be painted anew"""
+    """light where the image is to be painted anew"""
     prompt_strength: float = 0.8
-    """see `dmd2.diffusion.sampling.last_steps`; of no matter without an image"""
+    """see `dmd2.diffusion.sampling.timesteps_for_strength`; of no matter without an image"""
     lora_weights: str | None = None
     """see `dmd2.models.adapters.lora_files.LoraFiles.find_all`"""
     lora_scale: float = 1.0
@@ -87,8 +87,8 @@ class PictureRequest:
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """A finished picture, or a preview of one. `path` is None if the safety checker withheld it."""
+class OutputImage:
+    """A finished image, or a preview of one. `path` is None if the safety checker withheld it."""
 
     path: Path | None
     seed: int
@@ -113,25 +113,25 @@ class _Job:
     steps: int
     size: tuple[int, int]
     check_safety: bool
-    edit: Edit = PLAIN
+    edit: ImageConditioning = TEXT_TO_IMAGE
     show: Callable[[_Preview], object] | None = None
     """takes previews, on the device thread"""
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     image: Tensor
     flagged: bool
     timings: Timings
     safety: float
 
 
-class PictureService:
+class ImageService:
     """Loads weights and draws for many clients at once. Reads these variables of `environ`:
 
     - `DMD2_WEIGHTS`: see `dmd2.models.locate.locate`.
     - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
-    - `DMD2_MAX_BATCH`: pictures in one batch, at most.
+    - `DMD2_MAX_BATCH`: images in one batch, at most.
     - `DMD2_SIZES`: sizes that are compiled for during setup, beside the weights' own; others run as they are.
     - `DMD2_VAE`: "kl" or "tiny", see `dmd2.inference.engine.Engine`.
     - `DMD2_TEXT_CACHE`: megabytes of encoded prompts that are remembered on the device, at most.
@@ -164,8 +164,8 @@ class PictureService:
         self.controls = {path.parent.name: path.parent for path in sorted(folder.glob("control/*/config.json"))}
         self.engine: Engine
         self._safety: SafetyChecker | None = None
-        self._batcher: Batcher[_Job, _Picture] = Batcher(
-            self._draw,
+        self._batcher: Batcher[_Job, _Image] = Batcher(
+            self._generate,
             lambda job: (job.steps, job.size, job.edit.key, job.show is not None),
             max_batch=max_batch,
             max_waiting=WAITING,
@@ -201,14 +201,14 @@ class PictureService:
             except UserError as error:
                 raise UserError(f"DMD2_SIZES: {error}") from None
         for control in self.controls.values():
-            self.engine.extras.control(control)
+            self.engine.adapters.control(control)
         if safety.is_dir():
             assert self.engine.dtype is not None
             self._safety = SafetyChecker.load(safety, self.engine.device, self.engine.dtype)
             allowed = "may" if self._unsafe_allowed else "may not"
             logger.info("safety checker: %s; callers %s disable it", safety, allowed)
         else:
-            logger.warning("safety checker: none (no folder %s); pictures are not checked", safety)
+            logger.warning("safety checker: none (no folder %s); images are not checked", safety)
         self.engine.warm_up(modes, list(dict.fromkeys([manifest.native_size, *sizes])), max_batch)
 
     @property
@@ -227,7 +227,7 @@ class PictureService:
         self._outbox.close()
         atexit.unregister(self._outbox.close)
 
-    def settle(self, request: PictureRequest, given: Given = NOTHING) -> tuple[tuple[int, int], int, int]:
+    def settle(self, request: ImageRequest, given: InputImages = NOTHING) -> tuple[tuple[int, int], int, int]:
         """Size (width, height), steps and first seed of a request; what is given may choose the size's ratio.
 
         Raises:
@@ -258,24 +258,24 @@ class PictureService:
             raise UserError(f"width, height: {size[0]}x{size[1]}; expected at most {most} pixels in all")
         return size, steps, secrets.randbelow(2**32) if request.seed is None else request.seed
 
-    async def draw(self, request: PictureRequest) -> AsyncGenerator[PictureFile, None]:
-        """Draws the request's pictures and yields them in order, each as soon as it is encoded; previews meanwhile.
+    async def generate(self, request: ImageRequest) -> AsyncGenerator[OutputImage, None]:
+        """Draws the request's images and yields them in order, each as soon as it is encoded; previews meanwhile.
 
         Raises:
             UserError: the request is wrong.
-            dmd2.inference.batcher.Busy: too many pictures wait already.
+            dmd2.inference.batcher.Busy: too many images wait already.
             dmd2.inference.batcher.Stopped: the device is gone.
         """
         if request.is_plain:
-            (size, steps, seed), edit = self.settle(request), PLAIN
+            (size, steps, seed), edit = self.settle(request), TEXT_TO_IMAGE
         else:
             loop = asyncio.get_running_loop()
             size, steps, seed, edit = await loop.run_in_executor(self._readers, self._read, request)
             if loras := await self._find_loras(request):
                 edit = replace(edit, loras=loras)
         check_safety = not (request.disable_safety_checker and self._unsafe_allowed)
-        tickets: list[Ticket[_Job, _Picture]] = []
-        files: list[asyncio.Task[PictureFile]] = []
+        tickets: list[PendingJob[_Job, _Image]] = []
+        files: list[asyncio.Task[OutputImage]] = []
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[_Preview | None] = asyncio.Queue()  # None: one of the files is done
 
@@ -298,16 +298,16 @@ class PictureService:
                 yield await file
         finally:  # cancelled, failed or done: leave nothing behind that works for nobody
             for ticket in tickets:
-                ticket.abandon()
+                ticket.cancel()
             for file in files:
                 file.cancel()
             await asyncio.gather(*files, return_exceptions=True)
 
-    def _read(self, request: PictureRequest) -> tuple[tuple[int, int], int, int, Edit]:
+    def _read(self, request: ImageRequest) -> tuple[tuple[int, int], int, int, ImageConditioning]:
         """As `settle`, and the images that the caller gives, read and fitted."""
         if not self.engine.draws_prompts:
             raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
-        given = Given.read(
+        given = InputImages.read(
             request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
         )
         if request.control is not None and given.control_image is None:
@@ -316,7 +316,7 @@ class PictureService:
         control = None if given.control_image is None else self._control(request.control)
         return size, steps, seed, given.edit(size, control)
 
-    async def _find_loras(self, request: PictureRequest) -> tuple[tuple[Lora, float], ...]:
+    async def _find_loras(self, request: ImageRequest) -> tuple[tuple[Lora, float], ...]:
         """The request's LoRAs. Their download ends with the request."""
         if not request.lora_weights:
             return ()
@@ -337,44 +337,44 @@ class PictureService:
             raise UserError(f"control: {shown(name or 'not given', 100)}; expected one of {valid}")
         return self.controls[name]
 
-    async def _finish(self, ticket: Ticket[_Job, _Picture], request: PictureRequest) -> PictureFile:
-        drawn: Drawn[_Picture] = await asyncio.wrap_future(ticket.future)
-        picture, path, began = drawn.result, None, time.perf_counter()
-        if not picture.flagged:
+    async def _finish(self, ticket: PendingJob[_Job, _Image], request: ImageRequest) -> OutputImage:
+        drawn: JobResult[_Image] = await asyncio.wrap_future(ticket.future)
+        image, path, began = drawn.result, None, time.perf_counter()
+        if not image.flagged:
             loop = asyncio.get_running_loop()
-            path = await loop.run_in_executor(self._encoders, self._write, ticket.job, picture.image, request)
+            path = await loop.run_in_executor(self._encoders, self._write, ticket.job, image.image, request)
         seconds = {
             "queue": drawn.queue_seconds,
-            "text": picture.timings.text,
-            "denoise": picture.timings.denoise,
-            "decode": picture.timings.decode,
-            "safety": picture.safety,
+            "text": image.timings.text,
+            "denoise": image.timings.denoise,
+            "decode": image.timings.decode,
+            "safety": image.safety,
             "encode": time.perf_counter() - began,
         }
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
-        return PictureFile(path, ticket.job.seed, drawn.batch_size, rounded)
+        return OutputImage(path, ticket.job.seed, drawn.batch_size, rounded)
 
-    async def _finish_preview(self, preview: _Preview, request: PictureRequest) -> PictureFile:
+    async def _finish_preview(self, preview: _Preview, request: ImageRequest) -> OutputImage:
         loop = asyncio.get_running_loop()
         write = partial(self._write, preview.job, preview.image, request, preview.step)
         path = await loop.run_in_executor(self._encoders, write)
-        return PictureFile(path, preview.job.seed, step=preview.step)
+        return OutputImage(path, preview.job.seed, step=preview.step)
 
-    def _write(self, job: _Job, image: Tensor, request: PictureRequest, step: int | None = None) -> Path:
-        facts = {
+    def _write(self, job: _Job, image: Tensor, request: ImageRequest, step: int | None = None) -> Path:
+        metadata = {
             "prompt": job.prompt,
             "seed": job.seed,
             "steps": job.steps,
             "weights_sha256": self.engine.sha256(str(job.steps)),
-            **job.edit.facts,
+            **job.edit.metadata,
             **({} if step is None else {"preview_of_step": step}),
         }
-        data = encode_picture(image, request.output_format, request.output_quality, facts)
-        # The seed tells the pictures of a request apart where Cog uploads them in any order.
+        data = encode_image(image, request.output_format, request.output_quality, metadata)
+        # The seed tells the images of a request apart where Cog uploads them in any order.
         name = f"{job.seed}" if step is None else f"{job.seed}-preview-{step}"
         return self._outbox.write(data, name, request.output_format)
 
-    def _draw(self, jobs: list[_Job], check: Check) -> list[_Picture]:
+    def _generate(self, jobs: list[_Job], check: Check) -> list[_Image]:
         """On the device thread: jobs of equal steps, size and edits."""
         prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
         first = jobs[0]
@@ -385,16 +385,16 @@ class PictureService:
                 if show is not None and not flag:
                     show(_Preview(jobs[row], step, image))
 
-        images, timings = self.engine.draw_timed(
+        images, timings = self.engine.generate_timed(
             prompts, seeds, str(first.steps), first.size, check, first.edit, preview if first.show else None
         )
         began = time.perf_counter()
         flags = self._flags(jobs, images)
         seconds = time.perf_counter() - began
-        return [_Picture(image, flag, timings, seconds) for image, flag in zip(images, flags, strict=True)]
+        return [_Image(image, flag, timings, seconds) for image, flag in zip(images, flags, strict=True)]
 
     def _flags(self, jobs: list[_Job], images: Tensor) -> list[bool]:
-        """Which of the jobs' pictures are to be withheld."""
+        """Which of the jobs' images are to be withheld."""
         if self._safety is None or not any(job.check_safety for job in jobs):
             return [False] * len(jobs)
         flags = self._safety(images)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import conditioned, few_step
+from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.emoji.architecture import trainable_attention
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.emoji.scores import EmojiJudge
@@ -85,19 +85,19 @@ def distil(
         return Samples((len(kept), 4, side, side), cond, cond.unconditional(), real, cond)
 
     @torch.no_grad()
-    def draw(module: nn.Module | None, captions: list[str], seeds: list[int]) -> Tensor:
+    def generate(module: nn.Module | None, captions: list[str], seeds: list[int]) -> Tensor:
         net = denoiser(module or student, compile=False)
         noise = seeded_noise(seeds, (len(sigmas), 4, side, side), device)
         denoise = conditioned(net, loaded.encode_text(captions, size))
-        return loaded.codec.decode(few_step(denoise, net.start, noise.unbind(1), sigmas))
+        return loaded.codec.decode(sample_few_step(denoise, net.start, noise.unbind(1), sigmas))
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
+    def export(ema_model: nn.Module | None, out: Path) -> None:
         subfolder = "unet" if len(sigmas) == 4 else f"unet_{len(sigmas)}step"
         save_text_to_image(
             out / "model",
             init,
             unet_subfolder=subfolder,
-            unet=averaged or student,
+            unet=ema_model or student,
             prediction_type=loaded.denoisers[teacher_folder].prediction_type,
             recipe=asdict(recipe),
             student=(len(sigmas), Student(subfolder=subfolder, timesteps=list(recipe.timesteps))),
@@ -117,8 +117,8 @@ def distil(
     return Method(
         phases=dmd2_phases(networks, settings, (student, critic), (optimizers[0], optimizers[1]), lambda b: b.data),
         data=data,
-        averaged=student,
-        sample=lambda averaged: preview.grid(lambda captions, seeds: draw(averaged, captions, seeds)),
-        score=lambda averaged: preview.score(lambda captions, seeds: draw(averaged, captions, seeds)),
+        ema_model=student,
+        sample=lambda ema_model: preview.grid(lambda captions, seeds: generate(ema_model, captions, seeds)),
+        score=lambda ema_model: preview.score(lambda captions, seeds: generate(ema_model, captions, seeds)),
         export=export,
     )

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dmd2.data.images import ImageSet
 from dmd2.data.pairs import Pairs, RegressionPairs
-from dmd2.diffusion.sampling import conditioned, few_step
+from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import UserError
@@ -89,20 +89,20 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
     preview = ClassPreview(teacher.config, manifest.class_names)
 
     @torch.no_grad()
-    def draw(averaged: nn.Module | None, noise: Tensor, cond: ClassCondition) -> Tensor:
-        denoiser = Edm(averaged or student)  # type: ignore[arg-type]
-        x0 = few_step(conditioned(denoiser, cond), denoiser.start, noise.unbind(1), recipe.sigmas)
+    def generate(ema_model: nn.Module | None, noise: Tensor, cond: ClassCondition) -> Tensor:
+        denoiser = Edm(ema_model or student)  # type: ignore[arg-type]
+        x0 = sample_few_step(conditioned(denoiser, cond), denoiser.start, noise.unbind(1), recipe.sigmas)
         return RgbCodec().decode(x0)
 
-    def sample(averaged: nn.Module | None) -> Tensor:
-        return preview.grid(draw(averaged, *preview.inputs(device, len(recipe.sigmas))))
+    def sample(ema_model: nn.Module | None) -> Tensor:
+        return preview.grid(generate(ema_model, *preview.inputs(device, len(recipe.sigmas))))
 
-    def score(averaged: nn.Module | None) -> dict[str, float]:
+    def score(ema_model: nn.Module | None) -> dict[str, float]:
         assert judge is not None
-        return judge.score(draw(averaged, *judge.inputs(device, len(recipe.sigmas))))
+        return judge.score(generate(ema_model, *judge.inputs(device, len(recipe.sigmas))))
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
-        network = averaged or student
+    def export(ema_model: nn.Module | None, out: Path) -> None:
+        network = ema_model or student
         assert isinstance(network, EdmNetwork)
         save_edm(
             out / "model",
@@ -193,7 +193,7 @@ class _Parts:
         return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 
     def data(self) -> Callable[[int], _Step]:
-        """step → classes drawn uniformly, real pictures where the method asks for them, and pairs."""
+        """step → classes drawn uniformly, real images where the method asks for them, and pairs."""
         recipe, config, n = self.recipe, self.teacher.config, self.recipe.loop.batch_size
         shape = (n, config.channels, config.resolution, config.resolution)
         images = self.images if recipe.needs_images else None
@@ -221,7 +221,7 @@ class _Parts:
     @cached_property
     def images(self) -> ImageSet:
         if self.sources.data is None:
-            raise UserError("--data: missing; this recipe learns from real pictures, a zip or a folder")
+            raise UserError("--data: missing; this recipe learns from real images, a zip or a folder")
         return ImageSet(self.sources.data, self.teacher.config.resolution, self.teacher.config.classes)
 
     def _pairs(self) -> Pairs:

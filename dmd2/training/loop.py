@@ -72,10 +72,10 @@ class Method:
     phases: list[Phase]
     data: Callable[[int], Any]
     """step → the step's data, always the same for the same step"""
-    averaged: nn.Module | None = None
+    ema_model: nn.Module | None = None
     """the module whose exponential moving average is kept, sampled from and exported"""
     sample: Callable[[nn.Module | None], Tensor] | None = None
-    """(averaged weights) → a picture, uint8 (3, H, W)"""
+    """(averaged weights) → an image, uint8 (3, H, W)"""
     score: Callable[[nn.Module | None], dict[str, float]] | None = None
     """(averaged weights) → figures that say how good it is by now"""
     export: Callable[[nn.Module | None, Path], None] | None = None
@@ -118,7 +118,7 @@ def train(
                 temporary.write_text(json.dumps(known, indent=2) + "\n")
             finished = run.go(out)
             if finished and method.export:
-                method.export(run.averaged, out)
+                method.export(run.ema_model, out)
             return finished
         except OSError as error:
             kept = (
@@ -143,15 +143,15 @@ class _Run:
     ) -> None:
         self.method, self.settings, self.checkpoints, self.about = method, settings, checkpoints, about
         self.guard, self.first, self.sums = Guard(), 0, dict[str, list[float]]()
-        half_life = settings.ema_half_life / (settings.batch_size * settings.accumulate)
-        averaged = method.averaged
-        self.average = Average(averaged, settings.ema_decay, half_life) if averaged is not None else None
-        self.averaged = self.average.module if self.average else None
-        self.networks = [p.module for p in method.phases] + ([averaged] if averaged is not None else [])
+        half_life = settings.ema_half_life / (settings.batch_size * settings.grad_accum_steps)
+        ema_model = method.ema_model
+        self.average = Ema(ema_model, settings.ema_decay, half_life) if ema_model is not None else None
+        self.ema_model = self.average.module if self.average else None
+        self.networks = [p.module for p in method.phases] + ([ema_model] if ema_model is not None else [])
 
     def go(self, out: Path) -> bool:
         """All steps that are left. False if a signal stopped it early."""
-        settings, images = self.settings, self.settings.batch_size * self.settings.accumulate
+        settings, images = self.settings, self.settings.batch_size * self.settings.grad_accum_steps
         logs = RunLogs(out, self.first, settings.iterations, settings.log_every, images, self.sums)
         last_saved = time.monotonic()
         with stop_signals() as stopped, logs:
@@ -175,7 +175,7 @@ class _Run:
     def _step(self, step: int) -> Logs:
         settings = self.settings
         batches = []
-        for part in range(step * settings.accumulate, (step + 1) * settings.accumulate):
+        for part in range(step * settings.grad_accum_steps, (step + 1) * settings.grad_accum_steps):
             seed = _mix(settings.seed, part)
             torch.manual_seed(_mix(seed, 0))  # for data that are drawn without a generator of their own
             batches.append(Batch(step, self.method.data(part), torch.Generator().manual_seed(seed)))
@@ -190,19 +190,19 @@ class _Run:
         return [phase.name for phase in self.method.phases]
 
     def _show(self, logs: RunLogs, done: int) -> None:
-        """What is due after `done` steps: a line of the log, a picture, a score."""
+        """What is due after `done` steps: a line of the log, an image, a score."""
         logs.line(done)
         # Before the first step, too, and soon after: only so one sees that training helps, or that it does not.
         if done % self.settings.sample_every == 0 or done in (EARLY, self.settings.iterations):
-            made_up_for = done == self.first > 0 and logs.picture_path(done).exists()
+            made_up_for = done == self.first > 0 and logs.image_path(done).exists()
             if self.method.sample and not made_up_for:
-                logs.picture(done, self.method.sample(self.averaged))
+                logs.image(done, self.method.sample(self.ema_model))
             if self.method.score and logs.lacks(done, "score"):
-                logs.score(done, self.method.score(self.averaged))
+                logs.score(done, self.method.score(self.ema_model))
 
     def _save(self, done: int, logs: RunLogs) -> None:
         networks = [(phase.name, phase.module) for phase in self.method.phases]
-        bad = first_not_finite(networks + ([("average", self.averaged)] if self.averaged is not None else []))
+        bad = first_not_finite(networks + ([("average", self.ema_model)] if self.ema_model is not None else []))
         if bad:
             raise TrainingDiverged(
                 f"step {done}: weights are no longer finite ({bad}); the checkpoint before is kept"
@@ -211,7 +211,7 @@ class _Run:
             p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()}
             for p in self.method.phases
         }
-        average = self.averaged.state_dict() if self.averaged is not None else None
+        average = self.ema_model.state_dict() if self.ema_model is not None else None
         state = {"step": done, **self.about, "phases": phases, "average": average}
         self.checkpoints.save(state | {"guard": self.guard.state(), "log": logs.sums})
 
@@ -240,15 +240,15 @@ class _Run:
         for p in self.method.phases:
             check_module(f"{path}: {p.name}", p.module, phases[p.name].get("module"))
             check_optimizer(f"{path}: {p.name}", p.optimizer, phases[p.name].get("optimizer"))
-        if self.averaged is not None:
-            check_module(f"{path}: average", self.averaged, state["average"])
+        if self.ema_model is not None:
+            check_module(f"{path}: average", self.ema_model, state["average"])
         self.first, self.guard = int(state["step"]), Guard.of(state["guard"])
         self.sums = {name: [float(value) for value in values] for name, values in state["log"].items()}
         for p in self.method.phases:
             p.module.load_state_dict(phases[p.name]["module"])
             p.optimizer.load_state_dict(phases[p.name]["optimizer"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["average"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(state["average"])
         self._check_length(state)
 
     def _check_length(self, state: dict[str, Any]) -> None:
@@ -325,7 +325,7 @@ def _gradient(phase: Phase, settings: LoopSettings) -> tuple[Tensor, bool]:
         zeroed = not bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
         for gradient in gradients:
             torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
-    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
+    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
     return norm, bool(torch.isfinite(norm)) and not (zeroed and float(norm) == 0)
 
 
@@ -353,7 +353,7 @@ def schedule(step: int, settings: LoopSettings) -> float:
     return (settings.iterations - step) / max(1, settings.iterations - settings.warmup)
 
 
-class Average:
+class Ema:
     """Exponential moving average of a module's parameters; short-memoried at first, so that it can start at once.
 
     It goes on at every step, also where the module moves at every k-th alone: at the end of each k steps it is what

@@ -60,8 +60,8 @@ def r1(logits: Tensor, images: Tensor) -> Tensor:
     """R1 (Mescheder et al. 2018, eq. 9) without its γ/2: E ‖∇ₓ D(x)‖², mean over the batch.
 
     Args:
-        logits: (B, …) of real pictures, each depending on its own picture alone; an image's are summed up.
-        images: (B, C, H, W) those pictures, requiring gradients.
+        logits: (B, …) of real images, each depending on its own image alone; an image's are summed up.
+        images: (B, C, H, W) those images, requiring gradients.
     """
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean()

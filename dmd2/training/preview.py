@@ -25,12 +25,12 @@ from dmd2.runtime.terminal import say
 
 QUICK_N = 128  # images that a score while training is of
 CIFAR10_JUDGE = ROOT / "weights" / "cifar10-classifier.safetensors"
-Draw = Callable[[list[str], list[int]], Tensor]
+Generate = Callable[[list[str], list[int]], Tensor]
 """(B captions, B seeds) → uint8 (B, 3, H, W)"""
 
 
 class Preview:
-    """Pictures of 32 captions that name emoji and background, always the same ones.
+    """Images of 32 captions that name emoji and background, always the same ones.
 
     Without a judge there is a grid but no score.
     """
@@ -41,18 +41,18 @@ class Preview:
         chosen = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(3))[: columns * rows]]
         self.captions = scenes.captioned(chosen[:, 0], chosen[:, 1], seed=0, plain=True).captions
 
-    def grid(self, draw: Draw) -> Tensor:
+    def grid(self, generate: Generate) -> Tensor:
         """uint8 (3, rows·H, columns·W)"""
-        images = draw(self.captions, list(range(len(self.captions))))
+        images = generate(self.captions, list(range(len(self.captions))))
         return tile(images, self.columns)
 
-    def score(self, draw: Draw) -> dict[str, float]:
+    def score(self, generate: Generate) -> dict[str, float]:
         if self.judge is None:
             return {}
         if not self.told:
             say(f"scores here are of {QUICK_N} images: an fd of so few is higher than of 1,000 (README)")
         self.told = True
-        return quick_score(draw, self.scenes, self.judge, QUICK_N)
+        return quick_score(generate, self.scenes, self.judge, QUICK_N)
 
 
 class ClassPreview:
@@ -72,7 +72,7 @@ class ClassPreview:
         return noise, ClassCondition.of(classes, c.classes).to(device)
 
     def grid(self, images: Tensor) -> Tensor:
-        """uint8 (rows·columns, 3, R, R) → one picture, with the name of each row's class at its left."""
+        """uint8 (rows·columns, 3, R, R) → one image, with the name of each row's class at its left."""
         if not self.names:
             return tile(images, self.columns).cpu()
         return torch.from_numpy(np.array(labelled_grid(images.cpu().unbind(), self.names))).permute(2, 0, 1)
@@ -133,7 +133,7 @@ class ClassScore:
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """uint8 (N, 3, H, W) → one picture (3, ceil(N / columns)·H, columns·W); missing places stay white."""
+    """uint8 (N, 3, H, W) → one image (3, ceil(N / columns)·H, columns·W); missing places stay white."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     canvas = images.new_full((rows * columns, channels, height, width), 255)

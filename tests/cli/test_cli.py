@@ -1,4 +1,4 @@
-"""The command line: pictures with their facts; and for bad input one line, status 2 and nothing written."""
+"""The command line: images with their facts; and for bad input one line, status 2 and nothing written."""
 
 from __future__ import annotations
 
@@ -203,13 +203,13 @@ def test_train_refuses_a_judge_that_it_cannot_read(
     assert str(broken) in refused(monkeypatch, capsys, "train", "emoji-dmd2-4step", *arguments)
 
 
-# Pictures
+# Images
 
 
-def test_pictures_say_how_they_were_made(
+def test_images_say_how_they_were_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "new" / "pictures"
+    out = tmp_path / "new" / "images"
     prompt = "an öwl – “quoted”"
     arguments = ("--weights", weights, "--seed", "7", "--num-outputs", "2", "--steps", "1", "--out", out, "--json")
     assert run(monkeypatch, "generate", prompt, *arguments) == 0
@@ -218,17 +218,17 @@ def test_pictures_say_how_they_were_made(
     assert len(lines) == 2
     assert {Path(line["path"]) for line in lines} == set(out.iterdir())  # and no temporary files
     for i, line in enumerate(lines):
-        facts = {"prompt": prompt, "seed": 7 + i, "steps": "1", "weights_sha256": sha256}
-        assert line.keys() == {"path", "seconds", *facts}
-        assert facts.items() <= line.items()
+        metadata = {"prompt": prompt, "seed": 7 + i, "steps": "1", "weights_sha256": sha256}
+        assert line.keys() == {"path", "seconds", *metadata}
+        assert metadata.items() <= line.items()
         assert line["seconds"].keys() == {"text", "denoise", "decode", "load"}
         assert all(seconds >= 0 for seconds in line["seconds"].values())
-        with Image.open(line["path"]) as picture:
-            assert picture.format == "PNG" and picture.mode == "RGB" and picture.size == (64, 64)
-            assert picture.info == {name: str(value) for name, value in facts.items()}
+        with Image.open(line["path"]) as image:
+            assert image.format == "PNG" and image.mode == "RGB" and image.size == (64, 64)
+            assert image.info == {name: str(value) for name, value in metadata.items()}
 
 
-def test_one_line_for_each_picture_and_the_asked_size(
+def test_one_line_for_each_image_and_the_asked_size(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path
 ) -> None:
     assert (
@@ -237,10 +237,10 @@ def test_one_line_for_each_picture_and_the_asked_size(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for line in lines:
-        path, facts = line.split("  ", 1)
-        assert facts.startswith("seed 3  ") and " ms" in facts
-        with Image.open(path) as picture:
-            assert picture.size == (96, 32) and picture.info["steps"] == "4"
+        path, metadata = line.split("  ", 1)
+        assert metadata.startswith("seed 3  ") and " ms" in metadata
+        with Image.open(path) as image:
+            assert image.size == (96, 32) and image.info["steps"] == "4"
     assert {path.parent.name for path in Path.cwd().rglob("*.png")} == {"outputs"}
 
 
@@ -256,9 +256,9 @@ def test_image_i_uses_seed_plus_i_and_is_the_same_in_any_call(
 
     many = pixels("many", "an owl", "a red apple", "--num-outputs", "3", "--seed", "100")
     assert set(many) == {(prompt, seed) for prompt in ("an owl", "a red apple") for seed in (100, 101, 102)}
-    for (prompt, seed), picture in many.items():
+    for (prompt, seed), image in many.items():
         alone = pixels("alone", prompt, "--seed", str(seed))
-        assert np.array_equal(alone[prompt, seed], picture)
+        assert np.array_equal(alone[prompt, seed], image)
     assert not np.array_equal(many["an owl", 100], many["an owl", 101])
 
 
@@ -271,8 +271,8 @@ def test_prompts_that_look_alike_do_not_overwrite_each_other(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len({line["path"] for line in lines}) == 4
     for line in lines:
-        with Image.open(line["path"]) as picture:
-            assert picture.info["prompt"] == line["prompt"]
+        with Image.open(line["path"]) as image:
+            assert image.info["prompt"] == line["prompt"]
 
 
 def test_a_random_seed_is_told(
@@ -327,12 +327,12 @@ def test_convert_refuses_what_is_no_pickle_of_edm(
     assert not out.exists() and not (tmp_path / "ran").exists()
 
 
-# Pictures from pictures
+# Images from images
 
 
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
-    """A folder with a picture, a mask and a file that is none."""
+    """A folder with an image, a mask and a file that is none."""
     photograph(size=(128, 64)).save(tmp_path / "given.png")
     mask = Image.new("L", (128, 64))
     mask.paste(255, (0, 0, 64, 64))
@@ -341,7 +341,7 @@ def given(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_generate_begins_with_a_picture_and_paints_into_it(
+def test_generate_begins_with_an_image_and_paints_into_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, given: Path
 ) -> None:
     common = ["generate", "an owl", "--weights", weights, "--seed", "3", "--json", "--image", given / "given.png"]
@@ -396,7 +396,7 @@ def test_generate_with_previews(
     [
         (["--previews", "--steps", "teacher"], "--previews: the teacher's own sampler shows none"),
         (["--image", "nothing.png"], "image: cannot be read (No such file or directory)"),
-        (["--image", "text.png"], "image: no picture; expected PNG, JPEG, WEBP"),
+        (["--image", "text.png"], "image: no image; expected PNG, JPEG, WEBP"),
         (["--mask", "mask.png"], "mask: given without an image"),
         (["--image", "given.png", "--prompt-strength", "0"], "prompt_strength: 0.0; expected more than 0, at most 1"),
         (["--image", "given.png", "--prompt-strength", "nan"], "prompt_strength: nan; expected more than 0"),

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from dmd2.data.augment import AUGMENT_DIM, LOW_PASS, _draw, _rotation, augment, transform
+from dmd2.data.augment import AUGMENT_DIM, LOW_PASS, _generate, _rotation, augment, transform
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -26,7 +26,7 @@ def test_the_filter_is_orthogonal() -> None:
         assert math.isclose(float((f[: len(f) - shift] * f[shift:]).sum()), float(shift == 0), abs_tol=1e-10)
 
 
-def test_the_identity_gives_the_picture_back() -> None:
+def test_the_identity_gives_the_image_back() -> None:
     x = torch.rand(3, 3, 16, 16, generator=generator()) * 2 - 1
     assert torch.allclose(transform(x, torch.eye(3).repeat(3, 1, 1)), x, atol=2e-6)
 
@@ -49,7 +49,7 @@ def test_mirroring_turning_and_moving_do_what_they_say() -> None:
 
 
 def test_labels_say_what_was_done() -> None:
-    forward, labels = _draw(4000, 0.5, generator())
+    forward, labels = _generate(4000, 0.5, generator())
     assert labels.shape == (4000, AUGMENT_DIM)
     a0, a1, a2, cosine, sine, stretch_x, stretch_y, a6, a7 = labels.unbind(1)
     # The product's determinant is what flips and scaling say, whatever rotations and stretching do
@@ -63,8 +63,8 @@ def test_labels_say_what_was_done() -> None:
         assert abs(float(happens.float().mean()) - share) < 0.03
 
 
-def test_pictures_are_stretched_along_the_labelled_direction_half_of_them_along_an_axis() -> None:
-    forward, labels = _draw(4000, 0.5, generator())
+def test_images_are_stretched_along_the_labelled_direction_half_of_them_along_an_axis() -> None:
+    forward, labels = _generate(4000, 0.5, generator())
     a0, a1, a2, cosine, _, stretch_x, stretch_y = labels.unbind(1)[:7]
     alone = (a0 == 0) & (a1 == 0) & (a2 == 0) & (cosine == 0) & (stretch_x.hypot(stretch_y) > 0.1)
     assert int(alone.sum()) > 100
@@ -82,7 +82,7 @@ def test_pictures_are_stretched_along_the_labelled_direction_half_of_them_along_
     assert torch.equal(linear[stretch_y[alone] == 0, 0, 0] > 1, positive)
 
 
-def test_nothing_done_is_labelled_zero_and_leaves_the_picture_alone() -> None:
+def test_nothing_done_is_labelled_zero_and_leaves_the_image_alone() -> None:
     x = smooth(64)
     out, labels = augment(x, 0.0, generator())
     kept = labels.abs().sum(1) == 0

@@ -26,7 +26,7 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def pictures(n: int = 10, side: int = 8) -> list[np.ndarray[Any, Any]]:
+def samples(n: int = 10, side: int = 8) -> list[np.ndarray[Any, Any]]:
     return list(np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8))
 
 
@@ -43,7 +43,7 @@ def write_zip(path: Path, images: list[np.ndarray[Any, Any]], labels: Any = "by 
 
 
 def test_a_zip_holds_its_images_and_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
-    images = pictures()
+    images = samples()
     dataset = ImageSet(write_zip(tmp_path / "set.zip", images), 8, 3)
     assert len(dataset) == 10 and dataset.resolution == 8
     expected = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -56,7 +56,7 @@ def test_a_zip_holds_its_images_and_labels_in_the_order_of_their_names(tmp_path:
 
 
 def test_a_folder_is_read_like_a_zip(tmp_path: Path) -> None:
-    archive = write_zip(tmp_path / "set.zip", pictures())
+    archive = write_zip(tmp_path / "set.zip", samples())
     with zipfile.ZipFile(archive) as z:
         z.extractall(tmp_path / "set")
     rows = torch.arange(10)
@@ -68,7 +68,7 @@ def test_a_folder_is_read_like_a_zip(tmp_path: Path) -> None:
 def test_a_set_too_large_for_memory_is_decoded_batch_by_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = write_zip(tmp_path / "set.zip", pictures())
+    archive = write_zip(tmp_path / "set.zip", samples())
     whole = ImageSet(archive, 8)
     monkeypatch.setattr(dmd2.data.images, "IN_MEMORY_BYTES", 10)
     lazy = ImageSet(archive, 8)
@@ -78,7 +78,7 @@ def test_a_set_too_large_for_memory_is_decoded_batch_by_batch(
 
 
 def test_batches_depend_on_seed_and_step_alone_and_every_epoch_shows_every_image_once(tmp_path: Path) -> None:
-    archive = write_zip(tmp_path / "set.zip", pictures())
+    archive = write_zip(tmp_path / "set.zip", samples())
     dataset, again = ImageSet(archive), ImageSet(archive)
     steps = [dataset.batch(4, 7, step) for step in range(10)]
     assert torch.equal(again.batch(4, 7, 6), steps[6])  # without the ones before
@@ -91,7 +91,7 @@ def test_batches_depend_on_seed_and_step_alone_and_every_epoch_shows_every_image
 
 def test_labels_are_optional_only_where_the_model_has_no_classes(tmp_path: Path) -> None:
     for labels in (None, "no file"):
-        archive = write_zip(tmp_path / "set.zip", pictures(), labels)
+        archive = write_zip(tmp_path / "set.zip", samples(), labels)
         assert ImageSet(archive, 8).labels is None
         with pytest.raises(UserError, match=r"dataset\.json: .*a model of 3 classes needs the class of every image"):
             ImageSet(archive, 8, 3)
@@ -113,7 +113,7 @@ def test_labels_are_optional_only_where_the_model_has_no_classes(tmp_path: Path)
 )
 def test_wrong_labels_are_one_clear_line(tmp_path: Path, labels: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        ImageSet(write_zip(tmp_path / "set.zip", pictures(), labels), 8, 3)
+        ImageSet(write_zip(tmp_path / "set.zip", samples(), labels), 8, 3)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
@@ -121,7 +121,7 @@ def test_wrong_labels_are_one_clear_line(tmp_path: Path, labels: Any, message: s
 def test_labels_are_whole_numbers_also_without_a_model(tmp_path: Path, label: float) -> None:
     labels = [[f"{i // 4:05d}/img{i:08d}.png", label] for i in range(10)]
     with pytest.raises(UserError, match="expected a whole number"):
-        ImageSet(write_zip(tmp_path / "set.zip", pictures(), labels), 8)
+        ImageSet(write_zip(tmp_path / "set.zip", samples(), labels), 8)
 
 
 LITTER = {
@@ -142,7 +142,7 @@ LITTER = {
 @pytest.mark.parametrize("form", ["zip", "folder"])
 def test_sets_as_people_pack_them(tmp_path: Path, top: str, slash: str, form: str) -> None:
     """By Finder and Explorer, with a top folder, back slashes and a byte-order mark."""
-    images = pictures(4)
+    images = samples(4)
     names = ["img0.png", "sub/img1.png", "sub/img2.PNG", "sub/deep/img3.png"]
     labels = json.dumps({"labels": [[name.replace("/", slash), i] for i, name in enumerate(names)]})
     content = dict(LITTER)
@@ -169,9 +169,9 @@ def test_sets_as_people_pack_them(tmp_path: Path, top: str, slash: str, form: st
 
 def test_labels_of_a_part_are_not_those_of_the_set(tmp_path: Path) -> None:
     for part in ("train", "test"):
-        write_zip(tmp_path / "set.zip", pictures(1))
+        write_zip(tmp_path / "set.zip", samples(1))
         (tmp_path / "set" / part).mkdir(parents=True)
-        (tmp_path / "set" / part / "a.png").write_bytes(png(pictures(1)[0]))
+        (tmp_path / "set" / part / "a.png").write_bytes(png(samples(1)[0]))
     (tmp_path / "set" / "test" / "dataset.json").write_text('{"labels": [["a.png", 0]]}')
     assert ImageSet(tmp_path / "set", 8).labels is None
     with pytest.raises(UserError, match="missing; a model of 3 classes"):
@@ -182,7 +182,7 @@ def test_labels_of_a_part_are_not_those_of_the_set(tmp_path: Path) -> None:
 def test_labels_in_any_unicode(tmp_path: Path, encoding: str) -> None:
     labels = json.dumps({"labels": [["ü.png", 2]]}, ensure_ascii=False)
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("ü.png", png(pictures(1)[0]))
+        archive.writestr("ü.png", png(samples(1)[0]))
         archive.writestr("dataset.json", labels.encode(encoding))
     found = ImageSet(tmp_path / "set.zip", 8, 3).labels
     assert found is not None and found.tolist() == [2]
@@ -202,10 +202,10 @@ def test_training_images_are_turned_and_lie_on_white(tmp_path: Path) -> None:
 
 def test_an_entry_that_unpacks_without_end_and_an_encrypted_one_are_one_clear_line(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", png(pictures(1)[0]) + bytes(40_000_000))
+        archive.writestr("a.png", png(samples(1)[0]) + bytes(40_000_000))
     with pytest.raises(UserError, match=r"bomb\.zip: a\.png: larger than 32 MB"):
         ImageSet(tmp_path / "bomb.zip")
-    data = bytearray(write_zip(tmp_path / "set.zip", pictures(1)).read_bytes())
+    data = bytearray(write_zip(tmp_path / "set.zip", samples(1)).read_bytes())
     data[6] |= 1
     data[data.index(b"PK\x01\x02") + 8] |= 1  # the flags
     (tmp_path / "locked.zip").write_bytes(data)
@@ -214,7 +214,7 @@ def test_an_entry_that_unpacks_without_end_and_an_encrypted_one_are_one_clear_li
 
 
 def test_broken_sets_are_one_clear_line(tmp_path: Path) -> None:
-    archive = write_zip(tmp_path / "set.zip", pictures())
+    archive = write_zip(tmp_path / "set.zip", samples())
     content = archive.read_bytes()
     (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"cut\.zip: not a whole zip file"):
@@ -231,10 +231,10 @@ def test_broken_sets_are_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_resolutions_must_fit(tmp_path: Path) -> None:
-    archive = write_zip(tmp_path / "set.zip", pictures())
+    archive = write_zip(tmp_path / "set.zip", samples())
     with pytest.raises(UserError, match="is 8x8 pixels; expected 16x16"):
         ImageSet(archive, 16)
-    mixed = write_zip(tmp_path / "mixed.zip", [*pictures(3), *pictures(1, 12)])
+    mixed = write_zip(tmp_path / "mixed.zip", [*samples(3), *samples(1, 12)])
     with pytest.raises(UserError, match=r"img00000003\.png is 12x12 pixels; expected 8x8"):
         ImageSet(mixed)
     oblong = write_zip(tmp_path / "oblong.zip", [np.zeros((8, 6, 3), np.uint8)])

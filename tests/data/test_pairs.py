@@ -20,7 +20,7 @@ from torch import nn
 import dmd2.cli
 from dmd2.data.pairs import FIRST_SEED, Pairs, make_pairs
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import conditioned, heun, teacher_sigmas
+from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, EdmConfig, EdmNetwork
 from dmd2.runtime.errors import UserError
@@ -82,7 +82,7 @@ def test_pairs_are_what_the_teacher_s_sampler_draws_from_their_seeds(teacher: Pa
         cond = ClassCondition.of(shard["labels"], 3)
         noise = seeded_noise(shard["seeds"].tolist(), (3, 4, 4))
         with torch.no_grad():
-            expected = heun(conditioned(denoiser, cond), 80 * noise, teacher_sigmas(denoiser, STEPS))
+            expected = sample_heun(conditioned(denoiser, cond), 80 * noise, teacher_sigmas(denoiser, STEPS))
         assert expected.std() > 0.1
         assert shard["images"].dtype == torch.float16
         assert torch.allclose(shard["images"].float(), expected, atol=2e-3, rtol=1e-3)

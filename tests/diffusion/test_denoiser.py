@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd2.diffusion.denoiser import guided
+from dmd2.diffusion.denoiser import cfg_denoise
 from dmd2.diffusion.sampling import conditioned
 
 
@@ -56,7 +56,7 @@ COND, UNCOND = Shift(torch.tensor([1.0, 2.0, 3.0])), Shift(torch.tensor([-1.0, 0
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 7.5])
 def test_guidance_extrapolates_from_unconditional_to_conditional(x: Tensor, scale: float) -> None:
     toy = Toy()
-    found = guided(toy, x, SIGMA, COND, UNCOND, scale)
+    found = cfg_denoise(toy, x, SIGMA, COND, UNCOND, scale)
     assert toy.calls == [6]  # one pass of both
     c, u = Toy()(x, SIGMA, COND), Toy()(x, SIGMA, UNCOND)
     assert torch.allclose(found, u + scale * (c - u), atol=1e-6)
@@ -66,7 +66,7 @@ def test_guidance_extrapolates_from_unconditional_to_conditional(x: Tensor, scal
 
 def test_scale_one_is_one_unguided_pass(x: Tensor) -> None:
     toy = Toy()
-    assert torch.equal(guided(toy, x, SIGMA, COND, UNCOND, 1.0), Toy()(x, SIGMA, COND))
+    assert torch.equal(cfg_denoise(toy, x, SIGMA, COND, UNCOND, 1.0), Toy()(x, SIGMA, COND))
     assert toy.calls == [3]
 
 
@@ -77,4 +77,4 @@ def test_a_conditioned_denoiser_is_guided_only_where_it_must_be(x: Tensor) -> No
     assert toy.calls == [3, 3]
     found = conditioned(toy, COND, UNCOND, 3.0)(x, SIGMA)
     assert toy.calls == [3, 3, 6]
-    assert torch.equal(found, guided(toy, x, SIGMA, COND, UNCOND, 3.0))
+    assert torch.equal(found, cfg_denoise(toy, x, SIGMA, COND, UNCOND, 3.0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from dmd2.diffusion.noise import add_noise, draw_sigma, karras_sigmas, per_image, sd_sigmas, seeded_noise
+from dmd2.diffusion.noise import add_noise, karras_sigmas, per_image, sample_sigma, sd_sigmas, seeded_noise
 
 
 def generator(seed: int) -> torch.Generator:
@@ -42,7 +42,7 @@ def test_draws_are_uniform_over_the_part_of_the_table_and_reach_both_ends(
 ) -> None:
     table = torch.arange(1000.0)
     n = 100_000
-    drawn = draw_sigma(table, n, generator(0), *part)
+    drawn = sample_sigma(table, n, generator(0), *part)
     assert drawn.shape == (n,) and drawn.dtype == torch.float32
     counts = Counter(drawn.long().tolist())
     assert min(counts) == first and max(counts) == last
@@ -53,21 +53,21 @@ def test_draws_are_uniform_over_the_part_of_the_table_and_reach_both_ends(
 
 def test_draws_come_from_the_generator_alone() -> None:
     table = sd_sigmas()
-    first = draw_sigma(table, 8, generator(3))
+    first = sample_sigma(table, 8, generator(3))
     torch.manual_seed(0)
-    assert torch.equal(first, draw_sigma(table, 8, generator(3)))
-    assert not torch.equal(first, draw_sigma(table, 8, generator(4)))
+    assert torch.equal(first, sample_sigma(table, 8, generator(3)))
+    assert not torch.equal(first, sample_sigma(table, 8, generator(4)))
     assert bool(torch.isin(first, table.float()).all())
 
 
 def test_a_part_may_be_one_entry_and_must_be_within_the_table() -> None:
     table = torch.arange(10.0)
-    assert draw_sigma(table, 3, generator(0), 1.0, 1.0).tolist() == [9, 9, 9]
-    assert draw_sigma(table, 3, generator(0), 0.0, 0.0).tolist() == [0, 0, 0]
-    assert draw_sigma(table[:1], 2, generator(0)).tolist() == [0, 0]
+    assert sample_sigma(table, 3, generator(0), 1.0, 1.0).tolist() == [9, 9, 9]
+    assert sample_sigma(table, 3, generator(0), 0.0, 0.0).tolist() == [0, 0, 0]
+    assert sample_sigma(table[:1], 2, generator(0)).tolist() == [0, 0]
     for part in ((-0.1, 0.5), (0.6, 0.5), (0.5, 1.1)):
         with pytest.raises(ValueError, match="lowest"):
-            draw_sigma(table, 3, generator(0), *part)
+            sample_sigma(table, 3, generator(0), *part)
 
 
 def test_noise_is_added_image_by_image() -> None:

@@ -12,7 +12,14 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from dmd2.diffusion.noise import karras_sigmas, sd_sigmas, seeded_noise
-from dmd2.diffusion.sampling import Churn, conditioned, dpm_solver_2m, few_step, heun, teacher_sigmas
+from dmd2.diffusion.sampling import (
+    Churn,
+    conditioned,
+    sample_dpm_solver_2m,
+    sample_few_step,
+    sample_heun,
+    teacher_sigmas,
+)
 from dmd2.emoji.architecture import build_unet
 from dmd2.models.stable_diffusion.text import TextEncoder
 from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
@@ -71,7 +78,7 @@ def test_few_step_gives_the_latents_of_diffusers_pipeline(
     denoiser = StableDiffusion(unet, prediction_type)
     cond = TextEncoder([tokenizer, tokenizer], [first, second])(PROMPTS, (64, 64))
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
-    ours = few_step(conditioned(denoiser, cond), denoiser.start, noise, sigmas)
+    ours = sample_few_step(conditioned(denoiser, cond), denoiser.start, noise, sigmas)
     assert ours.dtype == torch.float32 and ours.shape == theirs.shape
     assert float(theirs.std()) > 0.1  # there is something to compare
     assert float((ours - theirs).abs().max()) < 1e-3
@@ -86,7 +93,7 @@ def test_few_step_starts_denoises_and_noises_anew() -> None:
         return torch.full_like(x, float(len(seen)))
 
     noise = seeded_noise([0, 1], (3, 4, 8, 8)).unbind(1)
-    x0 = few_step(denoise, lambda n, sigma: 100 * n, noise, [9.0, 2.0, 0.5])
+    x0 = sample_few_step(denoise, lambda n, sigma: 100 * n, noise, [9.0, 2.0, 0.5])
     assert [sigma for sigma, _ in seen] == [9, 2, 0.5]
     assert torch.equal(seen[0][1], 100 * noise[0])
     assert torch.allclose(seen[1][1], 1 + 2 * noise[1])  # the first x0, noised to the second level
@@ -113,12 +120,12 @@ def test_few_step_reads_its_noise_lazily_and_wants_as_many_as_levels() -> None:
         raise Stop
 
     with pytest.raises(Stop):
-        few_step(denoise, start, noise(), [3.0, 2.0, 1.0])
+        sample_few_step(denoise, start, noise(), [3.0, 2.0, 1.0])
     assert calls == 1
     with pytest.raises(ValueError, match="shorter"):
-        few_step(denoise, start, [torch.zeros(1, 4, 2, 2)], [3.0, 2.0])
+        sample_few_step(denoise, start, [torch.zeros(1, 4, 2, 2)], [3.0, 2.0])
     with pytest.raises(ValueError, match="at least one"):
-        few_step(denoise, start, [], [])
+        sample_few_step(denoise, start, [], [])
 
 
 # The teacher's sampler
@@ -151,23 +158,23 @@ def test_solver_converges_at_second_order_on_a_gaussian() -> None:
         sigmas = teacher_sigmas(Table(), steps)  # type: ignore[arg-type]
         last = exact(x, sigmas[0], sigmas[-1])
         truth = gaussian(last, torch.full((2,), sigmas[-1]))
-        errors.append(float((dpm_solver_2m(gaussian, x, sigmas) - truth).abs().max()))
+        errors.append(float((sample_dpm_solver_2m(gaussian, x, sigmas) - truth).abs().max()))
     ratios = [coarse / fine for coarse, fine in pairwise(errors)]
     assert all(ratio > 3 for ratio in ratios[1:]), ratios  # 2 would be first order
     assert ratios[-1] == pytest.approx(4, abs=0.6)
     assert errors[-1] < 2e-3
     # What comes out is distributed as the data, but for the noise of the last level.
-    assert float(dpm_solver_2m(gaussian, x, sigmas).std()) == pytest.approx(SPREAD * 14 / sigmas[0], rel=0.1)
+    assert float(sample_dpm_solver_2m(gaussian, x, sigmas).std()) == pytest.approx(SPREAD * 14 / sigmas[0], rel=0.1)
 
 
 def test_first_step_is_ddim_and_one_level_is_one_call() -> None:
     x = torch.randn(1, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     one = torch.ones(1)
-    assert torch.equal(dpm_solver_2m(gaussian, x, [3.0]), gaussian(x, 3 * one))
+    assert torch.equal(sample_dpm_solver_2m(gaussian, x, [3.0]), gaussian(x, 3 * one))
     between = x / 3 + (2 / 3) * gaussian(x, 3 * one)  # DDIM: x0 + (σ'/σ)·(x − x0)
-    assert torch.allclose(dpm_solver_2m(gaussian, x, [3.0, 1.0]), gaussian(between, one))
+    assert torch.allclose(sample_dpm_solver_2m(gaussian, x, [3.0, 1.0]), gaussian(between, one))
     with pytest.raises(ValueError, match="at least one"):
-        dpm_solver_2m(gaussian, x, [])
+        sample_dpm_solver_2m(gaussian, x, [])
 
 
 def test_a_denoiser_that_knows_the_answer_is_followed_exactly() -> None:
@@ -180,7 +187,7 @@ def test_a_denoiser_that_knows_the_answer_is_followed_exactly() -> None:
         return answer
 
     x = 14.6 * torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(dpm_solver_2m(denoise, x, teacher_sigmas(Table(), 10)), answer)  # type: ignore[arg-type]
+    assert torch.equal(sample_dpm_solver_2m(denoise, x, teacher_sigmas(Table(), 10)), answer)  # type: ignore[arg-type]
     assert calls == 10
 
 
@@ -207,7 +214,7 @@ def test_solver_agrees_with_diffusers_own(unet: Any) -> None:
     levels = scheduler.sigmas.double()
     assert len(levels) == 13 and float(levels[-1]) == 0
     noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3)).double()
-    ours = dpm_solver_2m(gaussian, noise * float(levels[0]), levels[:-1].tolist())
+    ours = sample_dpm_solver_2m(gaussian, noise * float(levels[0]), levels[:-1].tolist())
     # diffusers works on x_t = x / √(1+σ²).
     x_t = noise * float(levels[0] / (1 + levels[0] ** 2).sqrt())
     for sigma, t in zip(levels[:-1], scheduler.timesteps, strict=True):
@@ -226,7 +233,7 @@ def edm_levels(steps: int) -> list[float]:
 def test_heun_converges_at_second_order_on_a_gaussian() -> None:
     x = 80 * torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     truth = exact(x, 80.0, 0.0)
-    errors = [float((heun(gaussian, x, edm_levels(n)) - truth).abs().max()) for n in (9, 18, 36, 72)]
+    errors = [float((sample_heun(gaussian, x, edm_levels(n)) - truth).abs().max()) for n in (9, 18, 36, 72)]
     ratios = [coarse / fine for coarse, fine in pairwise(errors)]
     assert all(ratio > 3 for ratio in ratios), ratios  # 2 would be first order
     assert ratios[-1] == pytest.approx(4, abs=0.8)
@@ -247,15 +254,17 @@ def test_heun_is_algorithm_1_and_asks_twice_a_step() -> None:
     euler = x + (1 - 3) * d
     second = (euler - gaussian(euler, one)) / 1
     between = x + (1 - 3) * (d + second) / 2
-    assert torch.allclose(heun(denoise, x, [3.0, 1.0]), gaussian(between, one))  # the step to 0 gives x0 itself
+    assert torch.allclose(
+        sample_heun(denoise, x, [3.0, 1.0]), gaussian(between, one)
+    )  # the step to 0 gives x0 itself
     assert asked == [3, 1, 1]
-    assert torch.allclose(heun(gaussian, x, [3.0]), gaussian(x, 3 * one))
+    assert torch.allclose(sample_heun(gaussian, x, [3.0]), gaussian(x, 3 * one))
     # Noise that is not asked for is not read.
-    assert torch.equal(heun(denoise, x, [3.0, 1.0], iter([])), heun(gaussian, x, [3.0, 1.0]))
-    single = heun(denoise, x.float(), [3.0, 1.0])
+    assert torch.equal(sample_heun(denoise, x, [3.0, 1.0], iter([])), sample_heun(gaussian, x, [3.0, 1.0]))
+    single = sample_heun(denoise, x.float(), [3.0, 1.0])
     assert single.dtype == torch.float32
     with pytest.raises(ValueError, match="at least one"):
-        heun(gaussian, x, [])
+        sample_heun(gaussian, x, [])
 
 
 def test_stochastic_heun_is_algorithm_2() -> None:
@@ -274,25 +283,25 @@ def test_stochastic_heun_is_algorithm_2() -> None:
         if t_next:
             d_next = (x - gaussian(x, torch.full((2,), t_next))) / t_next
             x = x_hat + (t_next - t_hat) * (d / 2 + d_next / 2)
-    assert torch.allclose(heun(gaussian, given, levels, noise, churn), x, atol=1e-6)
-    assert not torch.allclose(heun(gaussian, given, levels), x, atol=0.1)
+    assert torch.allclose(sample_heun(gaussian, given, levels, noise, churn), x, atol=1e-6)
+    assert not torch.allclose(sample_heun(gaussian, given, levels), x, atol=0.1)
     # γ is never above √2 − 1, which doubles the variance.
-    much = heun(gaussian, given, levels, noise, Churn(99.0))
-    assert torch.allclose(much, heun(gaussian, given, levels, noise, Churn(4 * (2**0.5 - 1))))
+    much = sample_heun(gaussian, given, levels, noise, Churn(99.0))
+    assert torch.allclose(much, sample_heun(gaussian, given, levels, noise, Churn(4 * (2**0.5 - 1))))
     with pytest.raises(ValueError, match="noise: expected unit noise"):
-        heun(gaussian, given, levels, churn=Churn(1.0))
+        sample_heun(gaussian, given, levels, churn=Churn(1.0))
     with pytest.raises(ValueError, match="shorter"):
-        heun(gaussian, given, levels, noise[:2], Churn(1.0))
+        sample_heun(gaussian, given, levels, noise[:2], Churn(1.0))
 
 
 def test_stochastic_heun_keeps_the_distribution() -> None:
     shape, steps = (64, 3, 8, 8), 40
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(shape, generator=generator) for _ in range(steps + 1)]
-    x0 = heun(gaussian, 80 * noise[0], edm_levels(steps), noise[1:], Churn(20.0))
+    x0 = sample_heun(gaussian, 80 * noise[0], edm_levels(steps), noise[1:], Churn(20.0))
     assert float(x0.mean()) == pytest.approx(MEAN, abs=0.03) and float(x0.std()) == pytest.approx(SPREAD, abs=0.03)
     # What it started from is forgotten in part: deterministic sampling keeps it to the bit.
-    plain = heun(gaussian, 80 * noise[0], edm_levels(steps))
+    plain = sample_heun(gaussian, 80 * noise[0], edm_levels(steps))
     assert abs(float(torch.corrcoef(torch.stack([x0.flatten(), noise[0].flatten()]))[0, 1])) < 0.3
     assert float(torch.corrcoef(torch.stack([plain.flatten(), noise[0].flatten()]))[0, 1]) > 0.999
 

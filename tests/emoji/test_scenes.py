@@ -32,10 +32,10 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 
 
-def picture(colour: tuple[int, int, int, int], shape: str) -> bytes:
+def image(colour: tuple[int, int, int, int], shape: str) -> bytes:
     image = Image.new("RGBA", (SIDE, SIDE))
-    draw = ImageDraw.Draw(image)
-    (draw.rectangle if shape == "square" else draw.ellipse)((0, 0, SIDE - 1, SIDE - 1), fill=colour)
+    generate = ImageDraw.Draw(image)
+    (generate.rectangle if shape == "square" else generate.ellipse)((0, 0, SIDE - 1, SIDE - 1), fill=colour)
     data = io.BytesIO()
     image.save(data, "PNG")
     return data.getvalue()
@@ -69,7 +69,7 @@ def write_zip(path: Path, *, without: str = "") -> Path:
     ]
     files = {"metadata.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode()}
     for number, shape in enumerate(("square", "circle", "circle", "square"), start=1):
-        files[f"emoji/{number}.png"] = picture((128, 128, 128, 255), shape)
+        files[f"emoji/{number}.png"] = image((128, 128, 128, 255), shape)
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             if name != without:
@@ -307,7 +307,7 @@ def test_incomplete_zips_name_the_missing_file(tmp_path: Path) -> None:
     assert "emoji/3.png" in message(write_zip(tmp_path / "b.zip", without="emoji/3.png"))
     garbage = write_zip(tmp_path / "c.zip", without="emoji/3.png")
     with zipfile.ZipFile(garbage, "a") as archive:
-        archive.writestr("emoji/3.png", b"no picture")
+        archive.writestr("emoji/3.png", b"no image")
     assert "emoji/3.png is not a readable image" in message(garbage)
     bad_line = write_zip(tmp_path / "d.zip", without="metadata.jsonl")
     with zipfile.ZipFile(bad_line, "a") as archive:
@@ -325,8 +325,8 @@ def test_the_committed_zip_holds_single_things() -> None:
     with zipfile.ZipFile(COMMITTED) as archive:
         entries = [json.loads(line) for line in archive.read("metadata.jsonl").decode().splitlines()]
         assert "SIL Open Font License" in archive.read("LICENSE.txt").decode()
-        pictures = {name for name in archive.namelist() if name.startswith("emoji/")}
-    assert 400 <= len(entries) <= 1000 and {entry["file_name"] for entry in entries} == pictures
+        images = {name for name in archive.namelist() if name.startswith("emoji/")}
+    assert 400 <= len(entries) <= 1000 and {entry["file_name"] for entry in entries} == images
     names = [spoken(entry["name"]) for entry in entries]
     assert len(set(names)) == len(names)
     assert {"red apple", "dog face", "cat face", "pizza", "rocket", "car", "sun", "smiling face"} <= set(names)

@@ -39,7 +39,7 @@ def test_committed_classifier_is_small_and_knows_the_committed_scenes(scenes: Em
     assert float((background.argmax(1) == fresh.background).float().mean()) >= 0.99
 
 
-def test_judge_refuses_other_files_and_other_pictures(judge: EmojiJudge, tmp_path: Path) -> None:
+def test_judge_refuses_other_files_and_other_images(judge: EmojiJudge, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.safetensors"):
         EmojiJudge.load(tmp_path / "missing.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"not safetensors")
@@ -55,7 +55,7 @@ def test_judge_refuses_other_files_and_other_pictures(judge: EmojiJudge, tmp_pat
         EmojiJudge.load(tmp_path / "foreign.safetensors")
     assert "\n" not in str(error.value)
     for images in (torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="expected pictures"):
+        with pytest.raises(ValueError, match="expected images"):
             judge.features(images)
 
 
@@ -80,11 +80,11 @@ def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, judge: EmojiJud
     batches: list[int] = []
     real = RealScenes(scenes)
 
-    def draw(captions: list[str], seeds: list[int]) -> Tensor:
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
         batches.append(len(captions))
         return real(captions, seeds)
 
-    scores = score_emoji(draw, scenes, judge, n=400, seed=1)
+    scores = score_emoji(generate, scenes, judge, n=400, seed=1)
     assert sum(batches) == 400 + 200 and max(batches) <= 64
     for name in ("top1", "top5", "background"):
         share = scores[name]
@@ -95,22 +95,22 @@ def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, judge: EmojiJud
 
 
 def test_draw_that_ignores_the_caption_is_found_out(scenes: EmojiScenes, judge: EmojiJudge) -> None:
-    def draw(captions: list[str], seeds: list[int]) -> Tensor:
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
         return scenes.batch(len(captions), seed=seeds[0], step=0).images
 
-    scores = quick_score(draw, scenes, judge, n=256)
+    scores = quick_score(generate, scenes, judge, n=256)
     assert scores["top1"] <= 5 / len(scenes) + 0.02
     assert scores["background"] == pytest.approx(1 / len(BACKGROUNDS), abs=0.1)
     real = quick_score(RealScenes(scenes), scenes, judge, n=256)
     assert real["top1"] >= 0.97 and real["top1_held_out"] >= 0.97
-    assert real["fd"] < scores["fd"]  # even though the pictures are real: the mix of emoji differs
+    assert real["fd"] < scores["fd"]  # even though the images are real: the mix of emoji differs
 
 
-def test_one_picture_for_all_captions_has_no_diversity(scenes: EmojiScenes, judge: EmojiJudge) -> None:
-    def draw(captions: list[str], seeds: list[int]) -> Tensor:
+def test_one_image_for_all_captions_has_no_diversity(scenes: EmojiScenes, judge: EmojiJudge) -> None:
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
         return torch.full((len(captions), 3, 64, 64), 128, dtype=torch.uint8)
 
-    scores = score_emoji(draw, scenes, judge, n=64)
+    scores = score_emoji(generate, scenes, judge, n=64)
     assert scores["diversity"] == pytest.approx(0, abs=1e-3)
     floor, distance = scores["fd_real"], scores["fd"]
     assert isinstance(floor, float) and isinstance(distance, float) and distance > 3 * floor
@@ -126,7 +126,7 @@ def test_scoring_refuses_what_makes_no_sense(scenes: EmojiScenes, judge: EmojiJu
     real = RealScenes(scenes)
     with pytest.raises(ValueError, match="at least 4"):
         quick_score(real, scenes, judge, n=3)
-    with pytest.raises(ValueError, match="expected 8 pictures"):
+    with pytest.raises(ValueError, match="expected 8 images"):
         quick_score(lambda captions, seeds: real(captions, seeds)[1:], scenes, judge, n=8)
     stranger = EmojiJudge(judge.model, judge.names[::-1], judge.backgrounds, judge.size)
     with pytest.raises(UserError, match="other emoji"):

@@ -22,17 +22,18 @@ from torch import Tensor
 import dmd2.evaluation.evaluate
 from dmd2.cli import app
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import Churn, heun, teacher_sigmas
+from dmd2.diffusion.sampling import Churn, sample_heun, teacher_sigmas
 from dmd2.evaluation.evaluate import CLASSIFIER, Place, Settings, collect, evaluate, reference_statistics
 from dmd2.evaluation.frechet import frechet_distance
 from dmd2.evaluation.metrics import Inception, SmallFeatures, moments, prdc, resized
-from dmd2.evaluation.samples import DataSet, EdmSamples, TextSamples, open_pictures
+from dmd2.evaluation.samples import DataSet, EdmSamples, TextSamples, open_images
 from dmd2.inference.engine import Engine
 from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import sha256_file
-from tests.evaluation.test_metrics import pictures, stand_in
+from tests.evaluation.test_metrics import samples as some_images
+from tests.evaluation.test_metrics import stand_in
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,13 +75,13 @@ def zipped(path: Path, images: Tensor, labels: list[int] | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, a student, a teacher without classes, and pictures."""
+    """A teacher, a student, a teacher without classes, and images."""
     folder = tmp_path_factory.mktemp("evaluate")
     edm_folder(folder / "teacher")
     edm_folder(folder / "student", sigmas=(80.0,))
     edm_folder(folder / "classless", classes=0)
-    zipped(folder / "ref.zip", pictures(40, 32), [i % 10 for i in range(40)])
-    zipped(folder / "unlabelled.zip", pictures(12, 32, seed=1))
+    zipped(folder / "ref.zip", some_images(40, 32), [i % 10 for i in range(40)])
+    zipped(folder / "unlabelled.zip", some_images(12, 32, seed=1))
     return folder
 
 
@@ -102,31 +103,31 @@ def scores(settings: Settings) -> dict[str, float]:
 
 def test_a_teacher_is_sampled_by_heun_with_its_seeds_and_classes(folder: Path) -> None:
     samples = EdmSamples(folder / "teacher", 25, "3", 7, CPU)
-    assert samples.labels == [i % 10 for i in range(25)] and samples.facts["seeds"] == [7, 31]
+    assert samples.labels == [i % 10 for i in range(25)] and samples.metadata["seeds"] == [7, 31]
     denoiser = load_edm(folder / "teacher", CPU)
     rows = [13, 2]
     cond = ClassCondition.of(torch.tensor([3, 2]), 10)
     sigmas = teacher_sigmas(denoiser, 3)
     start = 80 * seeded_noise([7 + 13, 7 + 2], (3, 32, 32))
     with torch.inference_mode():
-        expected = RgbCodec().decode(heun(lambda x, s: denoiser(x, s, cond), start, sigmas))
-        assert torch.equal(samples.draw(rows), expected)
-    alone = samples.draw([2])  # kernels for another batch size round in another way
+        expected = RgbCodec().decode(sample_heun(lambda x, s: denoiser(x, s, cond), start, sigmas))
+        assert torch.equal(samples.generate(rows), expected)
+    alone = samples.generate([2])  # kernels for another batch size round in another way
     assert (alone.int() - expected[1:].int()).abs().max() <= 2
-    assert samples.facts["sampler"] == "heun" and samples.facts["sigmas"] == sigmas
+    assert samples.metadata["sampler"] == "heun" and samples.metadata["sigmas"] == sigmas
     assert len(EdmSamples(folder / "teacher", 1, None, 0, CPU).sigmas) == 18
 
 
 def test_a_teacher_may_be_sampled_with_churn(folder: Path) -> None:
     plain = EdmSamples(folder / "teacher", 4, "3", 7, CPU)
     samples = EdmSamples(folder / "teacher", 4, "3", 7, CPU, Churn(2.0, 0.05, 50.0, 1.003))
-    assert samples.facts["churn"] == {"amount": 2.0, "lowest": 0.05, "highest": 50.0, "noise": 1.003}
+    assert samples.metadata["churn"] == {"amount": 2.0, "lowest": 0.05, "highest": 50.0, "noise": 1.003}
     rows = [0, 1]
-    assert not torch.equal(samples.draw(rows), plain.draw(rows)) and torch.equal(
-        samples.draw(rows), samples.draw(rows)
+    assert not torch.equal(samples.generate(rows), plain.generate(rows)) and torch.equal(
+        samples.generate(rows), samples.generate(rows)
     )
     none = EdmSamples(folder / "teacher", 4, "3", 7, CPU, Churn(0.0))
-    assert (none.draw(rows).int() - plain.draw(rows).int()).abs().max() <= 2
+    assert (none.generate(rows).int() - plain.generate(rows).int()).abs().max() <= 2
     with pytest.raises(UserError, match="--churn: only of a teacher's sampler"):
         EdmSamples(folder / "student", 4, None, 7, CPU, Churn(2.0))
 
@@ -137,24 +138,26 @@ def test_a_student_is_sampled_in_one_step_from_sigma_80(folder: Path) -> None:
     noise = seeded_noise([5 + 11], (3, 32, 32))
     with torch.inference_mode():
         x0 = denoiser(80 * noise, torch.tensor([80.0]), ClassCondition.of(torch.tensor([1]), 10))
-    assert torch.equal(samples.draw([11]), RgbCodec().decode(x0))
-    assert torch.equal(samples.draw([11]), Engine(folder / "student", CPU, torch.float32).draw(["1"], [16], "1"))
-    assert samples.facts["sampler"] == "few-step" and samples.facts["sigmas"] == [80.0]
+    assert torch.equal(samples.generate([11]), RgbCodec().decode(x0))
+    assert torch.equal(
+        samples.generate([11]), Engine(folder / "student", CPU, torch.float32).generate(["1"], [16], "1")
+    )
+    assert samples.metadata["sampler"] == "few-step" and samples.metadata["sigmas"] == [80.0]
     with pytest.raises(UserError, match="--steps 4: this student has 1"):
         EdmSamples(folder / "student", 12, "4", 5, CPU)
     with pytest.raises(UserError, match="--steps many: expected 2 to 10000"):
         EdmSamples(folder / "teacher", 12, "many", 5, CPU)
-    assert EdmSamples(folder / "classless", 3, "2", 0, CPU).draw([0, 1]).shape == (2, 3, 32, 32)
+    assert EdmSamples(folder / "classless", 3, "2", 0, CPU).generate([0, 1]).shape == (2, 3, 32, 32)
 
 
 def test_text_is_drawn_prompt_by_prompt(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red apple\n\n  an owl \n")
-    found = open_pictures(weights, 3, tmp_path / "prompts.txt", "1", 4, CPU)
+    found = open_images(weights, 3, tmp_path / "prompts.txt", "1", 4, CPU)
     assert isinstance(found, TextSamples) and found.prompts == ["a red apple", "an owl", "a red apple"]
-    expected = Engine(weights, CPU).draw(["an owl", "a red apple"], [5, 6], "1")
-    assert torch.equal(found.draw([1, 2]), expected)
-    assert open_pictures(weights, None, tmp_path / "prompts.txt", "1", 4, CPU).n == 2  # as many as there are prompts
-    assert found.facts["weights_sha256"] == sha256_file(
+    expected = Engine(weights, CPU).generate(["an owl", "a red apple"], [5, 6], "1")
+    assert torch.equal(found.generate([1, 2]), expected)
+    assert open_images(weights, None, tmp_path / "prompts.txt", "1", 4, CPU).n == 2  # as many as there are prompts
+    assert found.metadata["weights_sha256"] == sha256_file(
         weights / "unet_1step" / "diffusion_pytorch_model.safetensors"
     )
 
@@ -162,22 +165,25 @@ def test_text_is_drawn_prompt_by_prompt(weights: Path, tmp_path: Path) -> None:
 def test_a_data_set_is_what_is_in_it(folder: Path, tmp_path: Path) -> None:
     data = DataSet(folder / "ref.zip", 30)
     assert data.n == 30 and data.labels == [i % 10 for i in range(30)]
-    assert torch.equal(data.draw([4, 0]), pictures(40, 32)[[4, 0]])
+    assert torch.equal(data.generate([4, 0]), some_images(40, 32)[[4, 0]])
     with zipfile.ZipFile(folder / "ref.zip") as archive:
         archive.extractall(tmp_path)
     unpacked = DataSet(tmp_path)
-    assert torch.equal(unpacked.draw([39]), data.draw([39])) and unpacked.labels == DataSet(folder / "ref.zip").labels
-    before = unpacked.facts["sha256"]
+    assert (
+        torch.equal(unpacked.generate([39]), data.generate([39]))
+        and unpacked.labels == DataSet(folder / "ref.zip").labels
+    )
+    before = unpacked.metadata["sha256"]
     (tmp_path / "00000" / "img00000000.png").unlink()
-    assert DataSet(tmp_path).facts["sha256"] != before
+    assert DataSet(tmp_path).metadata["sha256"] != before
 
     Image.fromarray(np.full((40, 60, 3), 9, np.uint8)).save(tmp_path / "00000" / "wide.png")
     (tmp_path / "dataset.json").unlink()
     fitted = DataSet(tmp_path, side=20)
-    assert fitted.draw([0, fitted.n - 1]).shape == (2, 3, 20, 20) and (fitted.draw([fitted.n - 1]) == 9).all()
+    assert fitted.generate([0, fitted.n - 1]).shape == (2, 3, 20, 20) and (fitted.generate([fitted.n - 1]) == 9).all()
     with pytest.raises(UserError, match=r"wide\.png is 60x40 pixels"):
         plain = DataSet(tmp_path)
-        plain.draw([plain.n - 1])
+        plain.generate([plain.n - 1])
 
 
 # What comes out
@@ -188,9 +194,9 @@ def test_scores_are_those_of_the_samples(folder: Path) -> None:
     unused = folder / "ref.zip"  # no metric here compares
     assert scores(small(folder, "student", "accuracy", reference=unused)) == {"accuracy": found["accuracy"]}
     judge = SmallFeatures(CLASSIFIER)
-    drawn = EdmSamples(folder / "student", 20, None, 0, CPU).draw(list(range(20)))
+    drawn = EdmSamples(folder / "student", 20, None, 0, CPU).generate(list(range(20)))
     fake, answers = judge(drawn, answers=True)
-    real, _ = judge(pictures(40, 32))
+    real, _ = judge(some_images(40, 32))
     assert answers is not None
     assert found.pop("fd_small") == pytest.approx(frechet_distance(*moments(fake), *moments(real)), rel=1e-3)
     assert found.pop("accuracy") == float((answers.argmax(1) == torch.arange(20) % 10).double().mean())
@@ -210,7 +216,7 @@ def test_inception_s_figures_have_the_names_that_everyone_knows(
 ) -> None:
     monkeypatch.setattr(Inception, "width", 48)  # roots of 2048×2048 matrices take seconds
     inception = stand_in(tmp_path / "inception.pt", width=48)
-    zipped(tmp_path / "large.zip", pictures(12, 300))
+    zipped(tmp_path / "large.zip", some_images(12, 300))
     settings = Settings(
         tmp_path / "large.zip",
         ("fid", "kid", "is", "prdc", "patch-fid"),
@@ -255,7 +261,7 @@ def test_the_result_holds_all_that_it_takes_to_repeat_it(
         "n": 20,
         "batch": 8,
         "resize": None,
-        "pictures": {
+        "images": {
             "path": str(folder / "student"),
             "family": "edm",
             "sampler": "few-step",
@@ -279,18 +285,18 @@ def test_the_result_holds_all_that_it_takes_to_repeat_it(
     assert scores(small(folder, "student", "fid", "accuracy", seed=3)) == result["scores"]
 
 
-def test_reference_statistics_are_edm_s_and_do_as_well_as_the_pictures(
+def test_reference_statistics_are_edm_s_and_do_as_well_as_the_images(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "new" / "small.npz"
     assert reference_statistics(folder / "ref.zip", out, "small", batch=8, device="cpu") == 40
     with np.load(out) as file:
         assert file["mu"].shape == (128,) and file["sigma"].shape == (128, 128) and file["mu"].dtype == np.float64
-        features, _ = SmallFeatures(CLASSIFIER)(pictures(40, 32))
+        features, _ = SmallFeatures(CLASSIFIER)(some_images(40, 32))
         np.testing.assert_allclose(file["mu"], features.double().numpy().mean(0), rtol=1e-4)
         np.testing.assert_allclose(file["sigma"], np.cov(features.double().numpy().T), rtol=1e-2, atol=1e-6)
-    by_pictures = scores(small(folder, "student", "fid"))["fd_small"]
-    assert scores(small(folder, "student", "fid", reference=out))["fd_small"] == pytest.approx(by_pictures, rel=1e-9)
+    by_images = scores(small(folder, "student", "fid"))["fd_small"]
+    assert scores(small(folder, "student", "fid", reference=out))["fd_small"] == pytest.approx(by_images, rel=1e-9)
 
     np.savez(tmp_path / "edm.npz", mu=np.zeros(48), sigma=np.eye(48))  # as EDM's: nothing but these two
     monkeypatch.setattr(Inception, "width", 48)
@@ -300,13 +306,13 @@ def test_reference_statistics_are_edm_s_and_do_as_well_as_the_pictures(
 
 
 def test_patches_are_compared_at_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference pictures of another size and shape are brought to that of the judged ones; the FID's to --resize."""
+    """Reference images of another size and shape are brought to that of the judged ones; the FID's to --resize."""
     monkeypatch.setattr(Inception, "width", 48)
     inception = stand_in(tmp_path / "inception.pt", width=48)
-    smooth = resized(pictures(8, 5), 320)
+    smooth = resized(some_images(8, 5), 320)
     zipped(tmp_path / "square.zip", smooth)
     (tmp_path / "wide").mkdir()
-    for i, image in enumerate(smooth):  # the same pictures at half size, with margins
+    for i, image in enumerate(smooth):  # the same images at half size, with margins
         half = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((160, 160), Image.Resampling.BOX)
         wide = Image.new("RGB", (200, 160))
         wide.paste(half, (20, 0))
@@ -332,12 +338,12 @@ def test_two_processes_find_what_one_does(folder: Path, tmp_path: Path) -> None:
     alone = evaluate(small(folder, "student", "fid", "kid", "is", "prdc", "accuracy", n=21))
     assert alone is not None and alone["processes"] == 1 and together["processes"] == 2
     assert together["scores"] == alone["scores"]
-    assert together["pictures"] == alone["pictures"]
+    assert together["images"] == alone["images"]
 
 
-def test_each_process_needs_a_picture(folder: Path) -> None:
+def test_each_process_needs_an_image(folder: Path) -> None:
     samples = EdmSamples(folder / "student", 21, None, 0, CPU)
-    with pytest.raises(UserError, match="-n 21: fewer pictures than processes"):
+    with pytest.raises(UserError, match="-n 21: fewer images than processes"):
         collect(samples, lambda images, rows: {}, 8, Place(0, 22, CPU), "test")
 
 
@@ -366,7 +372,7 @@ def test_options_that_do_not_fit_are_one_line(folder: Path) -> None:
     refused(small(folder, "student", "fid", resize=0), "--resize 0")
     refused(small(folder, "student", "fid", prompts=folder / "x"), "--prompts", "classes, not prompts")
     refused(small(folder, "ref.zip", "fid", steps="1"), "--steps", "has no dmd2.json")
-    refused(small(folder, "unlabelled.zip", "fid"), "-n 20", "12 pictures")
+    refused(small(folder, "unlabelled.zip", "fid"), "-n 20", "12 images")
 
 
 def test_weights_that_do_not_fit_are_one_line(folder: Path, weights: Path, tmp_path: Path) -> None:
@@ -402,13 +408,13 @@ def test_references_that_do_not_fit_are_one_line(folder: Path, tmp_path: Path) -
     refused(written(mu=np.array([{}]), sigma=np.eye(128)), "not a readable .npz")
     path.write_bytes(b"PK\x03\x04 cut")
     refused(small(folder, "student", "fid", reference=path), "not a readable .npz")
-    refused(small(folder, "student", "fid", "prdc", "kid", reference=path), "prdc, kid", "need pictures")
+    refused(small(folder, "student", "fid", "prdc", "kid", reference=path), "prdc, kid", "need images")
     refused(small(folder, "student", "fid", reference=tmp_path / "none.npz"), "none.npz", "No such file")
     refused(
         small(folder, "student", "fid", reference=tmp_path / "none.zip"), "--ref", "none.zip: no such file or folder"
     )
-    zipped(tmp_path / "few.zip", pictures(5, 32))
-    refused(small(folder, "student", "prdc", reference=tmp_path / "few.zip"), "5 pictures are too few for prdc")
+    zipped(tmp_path / "few.zip", some_images(5, 32))
+    refused(small(folder, "student", "prdc", reference=tmp_path / "few.zip"), "5 images are too few for prdc")
     with pytest.raises(UserError, match=r"stats\.json: expected a name that ends in \.npz"):
         reference_statistics(folder / "ref.zip", tmp_path / "stats.json", "small")
 
@@ -444,6 +450,6 @@ def test_where_the_result_cannot_be_written_is_known_before_anything_is_computed
         app([verb, reference, *options, *small], standalone_mode=False)
 
 
-def test_more_pictures_than_fit_anywhere_are_refused(folder: Path) -> None:
+def test_more_images_than_fit_anywhere_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="-n 10000001: expected at most 10000000"):
         evaluate(small(folder, "student", "accuracy", n=10_000_001))

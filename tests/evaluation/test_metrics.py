@@ -37,7 +37,7 @@ def normal(n: int, width: int, seed: int) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(n: int, side: int, seed: int = 0) -> Tensor:
+def samples(n: int, side: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, side, side), generator=generator, dtype=torch.uint8)
 
@@ -190,7 +190,7 @@ def test_prdc_tells_what_is_lacking() -> None:
 
 def test_inception_is_called_as_nvidia_s(tmp_path: Path) -> None:
     path = stand_in(tmp_path / "inception.pt")
-    inception, images = Inception(path), pictures(4, 20)
+    inception, images = Inception(path), samples(4, 20)
     features, none = inception(images)
     assert none is None and features.shape == (4, 2048) and features.dtype == torch.float32
     torch.testing.assert_close(features, StandIn()(images, return_features=True))
@@ -205,7 +205,7 @@ def test_inception_is_called_as_nvidia_s(tmp_path: Path) -> None:
 def test_another_inception_is_one_line(tmp_path: Path) -> None:
     def refused(path: Path, *words: str) -> None:
         with pytest.raises(UserError) as error:
-            Inception(path)(pictures(2, 8))
+            Inception(path)(samples(2, 8))
         assert "\n" not in str(error.value) and all(word in str(error.value) for word in (str(path), *words))
 
     refused(tmp_path / "none.pt", "no such file", "scripts/download-metrics", "--features small")
@@ -220,14 +220,14 @@ def test_the_committed_classifier_is_small_and_known() -> None:
     judge = SmallFeatures(CLASSIFIER)
     assert CLASSIFIER.stat().st_size < 2_000_000
     assert (judge.size, judge.width, len(judge.classes), judge.classes[3]) == (32, 128, 10, "cat")
-    images = pictures(3, 32)
+    images = samples(3, 32)
     features, answers = judge(images, answers=True)
     assert features.shape == (3, 128) and answers is not None and answers.shape == (3, 10)
     torch.testing.assert_close(answers.exp().sum(1), torch.ones(3))
     alone, _ = judge(images[1:2])
     torch.testing.assert_close(alone, features[1:2])
     with pytest.raises(UserError, match=r"32x32 pixels, not 16x16; --resize 32"):
-        judge(pictures(1, 16))
+        judge(samples(1, 16))
 
 
 def test_clip_score_is_the_cosine(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_clip_score_is_the_cosine(tmp_path: Path) -> None:
     processor = CLIPImageProcessorPil(**size)
     processor.save_pretrained(tmp_path)
 
-    prompts, images = ["a cat", "a dog " * 30], pictures(2, 24)
+    prompts, images = ["a cat", "a dog " * 30], samples(2, 24)
     found = ClipScore(tmp_path)(images, prompts)
     pixels = processor([Image.fromarray(i.permute(1, 2, 0).numpy()) for i in images], return_tensors="pt")
     with torch.no_grad():
@@ -273,11 +273,11 @@ def test_clip_score_is_the_cosine(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-# Pictures
+# Images
 
 
-def test_patches_are_the_middle_of_full_size_pictures() -> None:
-    images = pictures(2, 305)
+def test_patches_are_the_middle_of_full_size_images() -> None:
+    images = samples(2, 305)
     patch = centre_crop(images)
     assert patch.shape == (2, 3, PATCH, PATCH) and torch.equal(patch, images[:, :, 3:302, 3:302])
     assert torch.equal(centre_crop(images[:, :, 3:302, 3:302]), patch)
@@ -286,7 +286,7 @@ def test_patches_are_the_middle_of_full_size_pictures() -> None:
 
 
 def test_resizing_is_pillow_s_lanczos() -> None:
-    images = pictures(2, 30)
+    images = samples(2, 30)
     expected = Image.fromarray(images[1].permute(1, 2, 0).numpy()).resize((12, 12), Image.Resampling.LANCZOS)
     assert np.array_equal(resized(images, 12)[1].permute(1, 2, 0).numpy(), np.array(expected))
     assert resized(images, 30) is images

@@ -33,8 +33,8 @@ class Features(nn.Module):
         return F.conv2d(images, self.weight, stride=16).relu().flatten(1)
 
 
-class OnePicture(nn.Module):
-    """Answers with one vector, whatever the number of pictures."""
+class OneImage(nn.Module):
+    """Answers with one vector, whatever the number of images."""
 
     def forward(self, images: Tensor, resize_images: bool = True, return_lpips: bool = False) -> Tensor:
         return images.sum((0, 2, 3))
@@ -57,12 +57,12 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scripted(Features(), tmp_path_factory.mktemp("lpips") / "vgg16.pt")
 
 
-def pictures(seed: int, n: int = 3) -> Tensor:
+def samples(seed: int, n: int = 3) -> Tensor:
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def test_distance_is_the_squared_difference_of_the_features(vgg: Path) -> None:
-    lpips, x, y = Lpips(vgg, "cpu"), pictures(0), pictures(1)
+    lpips, x, y = Lpips(vgg, "cpu"), samples(0), samples(1)
     reference = Features()
 
     def features(images: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_distance_is_the_squared_difference_of_the_features(vgg: Path) -> None:
 
 
 def test_distance_is_differentiable_and_its_network_frozen(vgg: Path) -> None:
-    lpips, x, y = Lpips(vgg, "cpu"), pictures(0).requires_grad_(), pictures(1)
+    lpips, x, y = Lpips(vgg, "cpu"), samples(0).requires_grad_(), samples(1)
     before = lpips(x, y)
     before.backward()
     assert x.grad is not None and bool(x.grad.any(dim=0).any())
@@ -100,7 +100,7 @@ def test_wrong_files_are_one_line(tmp_path: Path) -> None:
         tmp_path / "absent.pt": "no such file",
         broken: "not a TorchScript network",
         scripted(Other(), tmp_path / "other.pt"): "not a TorchScript network of this kind",
-        scripted(OnePicture(), tmp_path / "one.pt"): "one vector for each picture",
+        scripted(OneImage(), tmp_path / "one.pt"): "one vector for each image",
     }
     for path, message in cases.items():
         with pytest.raises(UserError, match=message) as error:

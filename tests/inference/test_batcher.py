@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmd2.inference.batcher import Abandoned, Batcher, Busy, Check, Stopped, Ticket
+from dmd2.inference.batcher import Batcher, Busy, Cancelled, Check, PendingJob, Stopped
 
 
 class Bench:
-    """A `draw` that can be held back, and remembers its batches. A job "x3" has key "x" and result "x3!"."""
+    """A `generate` that can be held back, and remembers its batches. A job "x3" has key "x" and result "x3!"."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -24,7 +24,7 @@ class Bench:
         self.gate = threading.Event()
         self.gate.set()
 
-    def draw(self, jobs: list[str], check: Check) -> list[str]:
+    def generate(self, jobs: list[str], check: Check) -> list[str]:
         self.threads.add(threading.get_ident())
         self.batches.append(jobs)
         for _ in range(1000):
@@ -35,8 +35,8 @@ class Bench:
             raise ValueError("a bad job")
         return [f"{job}!" for job in jobs]
 
-    def hold(self, batcher: Batcher[str, str], job: str = "hold") -> Ticket[str, str]:
-        """The thread is in `draw` when this returns, and stays there until `gate` is set."""
+    def hold(self, batcher: Batcher[str, str], job: str = "hold") -> PendingJob[str, str]:
+        """The thread is in `generate` when this returns, and stays there until `gate` is set."""
         self.gate.clear()
         ticket = batcher.submit(job)
         for _ in range(1000):
@@ -53,7 +53,7 @@ def bench() -> Bench:
 
 @pytest.fixture
 def batcher(bench: Bench) -> Iterator[Batcher[str, str]]:
-    batcher = Batcher[str, str](bench.draw, lambda job: job[0], max_batch=3, max_waiting=5)
+    batcher = Batcher[str, str](bench.generate, lambda job: job[0], max_batch=3, max_waiting=5)
     yield batcher
     bench.gate.set()
     batcher.close()
@@ -88,7 +88,7 @@ def test_jobs_that_are_queued_in_one_go_ride_together_or_not_at_all(bench: Bench
     assert bench.batches == [["a1", "a2", "a3"], ["a4"]]  # though the thread was idle when the first one came
     bench.hold(batcher)
     batcher.submit_all(["b"] * 3)
-    with pytest.raises(Busy, match="3 pictures are waiting"):
+    with pytest.raises(Busy, match="3 images are waiting"):
         batcher.submit_all(["c"] * 3)
     assert len(batcher.submit_all(["c"] * 2)) == 2
 
@@ -96,7 +96,7 @@ def test_jobs_that_are_queued_in_one_go_ride_together_or_not_at_all(bench: Bench
 def test_a_full_queue_says_so_and_takes_jobs_again_later(bench: Bench, batcher: Batcher[str, str]) -> None:
     bench.hold(batcher)
     tickets = [batcher.submit("a") for _ in range(5)]
-    with pytest.raises(Busy, match="5 pictures are waiting"):
+    with pytest.raises(Busy, match="5 images are waiting"):
         batcher.submit("a")
     bench.gate.set()
     for ticket in tickets:
@@ -106,14 +106,14 @@ def test_a_full_queue_says_so_and_takes_jobs_again_later(bench: Bench, batcher: 
 
 def test_a_stream_of_others_starves_nobody(bench: Bench) -> None:
     """Whoever is oldest says what is drawn next, however many of another key keep coming."""
-    later: list[Ticket[str, str]] = []
+    later: list[PendingJob[str, str]] = []
 
-    def draw(jobs: list[str], check: Check) -> list[str]:
+    def generate(jobs: list[str], check: Check) -> list[str]:
         if not later or not other.future.done():
             later.append(batcher.submit("a"))
-        return bench.draw(jobs, check)
+        return bench.generate(jobs, check)
 
-    batcher = Batcher[str, str](draw, lambda job: job[0], max_batch=3, max_waiting=5)
+    batcher = Batcher[str, str](generate, lambda job: job[0], max_batch=3, max_waiting=5)
     with batcher._changed:  # so that both are queued before the first is drawn
         batcher.submit("a")
         other = batcher.submit("b")
@@ -137,13 +137,13 @@ def test_an_error_hits_only_the_job_that_it_belongs_to(bench: Bench, batcher: Ba
 def test_out_of_memory_with_eight_is_four_and_four() -> None:
     recovered, gate = [], threading.Event()
 
-    def draw(jobs: list[int], check: Check) -> list[int]:
+    def generate(jobs: list[int], check: Check) -> list[int]:
         gate.wait(300)
         if len(jobs) > 4:
             raise MemoryError
         return jobs
 
-    batcher = Batcher[int, int](draw, lambda job: job < 0, max_batch=8, recover=lambda: recovered.append(True))
+    batcher = Batcher[int, int](generate, lambda job: job < 0, max_batch=8, recover=lambda: recovered.append(True))
     batcher.submit(-1)
     tickets = [batcher.submit(i) for i in range(8)]
     gate.set()
@@ -156,7 +156,7 @@ def test_out_of_memory_with_eight_is_four_and_four() -> None:
 def test_an_abandoned_job_that_waits_is_never_drawn(bench: Bench, batcher: Batcher[str, str]) -> None:
     bench.hold(batcher)
     dropped, kept = batcher.submit("a1"), batcher.submit("a2")
-    dropped.abandon()
+    dropped.cancel()
     bench.gate.set()
     assert kept.future.result(300).result == "a2!"
     with pytest.raises(CancelledError):
@@ -166,8 +166,8 @@ def test_an_abandoned_job_that_waits_is_never_drawn(bench: Bench, batcher: Batch
 
 def test_a_running_batch_stops_once_all_of_its_jobs_are_abandoned(bench: Bench, batcher: Batcher[str, str]) -> None:
     alone = bench.hold(batcher)
-    alone.abandon()
-    with pytest.raises(Abandoned):  # though nobody opens the gate
+    alone.cancel()
+    with pytest.raises(Cancelled):  # though nobody opens the gate
         alone.future.result(300)
     assert batcher.alive
 
@@ -176,19 +176,19 @@ def test_one_of_two_that_is_abandoned_does_not_stop_the_other(bench: Bench, batc
     bench.hold(batcher)
     first, second = batcher.submit("a1"), batcher.submit("a2")
     held = threading.Event()
-    original = bench.draw
+    original = bench.generate
 
-    def draw(jobs: list[str], check: Check) -> list[str]:
+    def generate(jobs: list[str], check: Check) -> list[str]:
         if jobs == ["a1", "a2"]:
             held.wait(300)
             check()
         return original(jobs, check)
 
-    batcher._draw = draw
+    batcher._generate = generate
     bench.gate.set()
     while not first.future.running():
         time.sleep(0.001)
-    first.abandon()
+    first.cancel()
     held.set()
     assert second.future.result(300).result == "a2!"
 
@@ -196,7 +196,7 @@ def test_one_of_two_that_is_abandoned_does_not_stop_the_other(bench: Bench, batc
 def test_a_device_that_does_not_recover_ends_everything_at_once(caplog: pytest.LogCaptureFixture) -> None:
     entered, gate = threading.Event(), threading.Event()
 
-    def draw(jobs: list[str], check: Check) -> list[str]:
+    def generate(jobs: list[str], check: Check) -> list[str]:
         entered.set()
         gate.wait(300)
         raise RuntimeError("illegal memory access")
@@ -204,7 +204,7 @@ def test_a_device_that_does_not_recover_ends_everything_at_once(caplog: pytest.L
     def recover() -> None:
         raise OSError("no device")
 
-    batcher = Batcher[str, str](draw, lambda job: job, recover=recover)
+    batcher = Batcher[str, str](generate, lambda job: job, recover=recover)
     tickets = [batcher.submit("a")]
     entered.wait(300)
     tickets += [batcher.submit(job) for job in "bc"]
@@ -216,7 +216,7 @@ def test_a_device_that_does_not_recover_ends_everything_at_once(caplog: pytest.L
                 ticket.future.result(300)
         batcher._thread.join(300)
     assert not batcher.alive
-    assert "no more pictures until a restart" in caplog.text
+    assert "no more images until a restart" in caplog.text
     with pytest.raises(Stopped, match="no device"):
         batcher.submit("a")
 
@@ -244,12 +244,12 @@ def test_closing_draws_what_is_queued_and_takes_no_more(bench: Bench, batcher: B
 def test_every_job_gets_its_own_result(jobs: list[tuple[str, int]], max_batch: int) -> None:
     sizes = []
 
-    def draw(batch: list[tuple[str, int]], check: Check) -> list[tuple[str, int]]:
+    def generate(batch: list[tuple[str, int]], check: Check) -> list[tuple[str, int]]:
         assert len({key for key, _ in batch}) == 1
         sizes.append(len(batch))
         return batch
 
-    batcher = Batcher[tuple[str, int], tuple[str, int]](draw, lambda job: job[0], max_batch=max_batch)
+    batcher = Batcher[tuple[str, int], tuple[str, int]](generate, lambda job: job[0], max_batch=max_batch)
     tickets = [batcher.submit(job) for job in jobs]
     assert [ticket.future.result(300).result for ticket in tickets] == jobs
     assert sum(sizes) == len(jobs) and all(size <= max_batch for size in sizes)
@@ -259,11 +259,11 @@ def test_every_job_gets_its_own_result(jobs: list[tuple[str, int]], max_batch: i
 def test_preparation_comes_first_in_the_same_thread_and_its_errors_are_the_callers() -> None:
     threads: list[int] = []
 
-    def draw(jobs: list[int], check: Check) -> list[int]:
+    def generate(jobs: list[int], check: Check) -> list[int]:
         threads.append(threading.get_ident())
         return jobs
 
-    batcher = Batcher[int, int](draw, lambda job: 0, prepare=lambda: threads.append(threading.get_ident()))
+    batcher = Batcher[int, int](generate, lambda job: 0, prepare=lambda: threads.append(threading.get_ident()))
     assert len(threads) == 1
     batcher.submit(1).future.result(300)
     assert threads == [threads[0]] * 2 and threads[0] != threading.get_ident()
@@ -273,22 +273,22 @@ def test_preparation_comes_first_in_the_same_thread_and_its_errors_are_the_calle
         raise OSError("no weights")
 
     with pytest.raises(OSError, match="no weights"):
-        Batcher[int, int](draw, lambda job: 0, prepare=broken)
+        Batcher[int, int](generate, lambda job: 0, prepare=broken)
 
 
 def test_a_queue_of_nothing_but_abandoned_jobs_is_no_end() -> None:
     started, release = threading.Event(), threading.Event()
 
-    def draw(jobs: list[str], check: object) -> list[str]:
+    def generate(jobs: list[str], check: object) -> list[str]:
         started.set()
         assert release.wait(300)
         return jobs
 
-    batcher: Batcher[str, str] = Batcher(draw, lambda job: None, max_batch=1, max_waiting=2)
+    batcher: Batcher[str, str] = Batcher(generate, lambda job: None, max_batch=1, max_waiting=2)
     first = batcher.submit("a")
     assert started.wait(300)
     for _ in range(5):  # more than may wait: who is gone takes no place
-        batcher.submit("b").abandon()
+        batcher.submit("b").cancel()
     release.set()
     assert first.future.result(300).result == "a"
     assert batcher.submit("c").future.result(300).result == "c" and batcher.alive

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from dmd2.inference.batcher import Abandoned, Batcher, Busy, Check, Stopped, Ticket
+from dmd2.inference.batcher import Batcher, Busy, Cancelled, Check, PendingJob, Stopped
 
 PATIENCE = 120.0  # seconds: nothing that is waited for takes that long, however busy the machine
 MAX_BATCH, MAX_WAITING = 4, 6
@@ -25,18 +25,18 @@ class Task:
     key: Hashable
     fails: BaseException | None = None
     drawn: int = 0
-    """times that `draw` gave a result for it"""
+    """times that `generate` gave a result for it"""
 
 
 @dataclass
 class Known:
     """A ticket, and what has been done to it."""
 
-    ticket: Ticket[Task, Task]
+    ticket: PendingJob[Task, Task]
     caller: int
     """tickets of one caller are in order"""
     dropped_unseen: bool = False
-    """abandoned before `draw` ever saw it"""
+    """abandoned before `generate` ever saw it"""
     answers: list[object] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Known:
 
 
 class Device:
-    """What `draw` and `recover` do. It goes no further than it is let."""
+    """What `generate` and `recover` do. It goes no further than it is let."""
 
     def __init__(self) -> None:
         self.most = MAX_BATCH
@@ -63,7 +63,7 @@ class Device:
             self._open |= batches is None
             self._changed.notify_all()
 
-    def draw(self, tasks: list[Task], check: Check) -> list[Task]:
+    def generate(self, tasks: list[Task], check: Check) -> list[Task]:
         self.seen += tasks
         if len({task.key for task in tasks}) != 1 or len(tasks) > MAX_BATCH:
             self.wrong.append(f"a batch of {[task.key for task in tasks]}")
@@ -92,7 +92,7 @@ class BatcherStates(RuleBasedStateMachine):
         super().__init__()
         self.device = Device()
         self.batcher: Batcher[Task, Task] = Batcher(
-            self.device.draw,
+            self.device.generate,
             lambda task: task.key,
             max_batch=MAX_BATCH,
             max_waiting=MAX_WAITING,
@@ -141,22 +141,22 @@ class BatcherStates(RuleBasedStateMachine):
             self.callers += 1
             threads.append(threading.Thread(target=self.submit, args=(tasks, self.callers)))
         if gone:
-            threads += [threading.Thread(target=self.abandon, args=(known,)) for known in list(self.known)]
+            threads += [threading.Thread(target=self.cancel, args=(known,)) for known in list(self.known)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE)
             assert not thread.is_alive()
 
-    def abandon(self, known: Known) -> None:
-        known.ticket.abandon()
+    def cancel(self, known: Known) -> None:
+        known.ticket.cancel()
         # Only what was cancelled while it waited is known not to be drawn later.
         known.dropped_unseen = known.ticket.future.cancelled()
 
     @rule(which=st.integers(0, 99))
     def hang_up(self, which: int) -> None:
         if self.known:
-            self.abandon(self.known[which % len(self.known)])
+            self.cancel(self.known[which % len(self.known)])
 
     @rule(batches=st.integers(1, 3))
     def let(self, batches: int) -> None:
@@ -221,8 +221,8 @@ class BatcherStates(RuleBasedStateMachine):
             return
         try:
             assert ticket.future.result(0).result is task and task.drawn == 1 and task.fails is None
-        except (CancelledError, Abandoned):
-            assert ticket.abandoned
+        except (CancelledError, Cancelled):
+            assert ticket.cancelled
         except Stopped:
             assert lost
         except Exception as error:

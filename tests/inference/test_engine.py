@@ -1,4 +1,4 @@
-"""The engine: a seed is a picture whatever batch it rides in; every mode draws; what does not fit is named."""
+"""The engine: a seed is an image whatever batch it rides in; every mode draws; what does not fit is named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dmd2.inference.engine
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import conditioned, dpm_solver_2m, few_step, teacher_sigmas
+from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, sample_few_step, teacher_sigmas
 from dmd2.inference.engine import Engine, resolve_device
 from dmd2.models.stable_diffusion.folder import UNET_FILE
 from dmd2.runtime.errors import UserError
@@ -34,26 +34,26 @@ def difference(a: Tensor, b: Tensor) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_seed_is_the_same_picture_alone_and_in_a_batch(engine: Engine, mode: str) -> None:
-    batch = engine.draw(PROMPTS, [5, 6, 7], mode)
+def test_a_seed_is_the_same_image_alone_and_in_a_batch(engine: Engine, mode: str) -> None:
+    batch = engine.generate(PROMPTS, [5, 6, 7], mode)
     assert batch.shape == (3, 3, 64, 64) and batch.dtype == torch.uint8 and batch.device.type == "cpu"
     for i, prompt in enumerate(PROMPTS):
-        alone = engine.draw([prompt], [5 + i], mode)
+        alone = engine.generate([prompt], [5 + i], mode)
         assert difference(alone[0], batch[i]) <= 2
-        assert torch.equal(alone, engine.draw([prompt], [5 + i], mode))  # and again, to the bit
+        assert torch.equal(alone, engine.generate([prompt], [5 + i], mode))  # and again, to the bit
 
 
-def test_other_seeds_and_other_prompts_are_other_pictures(engine: Engine) -> None:
-    pictures = engine.draw(["an owl", "an owl", "a blue book"], [0, 1, 0], "4")
-    assert pictures.float().std() > 5
-    assert difference(pictures[0], pictures[1]) > 10
-    assert difference(pictures[0], pictures[2]) >= 1
+def test_other_seeds_and_other_prompts_are_other_images(engine: Engine) -> None:
+    images = engine.generate(["an owl", "an owl", "a blue book"], [0, 1, 0], "4")
+    assert images.float().std() > 5
+    assert difference(images[0], images[1]) > 10
+    assert difference(images[0], images[2]) >= 1
 
 
 def test_modes_use_their_own_networks_and_samplers(engine: Engine) -> None:
-    pictures = [engine.draw(["an owl"], [0], mode) for mode in MODES]
-    for i, first in enumerate(pictures):
-        for second in pictures[i + 1 :]:
+    images = [engine.generate(["an owl"], [0], mode) for mode in MODES]
+    for i, first in enumerate(images):
+        for second in images[i + 1 :]:
             assert difference(first, second) > 1
 
 
@@ -64,29 +64,31 @@ def test_each_mode_is_its_sampler_over_its_network(engine: Engine, mode: str) ->
     steps = mode.removeprefix("teacher-")
     denoiser = engine.model.denoisers["unet_teacher" if "teacher" in mode else {"1": "unet_1step", "4": "unet"}[mode]]
     cond = engine.model.encode_text(["an owl"], (64, 64))
-    guided = conditioned(denoiser, cond, cond.unconditional(), 3.0 if "teacher" in mode else 1.0)
+    cfg_denoise = conditioned(denoiser, cond, cond.unconditional(), 3.0 if "teacher" in mode else 1.0)
     if mode == "teacher":
         sigmas = teacher_sigmas(denoiser, 3)
         noise = seeded_noise([9], (1, 4, 16, 16))[:, 0]
-        x0 = dpm_solver_2m(guided, denoiser.start(noise, torch.tensor([sigmas[0]])), sigmas)
+        x0 = sample_dpm_solver_2m(cfg_denoise, denoiser.start(noise, torch.tensor([sigmas[0]])), sigmas)
     else:
         timesteps = {"1": [399], "4": [999, 749, 499, 249]}[steps]
         levels = [float(denoiser.sigmas[t]) for t in timesteps]
-        x0 = few_step(guided, denoiser.start, seeded_noise([9], (len(levels), 4, 16, 16)).unbind(1), levels)
-    assert difference(engine.draw(["an owl"], [9], mode), engine.model.codec.decode(x0)) <= 2
+        x0 = sample_few_step(
+            cfg_denoise, denoiser.start, seeded_noise([9], (len(levels), 4, 16, 16)).unbind(1), levels
+        )
+    assert difference(engine.generate(["an owl"], [9], mode), engine.model.codec.decode(x0)) <= 2
 
 
 def test_a_prompt_that_needs_two_windows_draws_and_its_end_counts(engine: Engine) -> None:
-    found = engine.draw([LONG + "owl", LONG + "heart"], [3, 3], "4")
+    found = engine.generate([LONG + "owl", LONG + "heart"], [3, 3], "4")
     assert found.shape == (2, 3, 64, 64)
     assert difference(found[0], found[1]) >= 1
-    assert difference(engine.draw([LONG + "owl"], [3], "4")[0], found[0]) <= 2
+    assert difference(engine.generate([LONG + "owl"], [3], "4")[0], found[0]) <= 2
 
 
-def test_a_short_prompt_is_the_same_picture_beside_a_long_one(engine: Engine) -> None:
-    beside = engine.draw([LONG, "an owl", LONG + LONG, "a green heart"], [4, 5, 6, 7], "4")
+def test_a_short_prompt_is_the_same_image_beside_a_long_one(engine: Engine) -> None:
+    beside = engine.generate([LONG, "an owl", LONG + LONG, "a green heart"], [4, 5, 6, 7], "4")
     for i, prompt in enumerate([LONG, "an owl", LONG + LONG, "a green heart"]):
-        assert difference(engine.draw([prompt], [4 + i], "4")[0], beside[i]) <= 2
+        assert difference(engine.generate([prompt], [4 + i], "4")[0], beside[i]) <= 2
 
 
 def test_texts_are_remembered_and_forgotten(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,33 +108,33 @@ def test_texts_are_remembered_and_forgotten(weights: Path, monkeypatch: pytest.M
     engine.text_cache = (
         3 * dmd2.inference.engine._bytes(*short) - 1
     )  # two, for all short prompts here are about as large
-    first = engine.draw(["an owl"], [0], "1")
-    again = engine.draw(["an owl", "a red apple"], [0, 1], "1")
+    first = engine.generate(["an owl"], [0], "1")
+    again = engine.generate(["an owl", "a red apple"], [0, 1], "1")
     assert difference(first[0], again[0]) <= 2
     assert encoded == [["an owl"], ["a red apple"]]
-    engine.draw(["an owl"], [0], "1", (32, 32))  # a size is part of the condition
+    engine.generate(["an owl"], [0], "1", (32, 32))  # a size is part of the condition
     assert encoded[2:] == [["an owl"]]
-    engine.draw(["a red apple", "a blue book"], [0, 1], "1")
+    engine.generate(["a red apple", "a blue book"], [0, 1], "1")
     assert encoded[3:] == [["a blue book"]]
-    engine.draw(["an owl"], [0], "1")
+    engine.generate(["an owl"], [0], "1")
     assert encoded[4:] == [["an owl"]]
-    engine.draw(["one", LONG, "two", "one", LONG + "owl"], [0] * 5, "1")  # new ones of equal length together
+    engine.generate(["one", LONG, "two", "one", LONG + "owl"], [0] * 5, "1")  # new ones of equal length together
     assert encoded[5:] == [["one", "two"], [LONG, LONG + "owl"]]
 
 
 def test_what_texts_are_remembered_is_counted_in_bytes_and_holds_no_others(weights: Path) -> None:
     engine = Engine(weights, "cpu", modes=("1",))
     prompts = ["an owl", "owls " * 100, *map(str, range(20))]
-    engine.draw(prompts, list(range(len(prompts))), "1")
+    engine.generate(prompts, list(range(len(prompts))), "1")
     held = [value for cond in engine._texts.values() for value in vars(cond).values()]
     # What the tensors really keep in memory, not only what they show of it.
     stored = sum(storage.nbytes() for storage in {id(s): s for s in (t.untyped_storage() for t in held)}.values())
     assert len(engine._texts) == len(prompts) and stored < engine._text_bytes < 2 * stored
     engine.text_cache = stored // 2
-    engine.draw(["an owl"], [0], "1")
+    engine.generate(["an owl"], [0], "1")
     assert 0 < engine._text_bytes <= stored // 2 and len(engine._texts) < len(prompts)
     engine.text_cache = 0
-    assert engine.draw(prompts, list(range(len(prompts))), "1").shape == (len(prompts), 3, 64, 64)
+    assert engine.generate(prompts, list(range(len(prompts))), "1").shape == (len(prompts), 3, 64, 64)
     assert not engine._texts and engine._text_bytes == 0
 
 
@@ -142,13 +144,13 @@ def test_a_prompt_of_too_many_tokens_is_refused_before_it_is_encoded(engine: Eng
     with pytest.raises(UserError, match=expected):
         engine.check_prompts([prompt])
     with pytest.raises(UserError, match=expected):
-        engine.draw(["an owl", prompt], [0, 1], "1")
-    assert engine.draw(["x" * 1500], [0], "1").shape == (1, 3, 64, 64)
+        engine.generate(["an owl", prompt], [0, 1], "1")
+    assert engine.generate(["x" * 1500], [0], "1").shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 32), (32, 32), (128, 64), (60, 36), (16, 20)])
 def test_other_sizes_draw_width_before_height(engine: Engine, size: tuple[int, int]) -> None:
-    assert engine.draw(["an owl"], [0], "1", size).shape == (1, 3, size[1], size[0])
+    assert engine.generate(["an owl"], [0], "1", size).shape == (1, 3, size[1], size[0])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_sizes_that_the_networks_cannot_make_are_refused(engine: Engine, size: t
     with pytest.raises(
         UserError, match=f"{name} .size {size[0]}x{size[1]}.; expected a multiple of 4 pixels, at least 16"
     ):
-        engine.draw(["an owl"], [0], "1", size)
+        engine.generate(["an owl"], [0], "1", size)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (60, 36)])
@@ -179,9 +181,9 @@ def test_a_recorded_network_draws_what_the_network_draws_in_every_batch_size(
         assert len(network._records) == 1
         for batch in (1, 2, 3, 8):
             prompts, seeds = ["an owl"] * batch, list(range(batch))
-            expected = engine.draw(prompts, seeds, mode, size)
-            assert difference(recorded.draw(prompts, seeds, mode, size), expected) <= 2
-        recorded.draw(["an owl"], [0], mode, (32, 32))
+            expected = engine.generate(prompts, seeds, mode, size)
+            assert difference(recorded.generate(prompts, seeds, mode, size), expected) <= 2
+        recorded.generate(["an owl"], [0], mode, (32, 32))
         assert len(network._records) == 1  # nobody waits for a record
 
 
@@ -194,15 +196,15 @@ def test_a_call_can_be_stopped_before_each_step(engine: Engine) -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        engine.draw_timed(["an owl"], [0], "4", check=check)
+        engine.generate_timed(["an owl"], [0], "4", check=check)
     assert len(calls) == 3
-    assert engine.draw(["an owl"], [0], "4").shape == (1, 3, 64, 64)
+    assert engine.generate(["an owl"], [0], "4").shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("mode", ["2", "", "teacher-2", "teacher-", "four", "01"])
 def test_an_unknown_mode_lists_the_valid_ones(engine: Engine, weights: Path, mode: str) -> None:
     with pytest.raises(UserError) as error:
-        engine.draw(["an owl"], [0], mode)
+        engine.generate(["an owl"], [0], mode)
     assert str(error.value) == f"--steps {mode}: these weights have 1, 4, teacher, teacher-4, teacher-1"
     with pytest.raises(UserError, match="these weights have"):
         Engine(weights, "cpu", modes=("1", mode))
@@ -220,7 +222,7 @@ def test_weights_without_a_teacher_offer_none(weights: Path, tmp_path: Path) -> 
 def test_only_the_modes_asked_for_are_loaded_at_once(weights: Path) -> None:
     engine = Engine(weights, "cpu", modes=("1",))
     assert set(engine.model.denoisers) == {"unet_1step"}
-    assert engine.draw(["an owl"], [0], "4").shape == (1, 3, 64, 64)
+    assert engine.generate(["an owl"], [0], "4").shape == (1, 3, 64, 64)
     assert set(engine.model.denoisers) == {"unet_1step", "unet"}
     assert engine.dtype == torch.float32
 
@@ -241,14 +243,14 @@ def test_checksums_are_those_of_the_network_that_a_mode_runs(engine: Engine, wei
 
 
 def test_timings_are_those_of_the_stages(engine: Engine) -> None:
-    _, timings = engine.draw_timed(["an owl and a book"], [0], "4")
+    _, timings = engine.generate_timed(["an owl and a book"], [0], "4")
     assert timings.text > 0 and timings.decode > 0 and timings.denoise > timings.text / 10
 
 
 def test_as_many_seeds_as_prompts(engine: Engine) -> None:
     for prompts, seeds in ((["an owl"], [0, 1]), ([], [])):
         with pytest.raises(ValueError, match="as many seeds"):
-            engine.draw(prompts, seeds, "1")
+            engine.generate(prompts, seeds, "1")
 
 
 def test_devices() -> None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 
 import dmd2.inference.image_input
 from dmd2.inference.image_input import MOST_BYTES, Budget, ImageFile, Role, read_image, resized
-from dmd2.inference.inputs import Given, fitted, fitted_mask
+from dmd2.inference.inputs import InputImages, fitted, fitted_mask
 from dmd2.runtime.errors import UserError
 
 EVERY_ROLE = list(Role)
@@ -49,18 +49,18 @@ def test_a_decompression_bomb_is_an_error_before_it_is_unpacked(width: int, heig
         read_image(bomb(width, height), "image")
 
 
-def test_what_is_no_picture_or_a_damaged_one() -> None:
+def test_what_is_no_image_or_a_damaged_one() -> None:
     whole = png(Image.effect_noise((64, 64), 50).convert("RGB"))
-    with pytest.raises(UserError, match="mask: a damaged picture"):
+    with pytest.raises(UserError, match="mask: a damaged image"):
         read_image(whole[: len(whole) // 2], "mask")
     for data in (b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", png(Image.new("L", (8, 8)), "TIFF")):
-        with pytest.raises(UserError, match="image: no picture; expected PNG, JPEG, WEBP"):
+        with pytest.raises(UserError, match="image: no image; expected PNG, JPEG, WEBP"):
             read_image(data, "image")
     with pytest.raises(UserError, match="image: larger than 32 MB"):
         read_image(bytes(MOST_BYTES + 1), "image")
 
 
-def test_pictures_are_upright_opaque_and_of_three_channels() -> None:
+def test_images_are_upright_opaque_and_of_three_channels() -> None:
     half = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
     half.paste((0, 0, 255, 255), (0, 0, 4, 4))
     found = read_image(png(half), "image")
@@ -76,7 +76,7 @@ def test_pictures_are_upright_opaque_and_of_three_channels() -> None:
     assert first.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_pictures_are_scaled_and_cut_not_stretched() -> None:
+def test_images_are_scaled_and_cut_not_stretched() -> None:
     wide = Image.new("RGB", (64, 32), "red")
     wide.paste("blue", (16, 0, 48, 32))
     square = fitted(wide, (16, 16))
@@ -259,14 +259,14 @@ def test_white_strokes_may_reach_the_edge(part: tuple[int, int, int, int]) -> No
     assert np.array_equal(found, np.asarray(mask.getchannel("A")) == 255)
 
 
-def test_a_hole_at_the_edge_of_a_bright_picture() -> None:
+def test_a_hole_at_the_edge_of_a_bright_image() -> None:
     mask = Image.fromarray(np.random.default_rng(0).integers(180, 246, (64, 64, 3), dtype=np.uint8)).convert("RGBA")
     mask.paste((0, 0, 0, 0), (20, 40, 40, 64))
     found = fitted_mask(read_image(png(mask), "mask", Role.MASK), (64, 64)).numpy()
     assert np.array_equal(found, np.asarray(mask.getchannel("A")) == 0)
 
 
-def test_what_surrounds_a_picture_on_a_larger_canvas_is_painted_anew() -> None:
+def test_what_surrounds_an_image_on_a_larger_canvas_is_painted_anew() -> None:
     mask = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     mask.paste(photo(20), HOLE)
     found = fitted_mask(read_image(png(mask), "mask", Role.MASK), (64, 64)).numpy()
@@ -302,7 +302,7 @@ def test_transparency_of_images_lies_on_white_and_of_controls_where_it_is_seen()
 def test_a_mask_of_another_size_is_resized(size: tuple[int, int]) -> None:
     """Not cut: (64, 16) is stretched."""
     mask = strokes("white").convert("L").resize(size, Image.Resampling.NEAREST)
-    edit = Given.read(png(photo()), png(mask), 1.0, None, 1.0).edit((64, 64))
+    edit = InputImages.read(png(photo()), png(mask), 1.0, None, 1.0).edit((64, 64))
     assert edit.image is not None and edit.mask is not None and edit.mask.shape == (64, 64)
     assert torch.equal(edit.image, fitted(photo().convert("RGB"), (64, 64)))
     assert (edit.mask.numpy() != expected_mask()).sum() <= 4 * 20 * 4
@@ -317,9 +317,9 @@ def test_image_and_mask_are_cut_alike_also_where_only_one_is_turned() -> None:
     exif[0x0112] = 6
     turned = png(marks.transpose(Image.Transpose.ROTATE_90), exif=exif)
     for mask in (png(marks), png(marks.resize((16, 8))), turned):
-        edit = Given.read(png(wide), mask, 1.0, None, 1.0).edit((32, 32))
+        edit = InputImages.read(png(wide), mask, 1.0, None, 1.0).edit((32, 32))
         assert edit.mask is not None and edit.mask.all()
-        edit = Given.read(png(wide), mask, 1.0, None, 1.0).edit((64, 32))
+        edit = InputImages.read(png(wide), mask, 1.0, None, 1.0).edit((64, 32))
         assert edit.mask is not None and edit.mask[:, 17:47].all() and not edit.mask[:, :15].any()
 
 
@@ -331,9 +331,9 @@ def test_all_headers_are_looked_at_before_anything_is_decoded(monkeypatch: pytes
         files = [good] * 3
         files[which] = bomb(20_000, 20_000)
         with pytest.raises(UserError, match=f"{field}: .*million pixels"):
-            Given.read(files[0], files[1], 1.0, files[2], 1.0)
-    with pytest.raises(UserError, match="control_image: no picture"):
-        Given.read(good, good, 1.0, b"<html>", 1.0)
+            InputImages.read(files[0], files[1], 1.0, files[2], 1.0)
+    with pytest.raises(UserError, match="control_image: no image"):
+        InputImages.read(good, good, 1.0, b"<html>", 1.0)
     assert not decoded
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dmd2.diffusion.noise import add_noise, seeded_noise
-from dmd2.diffusion.sampling import conditioned, few_step, image_to_image, inpaint, last_steps
+from dmd2.diffusion.sampling import conditioned, image_to_image, inpaint, sample_few_step, timesteps_for_strength
 from dmd2.inference.inputs import fitted, fitted_mask
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.text import TextEncoder
@@ -71,7 +71,7 @@ def test_text_to_image_is_that_of_diffusers(unet: Any, codec: LatentCodec, text_
         theirs = pipe(PROMPTS, latents=drawn[0].clone(), timesteps=STUDENTS[steps], **SETTINGS).images
     denoiser, denoise = student(unet, text_models)
     sigmas = [float(denoiser.sigmas[t]) for t in STUDENTS[steps]]
-    check(few_step(denoise, denoiser.start, drawn, sigmas), theirs)
+    check(sample_few_step(denoise, denoiser.start, drawn, sigmas), theirs)
 
 
 @pytest.mark.parametrize(("steps", "strength", "left"), [(4, 0.6, 2), (4, 0.99, 3), (4, 0.25, 1), (1, 0.5, 1)])
@@ -79,24 +79,24 @@ def test_text_to_image_is_that_of_diffusers(unet: Any, codec: LatentCodec, text_
 def test_image_to_image_is_that_of_diffusers(
     unet: Any, codec: LatentCodec, text_models: Texts, steps: int, strength: float, left: int
 ) -> None:
-    drawn, picture = noise(left), photograph()
+    drawn, image = noise(left), photograph()
     pipe = pipeline(StableDiffusionXLImg2ImgPipeline, text_models, unet, codec.vae)
     # diffusers refuses strengths that leave a one-step student nothing; its own step is what is left here.
     asked = strength if steps == 4 else 1.0
     with noise_for_diffusers(drawn, img2img_module, scheduling_lcm):
-        settings = SETTINGS | {"image": [picture, picture], "strength": asked}
+        settings = SETTINGS | {"image": [image, image], "strength": asked}
         del settings["width"], settings["height"]
         theirs = pipe(PROMPTS, timesteps=STUDENTS[steps], **settings).images
     denoiser, denoise = student(unet, text_models)
-    timesteps = last_steps(STUDENTS[steps], strength)
+    timesteps = timesteps_for_strength(STUDENTS[steps], strength)
     assert len(timesteps) == left
-    latents = codec.encode(fitted(picture, (SIDE, SIDE))[None]).expand(2, -1, -1, -1)
+    latents = codec.encode(fitted(image, (SIDE, SIDE))[None]).expand(2, -1, -1, -1)
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
     check(image_to_image(denoise, latents, drawn, sigmas), theirs)
 
 
 def hole() -> Image.Image:
-    """White where the picture is painted anew: on the borders of latents, where all ways to shrink it agree."""
+    """White where the image is painted anew: on the borders of latents, where all ways to shrink it agree."""
     mask = Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(mask).rectangle((16, 8, 47, 39), fill=255)
     return mask
@@ -107,14 +107,14 @@ def hole() -> Image.Image:
 def test_inpainting_is_that_of_diffusers(
     unet: Any, codec: LatentCodec, text_models: Texts, steps: int, strength: float
 ) -> None:
-    timesteps, picture = last_steps(STUDENTS[steps], strength), photograph()
+    timesteps, image = timesteps_for_strength(STUDENTS[steps], strength), photograph()
     drawn = noise(len(timesteps))
     pipe = pipeline(StableDiffusionXLInpaintPipeline, text_models, unet, codec.vae)
     with noise_for_diffusers(drawn, inpaint_module, scheduling_lcm):
-        settings = SETTINGS | {"image": picture, "mask_image": hole(), "strength": strength}
+        settings = SETTINGS | {"image": image, "mask_image": hole(), "strength": strength}
         theirs = pipe(PROMPTS, timesteps=STUDENTS[steps], **settings).images
     denoiser, denoise = student(unet, text_models)
-    latents = codec.encode(fitted(picture, (SIDE, SIDE))[None]).expand(2, -1, -1, -1)
+    latents = codec.encode(fitted(image, (SIDE, SIDE))[None]).expand(2, -1, -1, -1)
     mask = fitted_mask(hole(), (SIDE, SIDE))[::8, ::8][None, None]
     start = denoiser.start if strength == 1 else lambda n, sigma: add_noise(latents, sigma, n)
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
@@ -128,14 +128,14 @@ def test_inpainting_is_that_of_diffusers(
 def test_the_steps_that_a_strength_leaves() -> None:
     four = STUDENTS[4]
     for strength, left in ((1.0, 4), (0.99, 3), (0.75, 3), (0.74, 2), (0.5, 2), (0.49, 1), (0.25, 1), (0.01, 1)):
-        assert last_steps(four, strength) == four[-left:]
-        assert last_steps([399], strength) == [399]
+        assert timesteps_for_strength(four, strength) == four[-left:]
+        assert timesteps_for_strength([399], strength) == [399]
     for strength in (0.0, -1.0, 1.01, float("nan")):
         with pytest.raises(ValueError, match="more than 0, at most 1"):
-            last_steps(four, strength)
+            timesteps_for_strength(four, strength)
 
 
-def test_image_to_image_begins_with_the_noised_picture_and_forgets_it_step_by_step() -> None:
+def test_image_to_image_begins_with_the_noised_image_and_forgets_it_step_by_step() -> None:
     seen: list[Tensor] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def test_image_to_image_begins_with_the_noised_picture_and_forgets_it_step_by_st
     assert torch.equal(seen[1], 7 + 0.5 * drawn[1])
 
 
-def test_a_mask_of_everything_is_text_to_image_and_one_of_nothing_the_picture() -> None:
+def test_a_mask_of_everything_is_text_to_image_and_one_of_nothing_the_image() -> None:
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         return (x / 2).tanh()
 
@@ -160,6 +160,6 @@ def test_a_mask_of_everything_is_text_to_image_and_one_of_nothing_the_picture() 
     def start(n: Tensor, sigma: Tensor) -> Tensor:
         return 5 * n
 
-    expected = few_step(denoise, start, drawn, sigmas)
+    expected = sample_few_step(denoise, start, drawn, sigmas)
     assert torch.equal(inpaint(denoise, start, image, everything, drawn, sigmas), expected)
     assert torch.equal(inpaint(denoise, start, image, ~everything, drawn, sigmas), image)

@@ -38,7 +38,7 @@ PREPROCESSOR = {
 }
 
 
-def pictures(count: int, height: int = 48, width: int = 40) -> Tensor:
+def samples(count: int, height: int = 48, width: int = 40) -> Tensor:
     """Coloured blotches, uint8 (count, 3, height, width)."""
     coarse = torch.rand((count, 3, 4, 3), generator=torch.Generator().manual_seed(3))
     return F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1).mul(255).byte()
@@ -50,7 +50,7 @@ def untrained() -> Any:
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = text | {"num_hidden_layers": 2, "image_size": SIDE, "patch_size": 8, "intermediate_size": 32}
     model = StableDiffusionSafetyChecker(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    # An untrained CLIP maps all pictures to nearly one place: spread them.
+    # An untrained CLIP maps all images to nearly one place: spread them.
     for parameter in (*model.vision_model.encoder.parameters(), model.visual_projection.weight):
         parameter.data.mul_(10)
     for embeds in (model.concept_embeds, model.special_care_embeds):
@@ -66,25 +66,25 @@ def cosines(model: Any, images: Tensor, concepts: Tensor) -> Tensor:
 
 def reference_pixels(image: Tensor) -> Tensor:
     """CLIP's preprocessing in Pillow and NumPy: fp32 (3, SIDE, SIDE)."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    short = min(picture.size)
-    width, height = (int(SIDE * side / short) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+    short = min(pixels.size)
+    width, height = (int(SIDE * side / short) for side in pixels.size)
+    pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    array = np.asarray(picture.crop((left, top, left + SIDE, top + SIDE))) / 255
+    array = np.asarray(pixels.crop((left, top, left + SIDE, top + SIDE))) / 255
     array = (array - np.array(PREPROCESSOR["image_mean"])) / np.array(PREPROCESSOR["image_std"])
     return torch.from_numpy(array).permute(2, 0, 1).float()
 
 
 @pytest.fixture
 def folder(untrained: Any, tmp_path: Path) -> Path:
-    """A checker whose thresholds flag about half of `pictures(12)`, some of them by special care alone."""
-    images = pictures(12)
+    """A checker whose thresholds flag about half of `samples(12)`, some of them by special care alone."""
+    images = samples(12)
     concepts = cosines(untrained, images, untrained.concept_embeds)
     special = cosines(untrained, images, untrained.special_care_embeds)
     untrained.concept_embeds_weights.data.fill_(2)  # no cosine is above 1
     untrained.special_care_embeds_weights.data.fill_(2)
-    # Concept 0 flags four pictures. The fifth is just below it: only the adjustment brings it over.
+    # Concept 0 flags four images. The fifth is just below it: only the adjustment brings it over.
     order = concepts[:, 0].argsort(descending=True)
     untrained.concept_embeds_weights.data[0] = concepts[order[4], 0] + 0.005
     assert concepts[order[3], 0] > concepts[order[4], 0] + 0.006
@@ -103,7 +103,7 @@ def theirs(model: Any, images: Tensor) -> list[bool]:
 
 
 def test_flags_are_those_of_diffusers(folder: Path, untrained: Any) -> None:
-    images = pictures(12)
+    images = samples(12)
     before = images.clone()
     flags = SafetyChecker.load(folder, "cpu", torch.float32)(images)
     assert flags == theirs(untrained, images)
@@ -112,7 +112,7 @@ def test_flags_are_those_of_diffusers(folder: Path, untrained: Any) -> None:
 
 
 def test_special_care_makes_the_checker_stricter(folder: Path, untrained: Any) -> None:
-    images = pictures(12)
+    images = samples(12)
     flags = SafetyChecker.load(folder)(images)
     weights = load_file(folder / WEIGHTS)
     weights["special_care_embeds_weights"].fill_(2)
@@ -124,7 +124,7 @@ def test_special_care_makes_the_checker_stricter(folder: Path, untrained: Any) -
 
 
 def test_flags_do_not_depend_on_the_batch(folder: Path) -> None:
-    checker, images = SafetyChecker.load(folder), pictures(12)
+    checker, images = SafetyChecker.load(folder), samples(12)
     together = checker(images)
     assert [checker(image[None])[0] for image in images] == together
     assert checker(images.flip(0)) == together[::-1]
@@ -135,14 +135,14 @@ def test_flags_do_not_depend_on_the_batch(folder: Path) -> None:
 def test_what_is_not_a_number_is_flagged(folder: Path) -> None:
     checker = SafetyChecker.load(folder)
     checker.model.visual_projection.weight.fill_(float("nan"))
-    assert checker(pictures(2)) == [True, True]
+    assert checker(samples(2)) == [True, True]
 
 
 def test_gradients_are_not_recorded_and_thresholds_stay_precise(folder: Path) -> None:
     checker = SafetyChecker.load(folder, "cpu", torch.bfloat16)
     seen = []
     checker.model.visual_projection.register_forward_hook(lambda module, args, out: seen.append(out))
-    assert len(checker(pictures(3))) == 3
+    assert len(checker(samples(3))) == 3
     assert seen[0].is_inference() and seen[0].dtype == torch.bfloat16
     assert not checker.model.training and not any(p.requires_grad for p in checker.model.parameters())
     saved = load_file(folder / WEIGHTS)
@@ -158,7 +158,7 @@ def test_gradients_are_not_recorded_and_thresholds_stay_precise(folder: Path) ->
 def test_preprocessing_is_that_of_clip(folder: Path, with_file: bool, height: int, width: int) -> None:
     if with_file:
         (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    checker, images, seen = SafetyChecker.load(folder), pictures(2, height, width), []
+    checker, images, seen = SafetyChecker.load(folder), samples(2, height, width), []
     checker.model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     checker(images)
     assert torch.allclose(seen[0], torch.stack([reference_pixels(image) for image in images]), atol=1e-5)
@@ -168,7 +168,7 @@ def test_preprocessing_is_that_of_clip(folder: Path, with_file: bool, height: in
 
 
 def test_the_names_of_tensors_that_compvis_published_are_understood(folder: Path) -> None:
-    expected = SafetyChecker.load(folder)(pictures(12))
+    expected = SafetyChecker.load(folder)(samples(12))
     weights = load_file(folder / WEIGHTS)
     old = {name.replace("vision_model.", "vision_model.vision_model.", 1): value for name, value in weights.items()}
     old["vision_model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
@@ -176,7 +176,7 @@ def test_the_names_of_tensors_that_compvis_published_are_understood(folder: Path
     save_file(old, folder / WEIGHTS, metadata={"format": "pt"})
     checker = SafetyChecker.load(folder)
     assert all(torch.equal(checker.model.state_dict()[name], value) for name, value in weights.items())
-    assert checker(pictures(12)) == expected
+    assert checker(samples(12)) == expected
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS])

@@ -382,7 +382,7 @@ def test_an_engine_draws_the_same_with_compiled_networks(
     kernels = tmp_path / "compiled" / "torch.bin"
     placement = Placement(Plan("full"), compiler=Compiler(CPU, backend="eager"), kernels=kernels)
     prompts = [f"an owl {i}" for i in range(5)]
-    expected = Engine(weights, "cpu", modes=("1", "4")).draw(prompts, [*range(5)], "4")
+    expected = Engine(weights, "cpu", modes=("1", "4")).generate(prompts, [*range(5)], "4")
     monkeypatch.setattr(dmd2.inference.engine, "place", lambda *args, **kwargs: placement)
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"kernels", None))
     engine = Engine(weights, "cpu", modes=("1", "4"), trace=True)
@@ -392,11 +392,11 @@ def test_an_engine_draws_the_same_with_compiled_networks(
     assert kernels.read_bytes().endswith(b"kernels")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
-    found = engine.draw(prompts, [*range(5)], "4")
+    found = engine.generate(prompts, [*range(5)], "4")
     assert int((found.int() - expected.int()).abs().max()) <= 1 and float(expected.float().std()) > 1
-    for i in range(5):  # each alone: nobody has another's picture
-        alone = engine.draw([prompts[i]], [i], "4")
+    for i in range(5):  # each alone: nobody has another's image
+        alone = engine.generate([prompts[i]], [i], "4")
         assert int((alone.int() - expected[i].int()).abs().max()) <= 1
-    assert engine.draw(prompts[:1], [0], "4", (96, 64)).shape == (1, 3, 64, 96)
-    assert engine.draw(prompts[:1], [0], "1").shape == (1, 3, 64, 64)
+    assert engine.generate(prompts[:1], [0], "4", (96, 64)).shape == (1, 3, 64, 96)
+    assert engine.generate(prompts[:1], [0], "1").shape == (1, 3, 64, 64)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # no request was compiled for

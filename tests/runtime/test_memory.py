@@ -17,7 +17,7 @@ import dmd2.runtime.placement
 from dmd2.inference.engine import Engine
 from dmd2.models.stable_diffusion.folder import load_text_to_image
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.memory import LARGE, Plan, Turns, peak_memory, plan, save_memory
+from dmd2.runtime.memory import LARGE, Offloader, Plan, peak_memory, plan, save_memory
 from dmd2.runtime.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
 from dmd2.runtime.precision import DTYPES, Throughput
 
@@ -51,7 +51,7 @@ def test_one_student_alone_needs_less() -> None:
     assert plan(SIZES, 14 * GB).mode == "12gb"
 
 
-def test_small_pictures_need_less() -> None:
+def test_small_images_need_less() -> None:
     assert plan(SIZES, 15 * GB, 512 * 512).mode == "full"
     assert plan(SIZES, 15 * GB, 1024 * 1024).mode == "12gb"
 
@@ -90,11 +90,11 @@ def test_a_plan_never_promises_more_than_there_is(free: int, pixels: int, wanted
 # Taking turns
 
 
-def three(limit: int) -> tuple[Turns, dict[str, nn.Linear]]:
+def three(limit: int) -> tuple[Offloader, dict[str, nn.Linear]]:
     """Three networks of 400 bytes each."""
     torch.manual_seed(0)
     networks = {name: nn.Linear(9, 10).requires_grad_(False) for name in ("text", "unet", "vae")}
-    turns = Turns(CPU, limit)
+    turns = Offloader(CPU, limit)
     for name, network in networks.items():
         turns.add(name, network)
     return turns, networks
@@ -167,9 +167,9 @@ def test_an_interrupted_move_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(networks["unet"].weight, expected) and list(turns.there) == ["unet"]
 
 
-def test_pictures_are_the_same_whoever_has_to_wait(weights: Path) -> None:
+def test_images_are_the_same_whoever_has_to_wait(weights: Path) -> None:
     """The whole pipeline with room for one network at a time."""
-    turns = Turns(CPU, 1)
+    turns = Offloader(CPU, 1)
     together = load_text_to_image(weights, ["unet", "unet_1step"], CPU, torch.float32)
     swapped = load_text_to_image(
         weights, ["unet", "unet_1step"], CPU, torch.float32, placement=Placement(Plan("8gb", 1), turns)
@@ -193,7 +193,7 @@ def test_pictures_are_the_same_whoever_has_to_wait(weights: Path) -> None:
 # The VAE
 
 
-def test_a_vae_in_tiles_draws_about_the_same_picture() -> None:
+def test_a_vae_in_tiles_draws_about_the_same_image() -> None:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=1024, **blocks)
@@ -235,7 +235,7 @@ def test_the_operator_may_choose_another_dtype(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("DMD2_DTYPE", "bf16")
     engine = Engine(weights, "cpu", modes=("1",))
     assert engine.dtype == torch.bfloat16
-    assert engine.draw(["an owl"], [0], "1").shape == (1, 3, 64, 64)
+    assert engine.generate(["an owl"], [0], "1").shape == (1, 3, 64, 64)
 
 
 def test_parameters_are_counted_by_network(weights: Path, tmp_path: Path) -> None:

@@ -74,6 +74,6 @@ def test_floor_is_arithmetic_over_rate(bench: Any, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("system", ["dmd2", "diffusers"])
 def test_a_start_is_split_into_its_stages(bench: Any, weights: Path, system: str) -> None:
     found = bench.start(weights, system, "cpu", 64, 1, 1)
-    assert {"imports", "load", "picture 1", "picture 2"} <= found.keys()
-    assert all(found[name]["s"] >= 0 for name in ("imports", "load", "picture 1"))
+    assert {"imports", "load", "image 1", "image 2"} <= found.keys()
+    assert all(found[name]["s"] >= 0 for name in ("imports", "load", "image 1"))
     assert found["peak_gb"] > 0

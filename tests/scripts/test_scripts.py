@@ -203,12 +203,12 @@ def service() -> Iterator[Service]:
     server.server_close()
 
 
-def test_bench_server_counts_pictures_and_errors(service: Service) -> None:
+def test_bench_server_counts_images_and_errors(service: Service) -> None:
     load = runpy.run_path(str(ROOT / "scripts/bench-server"))["load"]
     for clients in (1, 3):
         service.answered.clear()
         found = load(service.address, clients, 0.3, 4)
-        assert found["pictures"] == service.answered[200] >= 1
+        assert found["images"] == service.answered[200] >= 1
         assert found["asked_again"] == service.answered[409]
         assert sum(found["errors"].values()) == service.answered[500] and set(found["errors"]) <= {"HTTP 500"}
         assert 0 < found["p50_ms"] <= found["p95_ms"]
@@ -218,7 +218,7 @@ def test_bench_server_compares_one_client_with_many(service: Service) -> None:
     command = [sys.executable, ROOT / "scripts/bench-server", "--url", service.address, "--seconds", "0.5"]
     done = subprocess.run([*command, "--clients", "3", "--steps", "4"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
-    rates = [report[name]["pictures_per_second"] for name in ("3 clients", "one client")]
+    rates = [report[name]["images_per_second"] for name in ("3 clients", "one client")]
     assert report["ratio"] == pytest.approx(rates[0] / rates[1], abs=0.01)
     assert report["steps"] == 4 and report["torch"]
     assert report["resident_mb_start_middle_end"] == [None] * 3  # of a service that it did not start

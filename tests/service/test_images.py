@@ -1,4 +1,4 @@
-"""The service: the right picture for everyone, clear errors, nothing left behind."""
+"""The service: the right image for everyone, clear errors, nothing left behind."""
 
 from __future__ import annotations
 
@@ -25,106 +25,106 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmd2.inference.batcher import Busy, Stopped
-from dmd2.inference.conditioning import Edit
+from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import fitted, fitted_mask
 from dmd2.models.adapters.lora import Factors
 from dmd2.runtime.errors import UserError
-from dmd2.service.images import SLOTS, WAITING, PictureFile, PictureRequest, PictureService, aspect_size
+from dmd2.service.images import SLOTS, WAITING, ImageRequest, ImageService, OutputImage, aspect_size
 from dmd2.weights.guard import Guard
 from dmd2.weights.manifest import MANIFEST
 from tests.models.adapters.test_lora import ATTENTION, kohya_style
 from tests.tiny_sdxl import photograph
 
 PATIENCE = 120.0  # seconds, for what takes few on any machine
-OWL = PictureRequest("an owl", seed=5, output_format="png")
+OWL = ImageRequest("an owl", seed=5, output_format="png")
 
 
 @pytest.fixture(scope="module")
-def service(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PictureService]:
-    service = PictureService(weights, "cpu", safety=tmp_path_factory.mktemp("none") / "safety", environ={})
+def service(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageService]:
+    service = ImageService(weights, "cpu", safety=tmp_path_factory.mktemp("none") / "safety", environ={})
     yield service
     service.close()
 
 
-async def collect(service: PictureService, request: PictureRequest) -> list[PictureFile]:
-    return [picture async for picture in service.draw(request)]
+async def collect(service: ImageService, request: ImageRequest) -> list[OutputImage]:
+    return [image async for image in service.generate(request)]
 
 
-def draw(service: PictureService, request: PictureRequest) -> list[PictureFile]:
+def generate(service: ImageService, request: ImageRequest) -> list[OutputImage]:
     return asyncio.run(collect(service, request))
 
 
-def opened(picture: PictureFile) -> Image.Image:
-    assert picture.path is not None
-    return Image.open(io.BytesIO(picture.path.read_bytes()))
+def opened(image: OutputImage) -> Image.Image:
+    assert image.path is not None
+    return Image.open(io.BytesIO(image.path.read_bytes()))
 
 
-def pixels(picture: PictureFile) -> Tensor:
-    return torch.from_numpy(numpy.array(opened(picture))).permute(2, 0, 1)
+def pixels(image: OutputImage) -> Tensor:
+    return torch.from_numpy(numpy.array(opened(image))).permute(2, 0, 1)
 
 
 def difference(a: Tensor, b: Tensor) -> int:
     return int((a.int() - b.int()).abs().max())
 
 
-def test_pictures_are_the_engines_own(service: PictureService, weights: Path) -> None:
-    pictures = draw(service, dataclasses.replace(OWL, num_outputs=3, width=64, height=32))
-    assert [picture.seed for picture in pictures] == [5, 6, 7]
-    expected = Engine(weights, "cpu").draw(["an owl"] * 3, [5, 6, 7], "4", (64, 32))
-    for picture, image in zip(pictures, expected, strict=True):
-        assert difference(pixels(picture), image) <= 1
-        assert set(picture.seconds) == {"queue", "text", "denoise", "decode", "safety", "encode"}
-        assert picture.seconds["denoise"] > 0
-    info = opened(pictures[1]).info
+def test_images_are_the_engines_own(service: ImageService, weights: Path) -> None:
+    images = generate(service, dataclasses.replace(OWL, num_outputs=3, width=64, height=32))
+    assert [shown.seed for shown in images] == [5, 6, 7]
+    expected = Engine(weights, "cpu").generate(["an owl"] * 3, [5, 6, 7], "4", (64, 32))
+    for shown, image in zip(images, expected, strict=True):
+        assert difference(pixels(shown), image) <= 1
+        assert set(shown.seconds) == {"queue", "text", "denoise", "decode", "safety", "encode"}
+        assert shown.seconds["denoise"] > 0
+    info = opened(images[1]).info
     assert (info["prompt"], info["seed"], info["steps"]) == ("an owl", "6", "4")
     assert info["weights_sha256"] == service.engine.sha256("4")
 
 
 @pytest.mark.parametrize(("form", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
-def test_formats(service: PictureService, form: Any, kind: str) -> None:
-    (picture,) = draw(service, dataclasses.replace(OWL, output_format=form, num_inference_steps=1))
-    assert picture.path is not None and picture.path.suffix == f".{form}"
-    assert opened(picture).format == kind
+def test_formats(service: ImageService, form: Any, kind: str) -> None:
+    (image,) = generate(service, dataclasses.replace(OWL, output_format=form, num_inference_steps=1))
+    assert image.path is not None and image.path.suffix == f".{form}"
+    assert opened(image).format == kind
 
 
-def test_many_clients_at_once_get_their_own_pictures(service: PictureService) -> None:
+def test_many_clients_at_once_get_their_own_images(service: ImageService) -> None:
     """Other prompts, seeds, sizes and step counts at the same time, as often as they come."""
     requests = [
-        PictureRequest(prompt, width=width, seed=seed, num_inference_steps=steps, output_format="png")
+        ImageRequest(prompt, width=width, seed=seed, num_inference_steps=steps, output_format="png")
         for prompt in ("an owl", "a red apple " * 30, "a blue book")
         for width in (64, 32)
         for steps in (1, 4)
         for seed in (0, 1, 1000)
     ]
 
-    async def together() -> list[list[PictureFile]]:
+    async def together() -> list[list[OutputImage]]:
         return await asyncio.gather(*(collect(service, request) for request in requests))
 
     found = asyncio.run(together())
-    for request, (picture,) in zip(requests, found, strict=True):
-        (alone,) = draw(service, request)
-        assert difference(pixels(alone), pixels(picture)) <= 2
+    for request, (image,) in zip(requests, found, strict=True):
+        (alone,) = generate(service, request)
+        assert difference(pixels(alone), pixels(image)) <= 2
         assert alone.batch_size == 1
-        assert picture.seed == request.seed
-    assert max(picture.batch_size for (picture,) in found) > 1
+        assert image.seed == request.seed
+    assert max(image.batch_size for (image,) in found) > 1
 
 
 def test_the_text_encoder_is_given_the_prompt_as_it_was_asked_for(
-    service: PictureService, monkeypatch: pytest.MonkeyPatch
+    service: ImageService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[str] = []
     encode = service.engine.model.encode_text.__call__
     kind = type(service.engine.model.encode_text)
     monkeypatch.setattr(kind, "__call__", lambda self, prompts, size: given.extend(prompts) or encode(prompts, size))
     asked = "  An OWL, 8k?\n(best: quality) " + "x " * 100
-    draw(service, dataclasses.replace(OWL, prompt=asked))
+    generate(service, dataclasses.replace(OWL, prompt=asked))
     assert given == [asked]
 
 
-def test_a_seed_is_drawn_where_none_is_given(service: PictureService) -> None:
+def test_a_seed_is_drawn_where_none_is_given(service: ImageService) -> None:
     request = dataclasses.replace(OWL, seed=None, num_inference_steps=1)
-    seeds = {draw(service, request)[0].seed for _ in range(5)}
+    seeds = {generate(service, request)[0].seed for _ in range(5)}
     assert len(seeds) == 5 and all(0 <= seed < 2**32 for seed in seeds)
 
 
@@ -147,16 +147,16 @@ def test_a_seed_is_drawn_where_none_is_given(service: PictureService) -> None:
         ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio: given beside width or height"),
     ],
 )
-def test_wrong_requests_name_the_input(service: PictureService, change: dict[str, Any], message: str) -> None:
+def test_wrong_requests_name_the_input(service: ImageService, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        draw(service, dataclasses.replace(OWL, **change))
+        generate(service, dataclasses.replace(OWL, **change))
     assert len(str(error.value)) <= 500
 
 
 @pytest.mark.parametrize("value", ["-1", "1e3", "much", "1000000"])
 def test_a_wrong_text_cache_is_named(weights: Path, tmp_path: Path, value: str) -> None:
     with pytest.raises(UserError, match=f"DMD2_TEXT_CACHE={value}: expected megabytes, from 0 to 999999"):
-        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_TEXT_CACHE": value})
+        ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_TEXT_CACHE": value})
 
 
 def test_aspect_ratios_of_both_families() -> None:
@@ -176,12 +176,12 @@ def test_aspect_ratios_keep_about_the_area_and_turn_with_their_sides(w: int, h: 
     assert abs(width - side * (w / h) ** 0.5) <= unit and abs(height - side * (h / w) ** 0.5) <= unit
 
 
-def test_an_aspect_ratio_chooses_the_size(service: PictureService) -> None:
-    (picture,) = draw(service, dataclasses.replace(OWL, aspect_ratio="16:9", num_inference_steps=1))
-    assert pixels(picture).shape == (3, 48, 80)
+def test_an_aspect_ratio_chooses_the_size(service: ImageService) -> None:
+    (image,) = generate(service, dataclasses.replace(OWL, aspect_ratio="16:9", num_inference_steps=1))
+    assert pixels(image).shape == (3, 48, 80)
 
 
-def test_a_cancelled_request_leaves_the_queue_and_the_next_one_works(service: PictureService) -> None:
+def test_a_cancelled_request_leaves_the_queue_and_the_next_one_works(service: ImageService) -> None:
     async def main() -> None:
         first = asyncio.create_task(collect(service, dataclasses.replace(OWL, num_outputs=4)))
         await asyncio.sleep(0.01)
@@ -193,9 +193,9 @@ def test_a_cancelled_request_leaves_the_queue_and_the_next_one_works(service: Pi
     asyncio.run(main())
 
 
-def test_a_client_that_takes_one_of_four_pictures_leaves_nothing_running(service: PictureService) -> None:
+def test_a_client_that_takes_one_of_four_images_leaves_nothing_running(service: ImageService) -> None:
     async def main() -> int:
-        drawn = service.draw(dataclasses.replace(OWL, num_outputs=4))
+        drawn = service.generate(dataclasses.replace(OWL, num_outputs=4))
         async for _ in drawn:
             break
         await drawn.aclose()
@@ -206,9 +206,9 @@ def test_a_client_that_takes_one_of_four_pictures_leaves_nothing_running(service
 
 
 def test_an_error_of_the_engine_is_one_requests_and_the_next_one_works(
-    service: PictureService, monkeypatch: pytest.MonkeyPatch
+    service: ImageService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = service.engine.draw_timed, []
+    real, calls = service.engine.generate_timed, []
 
     def out_of_memory(prompts: list[str], *rest: Any) -> Any:
         calls.append(len(prompts))
@@ -217,18 +217,18 @@ def test_an_error_of_the_engine_is_one_requests_and_the_next_one_works(
         return real(prompts, *rest)
 
     monkeypatch.setattr(service.engine, "draw_timed", out_of_memory)
-    pictures = draw(service, dataclasses.replace(OWL, num_outputs=4))
-    assert [picture.seed for picture in pictures] == [5, 6, 7, 8]
+    images = generate(service, dataclasses.replace(OWL, num_outputs=4))
+    assert [image.seed for image in images] == [5, 6, 7, 8]
     assert max(calls) > 1
     with pytest.raises(torch.OutOfMemoryError, match="too much"):
-        draw(service, dataclasses.replace(OWL, prompt="heavy"))
-    assert len(draw(service, OWL)) == 1
+        generate(service, dataclasses.replace(OWL, prompt="heavy"))
+    assert len(generate(service, OWL)) == 1
 
 
-def test_a_flagged_picture_is_withheld_and_the_others_are_not(
-    service: PictureService, monkeypatch: pytest.MonkeyPatch
+def test_a_flagged_image_is_withheld_and_the_others_are_not(
+    service: ImageService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flagged = draw(service, dataclasses.replace(OWL, seed=6))[0]
+    flagged = generate(service, dataclasses.replace(OWL, seed=6))[0]
     unsafe = pixels(flagged)
 
     def checker(images: Tensor) -> list[bool]:
@@ -236,13 +236,13 @@ def test_a_flagged_picture_is_withheld_and_the_others_are_not(
 
     monkeypatch.setattr(service, "_safety", checker)
     request = dataclasses.replace(OWL, num_outputs=3)
-    assert [picture.path is None for picture in draw(service, request)] == [False, True, False]
+    assert [shown.path is None for shown in generate(service, request)] == [False, True, False]
     # A caller may switch it off only where the operator allows it.
     asking = dataclasses.replace(request, disable_safety_checker=True)
-    assert [picture.path is None for picture in draw(service, asking)] == [False, True, False]
+    assert [shown.path is None for shown in generate(service, asking)] == [False, True, False]
     monkeypatch.setattr(service, "_unsafe_allowed", True)
-    assert [picture.path is None for picture in draw(service, asking)] == [False, False, False]
-    assert [picture.path is None for picture in draw(service, request)] == [False, True, False]
+    assert [shown.path is None for shown in generate(service, asking)] == [False, False, False]
+    assert [shown.path is None for shown in generate(service, request)] == [False, True, False]
 
 
 def test_start_up_says_which_weights_and_under_which_licence(
@@ -250,24 +250,24 @@ def test_start_up_says_which_weights_and_under_which_licence(
 ) -> None:
     environ = {"DMD2_WEIGHTS": str(weights), "DMD2_MAX_BATCH": "3"}
     with caplog.at_level(logging.INFO):
-        service = PictureService(None, "cpu", safety=tmp_path / "safety", environ=environ)
+        service = ImageService(None, "cpu", safety=tmp_path / "safety", environ=environ)
     licence = json.loads((weights / MANIFEST).read_text())["licence"]
     assert caplog.messages[0] == f"weights: {weights} (dmd2-emoji), licence: {licence}"
-    assert "pictures are not checked" in caplog.messages[1]
-    draw(service, dataclasses.replace(OWL, num_outputs=4))
+    assert "images are not checked" in caplog.messages[1]
+    generate(service, dataclasses.replace(OWL, num_outputs=4))
     service.close()
     assert not service.alive
     with pytest.raises(Stopped, match="closed"):
-        draw(service, OWL)
+        generate(service, OWL)
 
 
 @pytest.mark.parametrize("value", ["0", "many", "129", "-1"])
 def test_a_wrong_batch_limit_is_named(weights: Path, tmp_path: Path, value: str) -> None:
     with pytest.raises(UserError, match=f"DMD2_MAX_BATCH={value}: expected a number from 1 to 128"):
-        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_MAX_BATCH": value})
+        ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_MAX_BATCH": value})
 
 
-def test_a_full_queue_is_said_and_what_was_queued_of_the_request_is_dropped(service: PictureService) -> None:
+def test_a_full_queue_is_said_and_what_was_queued_of_the_request_is_dropped(service: ImageService) -> None:
     async def main() -> list[Any]:
         requests = [dataclasses.replace(OWL, num_outputs=4, seed=i) for i in range(WAITING // 4 + 20)]
         tasks = [asyncio.create_task(collect(service, request)) for request in requests]
@@ -277,8 +277,8 @@ def test_a_full_queue_is_said_and_what_was_queued_of_the_request_is_dropped(serv
     busy = [answer for answer in answers if isinstance(answer, Busy)]
     assert busy and "waiting already; try again later" in str(busy[0])
     served = [answer for answer in answers if not isinstance(answer, Busy)]
-    assert all(len(pictures) == 4 for pictures in served) and len(served) >= WAITING // 4
-    assert len(draw(service, OWL)) == 1
+    assert all(len(images) == 4 for images in served) and len(served) >= WAITING // 4
+    assert len(generate(service, OWL)) == 1
 
 
 def test_a_tampered_folder_fails_at_once_by_the_name_of_the_file(weights: Path, tmp_path: Path) -> None:
@@ -286,10 +286,10 @@ def test_a_tampered_folder_fails_at_once_by_the_name_of_the_file(weights: Path, 
     broken = copy / "unet_1step" / "diffusion_pytorch_model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"unet_1step/diffusion_pytorch_model.safetensors: sha256 is"):
-        PictureService(copy, "cpu", safety=tmp_path / "none", environ={})
+        ImageService(copy, "cpu", safety=tmp_path / "none", environ={})
 
 
-# Pictures from pictures
+# Images from images
 
 
 def png(image: Image.Image) -> bytes:
@@ -299,7 +299,7 @@ def png(image: Image.Image) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def extended(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PictureService]:
+def extended(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageService]:
     """With two LoRAs and a ControlNet in the folder of weights."""
     folder = Path(shutil.copytree(weights, tmp_path_factory.mktemp("extended") / "weights"))
     unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet")
@@ -311,18 +311,18 @@ def extended(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     net.save_pretrained(folder / "control" / "canny")
-    service = PictureService(folder, "cpu", safety=folder / "safety", environ={})
+    service = ImageService(folder, "cpu", safety=folder / "safety", environ={})
     yield service
     service.close()
 
 
-def test_a_picture_to_begin_with_is_the_engines_own_in_both_step_counts(service: PictureService) -> None:
+def test_an_image_to_begin_with_is_the_engines_own_in_both_step_counts(service: ImageService) -> None:
     given = photograph()
     mask = Image.new("L", (64, 64))
     mask.paste(255, (8, 8, 40, 64))
     for steps in (1, 4):
         for strength, drawn_over in ((0.5, None), (1.0, mask), (0.75, mask)):
-            request = PictureRequest(
+            request = ImageRequest(
                 "an owl",
                 seed=5,
                 num_outputs=2,
@@ -332,22 +332,22 @@ def test_a_picture_to_begin_with_is_the_engines_own_in_both_step_counts(service:
                 mask=None if drawn_over is None else png(drawn_over),
                 prompt_strength=strength,
             )
-            edit = Edit(
+            edit = ImageConditioning(
                 image=fitted(given, (64, 64)),
                 mask=None if drawn_over is None else fitted_mask(drawn_over, (64, 64)),
                 strength=strength,
             )
-            expected = service.engine.draw(["an owl"] * 2, [5, 6], str(steps), (64, 64), edit)
-            for picture, image in zip(draw(service, request), expected, strict=True):
-                assert difference(pixels(picture), image) <= 2
-                info = opened(picture).info
+            expected = service.engine.generate(["an owl"] * 2, [5, 6], str(steps), (64, 64), edit)
+            for shown, image in zip(generate(service, request), expected, strict=True):
+                assert difference(pixels(shown), image) <= 2
+                info = opened(shown).info
                 assert float(info["prompt_strength"]) == strength and len(info["image_sha256"]) == 64
 
 
-def test_everyone_gets_the_picture_of_his_own_image_and_loras(extended: PictureService) -> None:
+def test_everyone_gets_the_image_of_his_own_image_and_loras(extended: ImageService) -> None:
     """Asked for at the same time, twice each."""
     requests = [OWL, dataclasses.replace(OWL, num_inference_steps=1)]
-    half = Image.new("L", (64, 64))  # what is not painted anew tells an untrained network's pictures apart
+    half = Image.new("L", (64, 64))  # what is not painted anew tells an untrained network's images apart
     half.paste(255, (0, 0, 64, 32))
     for i in range(4):
         change: dict[str, Any] = {"image": png(photograph(i)), "mask": png(half), "prompt_strength": 0.5}
@@ -358,24 +358,24 @@ def test_everyone_gets_the_picture_of_his_own_image_and_loras(extended: PictureS
         requests.append(dataclasses.replace(OWL, lora_weights=lora))
         requests.append(dataclasses.replace(OWL, lora_weights=lora, image=png(photograph())))
 
-    async def together() -> list[list[PictureFile]]:
+    async def together() -> list[list[OutputImage]]:
         return await asyncio.gather(*(collect(extended, request) for request in requests * 2))
 
-    found = [pixels(picture) for (picture,) in asyncio.run(together())]
+    found = [pixels(shown) for (shown,) in asyncio.run(together())]
     for i, request in enumerate(requests):
-        (alone,) = draw(extended, request)
+        (alone,) = generate(extended, request)
         for image in (found[i], found[i + len(requests)]):
             assert difference(pixels(alone), image) <= 2
     for i, one in enumerate(found[: len(requests)]):
         for other in found[i + 1 : len(requests)]:
             assert difference(one, other) > 2
-    assert opened(draw(extended, requests[-2])[0]).info["loras"] == "style:1 other:-2"
+    assert opened(generate(extended, requests[-2])[0]).info["loras"] == "style:1 other:-2"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": b"hello"}, "image: no picture; expected PNG, JPEG, WEBP"),
+        ({"image": b"hello"}, "image: no image; expected PNG, JPEG, WEBP"),
         ({"image": Path("/nowhere/x.png")}, "image: cannot be read .No such file or directory."),
         ({"mask": png(Image.new("L", (64, 64)))}, "mask: given without an image"),
         ({"image": png(photograph()), "prompt_strength": 0.0}, "prompt_strength: 0.0; expected more than 0"),
@@ -387,9 +387,9 @@ def test_everyone_gets_the_picture_of_his_own_image_and_loras(extended: PictureS
         ({"lora_weights": "http://127.0.0.1/x"}, "LoRA: 127.0.0.1: refused"),
     ],
 )
-def test_what_is_wrong_with_what_is_given(extended: PictureService, change: dict[str, Any], message: str) -> None:
+def test_what_is_wrong_with_what_is_given(extended: ImageService, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        draw(extended, dataclasses.replace(OWL, **change))
+        generate(extended, dataclasses.replace(OWL, **change))
 
 
 def test_the_service_has_as_many_slots_as_cog_lets_in() -> None:
@@ -398,7 +398,7 @@ def test_the_service_has_as_many_slots_as_cog_lets_in() -> None:
 
 
 def test_slow_loras_hold_nobody_up_and_end_with_their_clients(
-    extended: PictureService, monkeypatch: pytest.MonkeyPatch
+    extended: ImageService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each names a server that says nothing for an hour; images are read and drawn meanwhile."""
     guard = Guard(1000, 3600, allowed=(ipaddress.ip_network("127.0.0.0/8"),))
@@ -431,20 +431,20 @@ def test_slow_loras_hold_nobody_up_and_end_with_their_clients(
     assert not extended._downloading and extended.alive
 
 
-def test_a_lora_for_another_model_fails_alone_and_the_next_request_works(extended: PictureService) -> None:
+def test_a_lora_for_another_model_fails_alone_and_the_next_request_works(extended: ImageService) -> None:
     pair = {"lora_unet_x.lora_down.weight": torch.zeros(4, 8), "lora_unet_x.lora_up.weight": torch.zeros(8, 4)}
     save_file(pair, extended.loras.folder / "lora" / "foreign.safetensors")
-    (before,) = draw(extended, OWL)
+    (before,) = generate(extended, OWL)
     with pytest.raises(UserError, match="LoRA foreign: made for another model: this one's unet has no layer x"):
-        draw(extended, dataclasses.replace(OWL, lora_weights="style foreign"))
-    (after,) = draw(extended, OWL)
+        generate(extended, dataclasses.replace(OWL, lora_weights="style foreign"))
+    (after,) = generate(extended, OWL)
     assert torch.equal(pixels(before), pixels(after))
 
 
 def test_an_out_of_memory_while_a_lora_is_put_in_leaves_the_next_request_intact(
-    extended: PictureService, monkeypatch: pytest.MonkeyPatch
+    extended: ImageService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (before,) = draw(extended, OWL)
+    (before,) = generate(extended, OWL)
     change, calls = Factors.change, []
 
     def fails(self: Factors, weight: Tensor, scale: float) -> Tensor:
@@ -456,56 +456,54 @@ def test_an_out_of_memory_while_a_lora_is_put_in_leaves_the_next_request_intact(
     with monkeypatch.context() as patch:
         patch.setattr(Factors, "change", fails)
         with pytest.raises(torch.OutOfMemoryError):
-            draw(extended, dataclasses.replace(OWL, lora_weights="other:0.3"))
-    (after,) = draw(extended, OWL)
+            generate(extended, dataclasses.replace(OWL, lora_weights="other:0.3"))
+    (after,) = generate(extended, OWL)
     assert torch.equal(pixels(before), pixels(after))
-    assert len(draw(extended, dataclasses.replace(OWL, lora_weights="other:0.3"))) == 1
+    assert len(generate(extended, dataclasses.replace(OWL, lora_weights="other:0.3"))) == 1
 
 
 def test_the_small_vae_by_variable(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vae: big; expected kl or tiny"):
-        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_VAE": "big"})
+        ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_VAE": "big"})
 
 
 # Previews, sizes
 
 
-def test_previews_come_before_their_pictures_and_change_nothing(service: PictureService) -> None:
+def test_previews_come_before_their_images_and_change_nothing(service: ImageService) -> None:
     asked = dataclasses.replace(OWL, num_outputs=2)
-    plain = draw(service, asked)
-    found = draw(service, dataclasses.replace(asked, previews=True))
-    assert [(picture.seed, picture.step) for picture in found] == [
+    plain = generate(service, asked)
+    found = generate(service, dataclasses.replace(asked, previews=True))
+    assert [(image.seed, image.step) for image in found] == [
         *((seed, step) for step in (1, 2, 3) for seed in (5, 6)),
         (5, None),
         (6, None),
     ]
-    for picture, expected in zip(found[-2:], plain, strict=True):
-        assert torch.equal(pixels(picture), pixels(expected))
+    for image, expected in zip(found[-2:], plain, strict=True):
+        assert torch.equal(pixels(image), pixels(expected))
     distances = [float((pixels(p).float() - pixels(plain[0]).float()).abs().mean()) for p in found[:6:2]]
-    assert distances[0] > distances[2] > 0  # on their way to the picture
+    assert distances[0] > distances[2] > 0  # on their way to the image
     assert opened(found[0]).info["preview_of_step"] == "1" and "preview_of_step" not in opened(found[-1]).info
     assert found[0].path is not None and found[0].path.name.startswith("5-preview-1-")
-    one = draw(service, dataclasses.replace(asked, previews=True, num_inference_steps=1))
-    assert [picture.step for picture in one] == [None, None]  # nothing comes before the only step
+    one = generate(service, dataclasses.replace(asked, previews=True, num_inference_steps=1))
+    assert [image.step for image in one] == [None, None]  # nothing comes before the only step
 
 
-def test_who_asks_for_no_previews_gets_none_of_his_neighbours(service: PictureService) -> None:
+def test_who_asks_for_no_previews_gets_none_of_his_neighbours(service: ImageService) -> None:
     requests = [dataclasses.replace(OWL, seed=i, previews=i % 2 == 0) for i in range(8)]
 
-    async def together() -> list[list[PictureFile]]:
+    async def together() -> list[list[OutputImage]]:
         return await asyncio.gather(*(collect(service, request) for request in requests))
 
     for request, found in zip(requests, asyncio.run(together()), strict=True):
-        assert {picture.seed for picture in found} == {request.seed}
-        assert [picture.step for picture in found] == ([1, 2, 3, None] if request.previews else [None])
+        assert {image.seed for image in found} == {request.seed}
+        assert [image.step for image in found] == ([1, 2, 3, None] if request.previews else [None])
 
 
-def test_previews_of_a_withheld_picture_are_withheld(
-    service: PictureService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_previews_of_a_withheld_image_are_withheld(service: ImageService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "_safety", lambda images: [i % 2 == 0 for i in range(len(images))])
-    found = draw(service, dataclasses.replace(OWL, num_outputs=2, previews=True))
-    assert [(picture.seed, picture.step, picture.path is None) for picture in found] == [
+    found = generate(service, dataclasses.replace(OWL, num_outputs=2, previews=True))
+    assert [(image.seed, image.step, image.path is None) for image in found] == [
         (6, 1, False),
         (6, 2, False),
         (6, 3, False),
@@ -514,10 +512,8 @@ def test_previews_of_a_withheld_picture_are_withheld(
     ]
 
 
-def test_an_error_after_a_preview_reaches_the_client(
-    service: PictureService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = Engine.draw_timed
+def test_an_error_after_a_preview_reaches_the_client(service: ImageService, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Engine.generate_timed
 
     def breaks(self: Engine, *args: Any, **named: Any) -> Any:
         drawn(self, *args, **named)
@@ -525,15 +521,15 @@ def test_an_error_after_a_preview_reaches_the_client(
 
     monkeypatch.setattr(Engine, "draw_timed", breaks)
     with pytest.raises(RuntimeError, match="the lamp went out"):
-        draw(service, dataclasses.replace(OWL, previews=True))
+        generate(service, dataclasses.replace(OWL, previews=True))
     monkeypatch.undo()
-    assert len(draw(service, OWL)) == 1
+    assert len(generate(service, OWL)) == 1
 
 
 def test_sizes_are_prepared_during_setup(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warmed: list[Any] = []
     monkeypatch.setattr(Engine, "warm_up", lambda self, modes, sizes, batch: warmed.extend([modes, sizes]))
-    PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_SIZES": " 64x32, 64x64,32x64,"}).close()
+    ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_SIZES": " 64x32, 64x64,32x64,"}).close()
     assert warmed == [("1", "4"), [(64, 64), (64, 32), (32, 64)]]
 
 
@@ -547,4 +543,4 @@ def test_sizes_are_prepared_during_setup(weights: Path, tmp_path: Path, monkeypa
 )
 def test_wrong_sizes_are_named(weights: Path, tmp_path: Path, value: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        PictureService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_SIZES": value})
+        ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_SIZES": value})

@@ -242,7 +242,7 @@ def test_in_cogs_folder_nothing_is_followed_and_nothing_but_empty_folders_goes(t
     assert (cog / "old" / "inputs").is_dir()
 
 
-def test_thousands_of_cogs_folders_do_not_keep_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousands_of_cogs_folders_do_not_keep_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cog = tmp_path / "cog"
     for number in range(100):
         (cog / str(number) / "inputs").mkdir(parents=True)

@@ -26,7 +26,7 @@ CONFIG = EdmConfig(
 
 
 def write_set(path: Path, n: int = 24) -> Path:
-    """A zip of dark pictures (class 0) and bright ones (class 1)."""
+    """A zip of dark images (class 0) and bright ones (class 1)."""
     generator = torch.Generator().manual_seed(0)
     labels = []
     with zipfile.ZipFile(path, "w") as archive:

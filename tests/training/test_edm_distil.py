@@ -61,8 +61,8 @@ def run(recipe: EdmDistilRecipe, sources: EdmSources, out: Path, resume: bool = 
 def test_each_method_trains_its_networks_and_leaves_the_teacher(name: str, sources: EdmSources) -> None:
     recipe = RECIPES[name]
     method = distil_edm(recipe, sources, CPU)
-    assert method.averaged is not None
-    before = state(method.averaged)
+    assert method.ema_model is not None
+    before = state(method.ema_model)
     teacher = load_edm(sources.teacher, "cpu").network.state_dict()
     assert all(torch.equal(value, teacher[key]) for key, value in before.items())  # it starts as the teacher
     critics = [state(phase.module) for phase in method.phases]
@@ -70,7 +70,7 @@ def test_each_method_trains_its_networks_and_leaves_the_teacher(name: str, sourc
         batch = Batch(step, method.data(step), torch.Generator().manual_seed(step))
         figures = training_step(method.phases, batch, recipe.loop)
         assert all(torch.isfinite(torch.as_tensor(value)) for value in figures.values())
-    after = method.averaged.state_dict()
+    after = method.ema_model.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     frozen = {key for key in before if key not in moved}
     if name == "gdd-i":
@@ -118,9 +118,9 @@ def test_a_run_can_go_on_from_a_student(sources: EdmSources, tmp_path: Path) -> 
     student = tmp_path / "first" / "model"
     resumed: Any = replace(RECIPES["dmd2-gan"], resumed=True)  # type: ignore[type-var]
     method = distil_edm(resumed, replace(sources, student=student), CPU)
-    assert method.averaged is not None
+    assert method.ema_model is not None
     expected = load_edm(student, "cpu").network.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in method.averaged.state_dict().items())
+    assert all(torch.equal(value, expected[key]) for key, value in method.ema_model.state_dict().items())
     # The published run goes on with the fake score, too, which by now differs from the teacher.
     fake = load_edm(tmp_path / "first" / "fake_score", "cpu").network.state_dict()
     teacher = load_edm(sources.teacher, "cpu").network.state_dict()
@@ -187,8 +187,8 @@ def test_a_student_is_scored_where_a_classifier_is_at_hand(
 def test_gdd_at_its_boundary_is_the_identity(sources: EdmSources) -> None:
     method = distil_edm(RECIPES["gdd"], sources, CPU)
     x = torch.randn(2, 3, 8, 8)
-    assert method.averaged is not None
-    out, _ = method.averaged(x, torch.full((2,), 0.002), torch.zeros(2, 2))
+    assert method.ema_model is not None
+    out, _ = method.ema_model(x, torch.full((2,), 0.002), torch.zeros(2, 2))
     assert torch.allclose(out, x, atol=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_data_is_a_function_of_the_step(sources: EdmSources) -> None:
         if a.samples.real is not None:
             assert torch.equal(a.samples.real, b.samples.real)
             bright = a.samples.real.mean((1, 2, 3)) > 0
-            assert torch.equal(bright, a.samples.real_cond.labels[:, 1] > 0)  # classes go with their pictures
+            assert torch.equal(bright, a.samples.real_cond.labels[:, 1] > 0)  # classes go with their images
 
 
 @pytest.mark.parametrize(

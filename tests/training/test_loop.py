@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError
-from dmd2.training.loop import Average, Batch, Logs, Method, Phase, schedule, train, training_step
+from dmd2.training.loop import Batch, Ema, Logs, Method, Phase, schedule, train, training_step
 from dmd2.training.recipes.kinds import LoopSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +64,9 @@ def toy(settings: LoopSettings, pause: float = 0.0, hold: float = math.inf) -> M
     def data(step: int) -> Tensor:
         return torch.randn(settings.batch_size, 4, generator=torch.Generator().manual_seed(step))
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
-        assert averaged is not None
-        torch.save({"average": averaged.state_dict(), "student": student.state_dict()}, out / "exported.pt")
+    def export(ema_model: nn.Module | None, out: Path) -> None:
+        assert ema_model is not None
+        torch.save({"average": ema_model.state_dict(), "student": student.state_dict()}, out / "exported.pt")
 
     return Method(
         phases=[
@@ -74,9 +74,9 @@ def toy(settings: LoopSettings, pause: float = 0.0, hold: float = math.inf) -> M
             Phase("critic", 1, critic, torch.optim.Adam(critic.parameters(), lr=1e-2), critic_loss),
         ],
         data=data,
-        averaged=student,
-        sample=lambda averaged: torch.full((3, 4, 6), 200, dtype=torch.uint8),
-        score=lambda averaged: {"weight": float(next(averaged.parameters()).sum())},  # type: ignore[union-attr]
+        ema_model=student,
+        sample=lambda ema_model: torch.full((3, 4, 6), 200, dtype=torch.uint8),
+        score=lambda ema_model: {"weight": float(next(ema_model.parameters()).sum())},  # type: ignore[union-attr]
         export=export,
     )
 
@@ -136,7 +136,7 @@ def test_step_is_gradient_clipped_to_the_norm_times_the_schedule() -> None:
     module = nn.Linear(2, 1, bias=False)
     before = module.weight.detach().clone()
     phase = single(module, lambda batch: ((module.weight * torch.tensor([30.0, 40.0])).sum(), {}))
-    settings = replace(TOY, iterations=10, warmup=4, clip_norm=2.0)
+    settings = replace(TOY, iterations=10, warmup=4, max_grad_norm=2.0)
     logs = training_step([phase], Batch(1, None, torch.Generator()), settings)
     assert float(logs["only/gradient_norm"]) == pytest.approx(50)
     # lr 0.5, half-way through the warm-up, along (3/5, 4/5) with norm 2
@@ -168,7 +168,7 @@ def test_zeroed_nans_leave_what_is_finite() -> None:
         return (zero * module.weight[0, 0]).sqrt() + 3 * module.weight[0, 1], {}
 
     phase = single(module, loss)
-    settings = replace(TOY, warmup=0, decay=False, clip_norm=0, zero_nans=True)
+    settings = replace(TOY, warmup=0, decay=False, max_grad_norm=0, zero_nans=True)
     logs = training_step([phase], Batch(0, None, torch.Generator()), settings)
     assert float(logs["only/gradient_norm"]) == 3  # and nothing clips it
     assert torch.allclose(before - module.weight, torch.tensor([[0.0, 1.5]]))
@@ -197,10 +197,10 @@ def test_a_run_that_accumulates_goes_through_data_and_seeds_in_order(tmp_path: P
         seen.append((batch.step, batch.data, float(torch.rand(1, generator=batch.generator))))
         return module(torch.ones(1, 1)).sum(), {}
 
-    settings = replace(TOY, iterations=3, accumulate=2)
+    settings = replace(TOY, iterations=3, grad_accum_steps=2)
     assert train(Method([single(module, loss)], data=lambda part: part), settings, tmp_path / "run")
     assert [(step, part) for step, part, _ in seen] == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
-    assert len({draw for _, _, draw in seen}) == 6
+    assert len({generate for _, _, generate in seen}) == 6
 
 
 def test_phases_take_turns_and_train_only_their_own_network() -> None:
@@ -223,7 +223,7 @@ def test_phases_take_turns_and_train_only_their_own_network() -> None:
 
 def test_average_starts_short_and_becomes_the_long_one() -> None:
     module = nn.Linear(1, 1, bias=False)
-    average = Average(module, 0.95)
+    average = Ema(module, 0.95)
     assert average.module is not module and not average.module.training
     expected, generator = float(module.weight.detach()), torch.Generator().manual_seed(0)
     for step in range(500):
@@ -240,7 +240,7 @@ def test_average_starts_short_and_becomes_the_long_one() -> None:
 
 def test_a_half_life_is_at_most_a_twentieth_of_what_has_been() -> None:
     module = nn.Linear(1, 1, bias=False)
-    average = Average(module, 0.95, half_life=10)
+    average = Ema(module, 0.95, half_life=10)
     for step in (0, 19, 99, 199, 5000):
         with torch.no_grad():
             average.module.weight.zero_()
@@ -252,7 +252,7 @@ def test_a_half_life_is_at_most_a_twentieth_of_what_has_been() -> None:
 
 def test_the_average_of_batch_normalisation_is_of_what_it_keeps_too() -> None:
     module = nn.BatchNorm1d(3)
-    average = Average(module, 0.99)
+    average = Ema(module, 0.99)
     expected = torch.zeros(3)
     for step in range(4):
         module(torch.randn(8, 3) + 5)
@@ -265,7 +265,7 @@ def test_the_average_of_batch_normalisation_is_of_what_it_keeps_too() -> None:
 def test_an_average_of_steps_is_one_of_updates_with_the_decay_to_the_power_of_k() -> None:
     """So a recipe's decay means the same time, whichever step the module moves at."""
     module, k, decay = nn.Linear(1, 1, bias=False), 3, 0.5
-    average = Average(module, decay)
+    average = Ema(module, decay)
     expected, generator = float(module.weight.detach()), torch.Generator().manual_seed(0)
     for step in range(30, 60):  # past the short memory of the beginning
         if step % k == 0:

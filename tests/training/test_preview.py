@@ -19,7 +19,7 @@ from tests.training.pixels import CONFIG, write_set
 
 
 class Brightness:
-    """In a small classifier's place: tells dark pictures (class 0) from bright ones (class 1) of 8×8 pixels."""
+    """In a small classifier's place: tells dark images (class 0) from bright ones (class 1) of 8×8 pixels."""
 
     size = 8
     classes = ("dark", "bright")
@@ -32,7 +32,7 @@ class Brightness:
         return means, torch.stack([-means.sum(1), means.sum(1)], dim=1)
 
 
-def test_pictures_lie_row_by_row_and_missing_ones_are_white() -> None:
+def test_images_lie_row_by_row_and_missing_ones_are_white() -> None:
     images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 2, 4)
     grid = tile(images, columns=3)
     assert grid.shape == (3, 4, 12)
@@ -74,4 +74,4 @@ def test_cifar10_s_classifier_is_at_hand() -> None:
     score = ClassScore.find(None, config, CIFAR10, None, "cpu")
     assert score is not None and score.network.classes == list(CIFAR10)
     scores = score.score(torch.zeros(QUICK_N, 3, 32, 32, dtype=torch.uint8))
-    assert scores.keys() == {"accuracy"} and scores["accuracy"] < 0.2  # one and the same picture
+    assert scores.keys() == {"accuracy"} and scores["accuracy"] < 0.2  # one and the same image

@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, Server)
         server.paths.append(self.path)
-        if self.path == "/picture":
+        if self.path == "/image":
             self._send(200, b"x" * 1000)
         elif self.path.startswith("/to/"):
             self._send(302, b"", Location=self.path[4:])
@@ -193,7 +193,7 @@ def test_one_refused_address_among_public_ones_is_enough() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "0x7f.1", "127.1", "[::1]", "[::ffff:127.0.0.1]"])
 def test_every_way_to_write_loopback_is_refused(server: Server, host: str) -> None:
     with pytest.raises(UserError, match=r"image: .*(refused|no such host)"):
-        fetch(f"http://{host}:{server.server_address[1]}/picture", GUARD)
+        fetch(f"http://{host}:{server.server_address[1]}/image", GUARD)
     assert not server.paths
 
 
@@ -206,7 +206,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(server: Server) ->
         return [ipaddress.ip_address("127.0.0.1")] if len(asked) == 1 else [ipaddress.ip_address("127.0.0.9")]
 
     port = server.server_address[1]
-    assert fetch(f"http://no-such-name.invalid:{port}/picture", replace(HERE, resolve=resolve)) == b"x" * 1000
+    assert fetch(f"http://no-such-name.invalid:{port}/image", replace(HERE, resolve=resolve)) == b"x" * 1000
     assert asked == ["no-such-name.invalid"]
 
 
@@ -216,7 +216,7 @@ def test_the_next_address_is_tried_where_the_first_does_not_answer(server: Serve
 
     with socket.socket() as taken:  # nothing listens there, on this port
         taken.bind(("127.0.0.99", server.server_address[1]))
-        assert fetch(f"http://two.invalid:{server.server_address[1]}/picture", replace(HERE, resolve=resolve))
+        assert fetch(f"http://two.invalid:{server.server_address[1]}/image", replace(HERE, resolve=resolve))
 
 
 def test_names_are_looked_up_by_the_system() -> None:
@@ -231,8 +231,8 @@ def test_names_are_looked_up_by_the_system() -> None:
 
 
 def test_redirects_are_followed(server: Server) -> None:
-    assert fetch(f"http://{server.address}/to//to//picture") == b"x" * 1000
-    assert server.paths == ["/to//to//picture", "/to//picture", "/picture"]
+    assert fetch(f"http://{server.address}/to//to//image") == b"x" * 1000
+    assert server.paths == ["/to//to//image", "/to//image", "/image"]
 
 
 def test_redirects_are_checked_like_the_first_address(server: Server) -> None:
@@ -257,9 +257,9 @@ def test_redirects_end(server: Server) -> None:
 
 
 def test_size(server: Server) -> None:
-    assert len(fetch(f"http://{server.address}/picture", replace(HERE, most_bytes=1000))) == 1000
+    assert len(fetch(f"http://{server.address}/image", replace(HERE, most_bytes=1000))) == 1000
     with pytest.raises(UserError, match="image: larger than 0 MB"):
-        fetch(f"http://{server.address}/picture", replace(HERE, most_bytes=999))
+        fetch(f"http://{server.address}/image", replace(HERE, most_bytes=999))
     file = io.BytesIO()
     with pytest.raises(UserError, match="image: larger than"):
         HERE.fetch(f"http://{server.address}/endless", file, "image")
@@ -310,7 +310,7 @@ def test_a_download_ends_once_nobody_waits_for_it(answer: bytes) -> None:
 
 def test_a_download_that_begins_late_does_not_begin(server: Server) -> None:
     with pytest.raises(UserError, match="image: the download took too long"):
-        HERE.fetch(f"http://{server.address}/picture", io.BytesIO(), "image", Patience(0))
+        HERE.fetch(f"http://{server.address}/image", io.BytesIO(), "image", Patience(0))
     assert not server.paths
 
 
@@ -338,7 +338,7 @@ def test_bad_answers(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["/etc/hostname", "file:///etc/hostname", "ftp://example.com/x", "picture.png", "", "http://", "//a/b"]
+    "url", ["/etc/hostname", "file:///etc/hostname", "ftp://example.com/x", "image.png", "", "http://", "//a/b"]
 )
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="image: expected an http, https or data URL"):

@@ -1,4 +1,4 @@
-"""Pictures that guide a Stable Diffusion UNet: ControlNet (Zhang et al. 2023), T2I-Adapter (Mou et al. 2023)."""
+"""Images that guide a Stable Diffusion UNet: ControlNet (Zhang et al. 2023), T2I-Adapter (Mou et al. 2023)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ControlModel:
     device: torch.device
     """where it runs"""
     task: int | None = None
-    """what a union's pictures are, see `TASKS`"""
+    """what a union's images are, see `TASKS`"""
 
     @property
     def is_adapter(self) -> bool:
@@ -59,24 +59,24 @@ class ControlModel:
 
     @property
     def unit(self) -> int:
-        """Pixels. Sides of the pictures that it takes are multiples of it."""
+        """Pixels. Sides of the images that it takes are multiples of it."""
         if self.is_adapter:
             return int(self.network.config.downscale_factor)
         return int(2 ** (len(self.network.config.conditioning_embedding_out_channels) - 1))
 
     @property
     def channels(self) -> int:
-        """Of the pictures that it takes: 3, or 1 for grey ones."""
+        """Of the images that it takes: 3, or 1 for grey ones."""
         config = self.network.config
         return int(config.in_channels if self.is_adapter else config.conditioning_channels)
 
     def guide(
-        self, picture: Tensor, timesteps: Sequence[int], scale: float = SCALE, part: float | None = None
+        self, image: Tensor, timesteps: Sequence[int], scale: float = SCALE, part: float | None = None
     ) -> Control:
-        """What makes the UNet follow a picture. See `StableDiffusion.features`.
+        """What makes the UNet follow an image. See `StableDiffusion.features`.
 
         Args:
-            picture: uint8 (3, H, W), as large as what is drawn: edges, depth, what the network was trained with.
+            image: uint8 (3, H, W), as large as what is drawn: edges, depth, what the network was trained with.
                 For a network of one channel it is turned grey.
             timesteps: of the steps, descending.
             scale: 0 is no guidance.
@@ -86,7 +86,7 @@ class ControlModel:
         Raises:
             UserError: the sides are no multiples of `unit`.
         """
-        height, width = picture.shape[-2:]
+        height, width = image.shape[-2:]
         if height % self.unit or width % self.unit:
             raise UserError(
                 f"control_image: {width}x{height}; this control takes sides that are multiples of {self.unit} pixels"
@@ -95,12 +95,12 @@ class ControlModel:
             part = 0.5 if self.is_adapter else 1.0
         last = timesteps[max(1, int(part * len(timesteps))) - 1]
         if self.channels == 1:
-            picture = grey(picture)
-        values = (picture[None].to(self.device).float() / 255).to(next(self.network.parameters()).dtype)
+            image = grey(image)
+        values = (image[None].to(self.device).float() / 255).to(next(self.network.parameters()).dtype)
         residuals = self._adapter(values, scale) if self.is_adapter else self._control_net(values, scale)
 
         def control(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:
-            # The steps of a batch are those of each of its pictures.
+            # The steps of a batch are those of each of its images.
             return residuals(x, timestep, cond) if int(timestep[0]) >= last else {}
 
         return control
@@ -132,7 +132,7 @@ class ControlModel:
         return residuals
 
     def _adapter(self, values: Tensor, scale: float) -> Control:
-        states = [state * scale for state in self.network(values)]  # they depend on the picture alone
+        states = [state * scale for state in self.network(values)]  # they depend on the image alone
 
         def residuals(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:
             # A list of its own each time: the UNet empties it.
@@ -141,9 +141,9 @@ class ControlModel:
         return residuals
 
 
-def grey(picture: Tensor) -> Tensor:
+def grey(image: Tensor) -> Tensor:
     """uint8 (3, H, W) → (1, H, W): ITU-R 601 luma, to the bit that of Pillow's mode "L". Grey stays as it is."""
-    red, green, blue = picture.int()
+    red, green, blue = image.int()
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).byte()[None]
 
 
@@ -183,7 +183,7 @@ def load_control(folder: Path, device: torch.device, dtype: torch.dtype, unet: A
 def _check_adapter(path: Path, network: Any, unet: Any) -> None:
     channels = network.config.in_channels
     if channels not in (1, 3):
-        raise UserError(f"{path}: pictures of {channels} channels; expected 1 or 3")
+        raise UserError(f"{path}: images of {channels} channels; expected 1 or 3")
     if unet is None:
         return
     side = 8 * network.config.downscale_factor
@@ -198,7 +198,7 @@ def _check_adapter(path: Path, network: Any, unet: Any) -> None:
 
 def _check_control_net(path: Path, config: Any, unet: Any) -> None:
     if config["conditioning_channels"] not in (1, 3):
-        raise UserError(f"{path}: pictures of {config['conditioning_channels']} channels; expected 1 or 3")
+        raise UserError(f"{path}: images of {config['conditioning_channels']} channels; expected 1 or 3")
     if config["in_channels"] != LATENT_CHANNELS:
         raise UserError(f"{path}: {config['in_channels']} latent channels; expected {LATENT_CHANNELS}")
     if unet is None:

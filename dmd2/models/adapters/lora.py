@@ -93,7 +93,7 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
     """
     name = shown(name or path.name)
     found: dict[Layer, tuple[str, Factors]] = {}
-    extras = []
+    others = []
     try:
         _check_header(path, name)
         with safe_open(path, "pt") as file:
@@ -110,7 +110,7 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
             for key in keys:
                 parsed = parse(name, key, text_part)
                 if parsed is None:
-                    extras.append(key)
+                    others.append(key)
                     continue
                 part, layer, what = parsed
                 factors = found.setdefault((part, layer.replace(".", "_")), (layer, Factors()))[1]
@@ -127,11 +127,11 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
         reason = shown(str(error).strip().partition("\n")[0])
         raise UserError(f"LoRA {name}: cannot be read as safetensors ({reason}); no other format is read") from error
     if not found:
-        told = f": {shown(extras[0], MOST_QUOTED)} is no name of a LoRA for Stable Diffusion" if extras else ""
+        told = f": {shown(others[0], MOST_QUOTED)} is no name of a LoRA for Stable Diffusion" if others else ""
         raise UserError(f"LoRA {name}: holds nothing{told}")
-    extras += _drop_second_names(found)
-    if extras:
-        logger.warning("LoRA %s: %s skipped: %s", name, len(extras), shown(", ".join(extras[:5])))
+    others += _drop_second_names(found)
+    if others:
+        logger.warning("LoRA %s: %s skipped: %s", name, len(others), shown(", ".join(others[:5])))
     for (part, _), (layer, factors) in found.items():
         if fault := factors.fault():
             raise UserError(f"LoRA {name}: {part} {shown(layer, MOST_QUOTED)}: {fault}")

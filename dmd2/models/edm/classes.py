@@ -63,7 +63,7 @@ class ClassEncoder:
 
 @dataclass(frozen=True)
 class ClassToImage:
-    """What `TextToImage` is for prompts: everything that turns classes into pictures."""
+    """What `TextToImage` is for prompts: everything that turns classes into images."""
 
     manifest: Manifest
     encode_text: ClassEncoder

@@ -37,7 +37,7 @@ class Style:
     taps: tuple[int, ...]
     """1-d filter around resampling by two"""
     pyramid: bool
-    """the noisy picture itself, ever smaller, is added to every level of the encoder"""
+    """the noisy image itself, ever smaller, is added to every level of the encoder"""
     eps: float
     """of group normalisation"""
     residual_scale: float
@@ -89,9 +89,9 @@ def resample_filter(taps: tuple[int, ...]) -> Tensor:
 
 
 class Conv(nn.Module):
-    """A convolution, of a picture filtered and resampled by two if asked. Kernel 0: only resamples.
+    """A convolution, of an image filtered and resampled by two if asked. Kernel 0: only resamples.
 
-    `fused` convolves before it filters and drops pixels. The picture's surroundings are then zeros to the
+    `fused` convolves before it filters and drops pixels. The image's surroundings are then zeros to the
     convolution but not to the filter, so the numbers at the border differ.
     """
 

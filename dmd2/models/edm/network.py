@@ -31,7 +31,7 @@ class EdmConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     architecture: Literal["ddpmpp", "ncsnpp", "adm"]
     resolution: int = Field(ge=4, le=1024)
-    """side of the square pictures, in pixels"""
+    """side of the square images, in pixels"""
     channels: int = Field(default=3, ge=1, le=16)
     classes: int = Field(default=0, ge=0, le=1_000_000)
     """0: not conditioned on a class"""
@@ -259,10 +259,10 @@ class EdmNetwork(nn.Module):
         """x0 and the bottleneck.
 
         Args:
-            x: (B, C, H, W) fp32, pictures in [−1, 1] plus σ·n.
+            x: (B, C, H, W) fp32, images in [−1, 1] plus σ·n.
             sigma: (B,) > 0.
             labels: (B, classes) one-hot, zeros for no class; (B, 0) where there are no classes.
-            augment: (B, augment_dim) what was done to the pictures; None for nothing.
+            augment: (B, augment_dim) what was done to the images; None for nothing.
 
         Returns:
             x0 (B, C, H, W) and the last activations of the encoder (B, C', h, w), fp32.
@@ -384,7 +384,7 @@ class Edm:
         return nullcontext()
 
     def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
-        """σ·n: at σ_max = 80 the picture below it is lost."""
+        """σ·n: at σ_max = 80 the image below it is lost."""
         return per_image(sigma, noise) * noise
 
     def loss_weight(self, sigma: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is loaded beside a model when a picture asks for it: LoRAs, controls, the small VAE of previews."""
+"""What is loaded beside a model when an image asks for it: LoRAs, controls, the small VAE of previews."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dmd2.weights.manifest import Student, verify
 TINY = "vae_tiny"
 
 
-class Extras:
+class Adapters:
     """Of one loaded model. For the thread that owns the device."""
 
     def __init__(

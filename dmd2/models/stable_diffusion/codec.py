@@ -14,14 +14,14 @@ LATENT_CHANNELS = 4
 
 
 class LatentCodec:
-    """A diffusers VAE (`AutoencoderKL`, `AutoencoderTiny`) as a `Codec`: uint8 pictures to latents and back."""
+    """A diffusers VAE (`AutoencoderKL`, `AutoencoderTiny`) as a `Codec`: uint8 images to latents and back."""
 
     def __init__(self, vae: Any, *, compiler: Compiler | None = None, device: torch.device | None = None) -> None:
         self.vae = vae
         parameter = next(vae.parameters())
         self.device, self.dtype = device or parameter.device, parameter.dtype
         self._decode: Callable[[Tensor], Tensor] = lambda z: vae.decode(z).sample
-        if compiler is not None:  # one picture fills a GPU, and takes gigabytes on the way
+        if compiler is not None:  # one image fills a GPU, and takes gigabytes on the way
             self._decode = compiler(self._decode, most=1)
         config = vae.config
         channels = config.get("decoder_block_out_channels", config.get("block_out_channels"))
@@ -53,11 +53,11 @@ class LatentCodec:
         """fp32 (B, 4, h, w) → uint8 (B, 3, h·f, w·f).
 
         Raises:
-            ArithmeticError: the pictures, or the latents, are not finite; in bytes they would be black.
+            ArithmeticError: the images, or the latents, are not finite; in bytes they would be black.
         """
         x = x.to(self.device)
         z = (x * self._std / self.vae.config.scaling_factor + self._mean).to(self.dtype)
         images = self._decode(z.contiguous(memory_format=torch.channels_last)).float()
         if not images.isfinite().all():
-            raise ArithmeticError(f"the decoded picture is not finite ({self.dtype}): a number was too large for it")
+            raise ArithmeticError(f"the decoded image is not finite ({self.dtype}): a number was too large for it")
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()

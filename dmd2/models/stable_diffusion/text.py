@@ -109,7 +109,7 @@ class TextEncoder:
         self._run = [compiler(function, compile=False) for function in run] if compiler else run
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
-        """Encodes B prompts for pictures of `size` (width, height) in pixels. An empty prompt is "no text"."""
+        """Encodes B prompts for images of `size` (width, height) in pixels. An empty prompt is "no text"."""
         device = self._device or next(self.encoders[0].parameters()).device
         ids = [self._windows(tokenizer, prompts) for tokenizer in self.tokenizers]
         windows = max(t.shape[1] for t in ids)

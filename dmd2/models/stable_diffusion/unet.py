@@ -76,7 +76,7 @@ class StableDiffusion:
         elif trace:
             self._network = _Traced(self._network)
         self.inpaints: bool = unet.config.in_channels == INPAINTING_CHANNELS
-        """whether each call needs what is known of the picture, see `features`"""
+        """whether each call needs what is known of the image, see `features`"""
         self.weights_changed = False
         """set by who changes the UNet's weights for a while: records of it, which hold the old ones, are not used"""
 

@@ -50,7 +50,7 @@ BUSY = re.compile(r"Prediction failed: (?:Async prediction failed: )?Busy: (.*)"
 """how Cog words the exception that dmd2.inference.batcher raises when its queue is full"""
 MOST_TEXT = 500  # characters of a message
 MOST_CONTEXT = 1 << 16  # bytes; Cog loses a slot for good by 8 MB, which it would take as an input
-MOST_JUDGED = 1 << 16  # bytes of an answer that may be a refusal; pictures are larger
+MOST_JUDGED = 1 << 16  # bytes of an answer that may be a refusal; images are larger
 MOST_KNOWN = 1000  # ids of predictions whose end nobody waited for
 LINGER = 5.0  # seconds for which what a refused client still sends is thrown away, so that it can read why
 HEALTH = 2.0  # seconds that Cog has to answer a health check

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
-from dmd2.diffusion.noise import add_noise, draw_sigma
+from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.training.losses import denoising, gan_critic
 
 GROUPS = 32
@@ -37,7 +37,7 @@ class ClassifierHead(nn.Module):
 
 def noised_logits(denoiser: Denoiser, head: nn.Module, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
     """The classifier on a noisy version of x0 (B, C, H, W), σ drawn uniformly from the whole table."""
-    sigma = draw_sigma(denoiser.sigmas, len(x0), generator)
+    sigma = sample_sigma(denoiser.sigmas, len(x0), generator)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     noisy = add_noise(x0, sigma, noise)
     half = getattr(denoiser, "bottleneck", None)  # EDM's networks; diffusers' UNet runs as a whole or not at all
@@ -65,7 +65,7 @@ def critic_loss(
         fake, real: (B, C, H, W) clean generated samples (detached) and data.
         gan_weight: of the classification loss.
     """
-    sigma = draw_sigma(denoiser.sigmas, len(fake), generator)
+    sigma = sample_sigma(denoiser.sigmas, len(fake), generator)
     noise = torch.randn(fake.shape, generator=generator).to(fake.device)
     loss, bottleneck = denoising(denoiser, fake, sigma, noise, cond_fake)
     logs = {"fake_score": loss.detach()}

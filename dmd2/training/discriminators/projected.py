@@ -2,7 +2,7 @@
 
 A small variant of our own, for runs without pretrained networks; `dmd2.training.discriminators.published` has GDD's.
 
-Pictures are judged by what pretrained, frozen networks see in them, at several scales, mixed by fixed random
+Images are judged by what pretrained, frozen networks see in them, at several scales, mixed by fixed random
 convolutions so that no part of the features can be ignored. Only the heads learn.
 """
 
@@ -33,7 +33,7 @@ class Backbone(Protocol):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """Pictures → logits, one head for each scale of each backbone.
+    """Images → logits, one head for each scale of each backbone.
 
     The mixing (Sauer et al. 2021, sec. 3.2) is random and fixed: across channels a 1×1 convolution of each map to
     `channels`, then across scales, from the coarsest to the finest, a 3×3 convolution of the sum so far, enlarged.
@@ -44,7 +44,7 @@ class ProjectedDiscriminator(nn.Module):
         example: (n, 3, H, W) a picture of the size that will be judged, to learn the maps' shapes from.
         example_cond: its condition.
         channels: of the mixed maps.
-        classes: for a discriminator that also judges whether picture and class agree (projection, Miyato & Koyama
+        classes: for a discriminator that also judges whether image and class agree (projection, Miyato & Koyama
             2018, eq. 3): their number; 0 for none. Backbones that see the condition need it less.
         labels_of: for that, a condition's one-hot labels (B, classes).
     """
@@ -109,7 +109,7 @@ class _Branch(nn.Module):
 class _Head(nn.Module):
     """One scale's discriminator: spectrally normalised convolutions down to 8×8, then 5×5 logits by one of 4×4.
 
-    Group norm, where Projected GAN has batch norm: a picture's logits do not depend on its neighbours.
+    Group norm, where Projected GAN has batch norm: an image's logits do not depend on its neighbours.
     """
 
     def __init__(self, channels: int, side: int, classes: int) -> None:
@@ -146,9 +146,9 @@ class _Enough(Exception):
 
 
 class DenoiserFeatures:
-    """A frozen denoiser's activations as a backbone: no other network is needed, and pictures keep their size.
+    """A frozen denoiser's activations as a backbone: no other network is needed, and images keep their size.
 
-    Clean pictures are given as if they had noise of a low level: not the lowest, at which the network has next to
+    Clean images are given as if they had noise of a low level: not the lowest, at which the network has next to
     nothing to do. The forward pass ends at the last of the layers: for an encoder's, less than half of the network
     runs.
 
@@ -200,7 +200,7 @@ TRANSFORMER_LAYERS = {"deit_base_distilled_patch16_224": (2, 5, 8, 11)}
 
 
 class TimmFeatures:
-    """A pretrained network of timm's, frozen, as a backbone with four maps. Pictures are enlarged to 224×224.
+    """A pretrained network of timm's, frozen, as a backbone with four maps. Images are enlarged to 224×224.
 
     A transformer's maps are four layers' tokens, all 14×14, without those that stand for no place.
 

@@ -1,6 +1,6 @@
 """GDD's discriminator as published (Zheng & Yang 2405.20750; Sauer et al. 2021, Projected GAN, 2111.01007, sec. 3.2).
 
-As `ProjectedDiscriminator` it judges pictures by frozen features, mixed at random, with heads that learn; but it has
+As `ProjectedDiscriminator` it judges images by frozen features, mixed at random, with heads that learn; but it has
 the published widths, with about 10.3 million parameters in the heads of each feature network, batch normalisation,
 and for classes nothing but projection on embeddings that begin as pretrained ones.
 
@@ -41,10 +41,10 @@ LABELLED_BY = "tf_efficientnet_lite0"
 
 
 class PublishedDiscriminator(nn.Module):
-    """Pictures → logits: 4×4 from each of four scales of each backbone.
+    """Images → logits: 4×4 from each of four scales of each backbone.
 
     What is random and fixed is kept in buffers: saved, never trained. Backbones are neither: bring them to the device
-    yourself. With batch normalisation a picture's logits depend on its batch, so real and generated ones are to be
+    yourself. With batch normalisation an image's logits depend on its batch, so real and generated ones are to be
     judged apart.
 
     Args:
@@ -175,7 +175,7 @@ class _Head(nn.Module):
     def forward(self, x: Tensor, classes: Tensor | None) -> Tensor:
         """(B, c, h, w), class embeddings (B, d) → logits (B, n)."""
         out: Tensor = self.logits(self.layers(x))
-        if self.project is not None:  # Miyato & Koyama 2018, eq. 3, without its term of the picture alone
+        if self.project is not None:  # Miyato & Koyama 2018, eq. 3, without its term of the image alone
             assert classes is not None, "a discriminator of classes needs labels"
             out = (out * self.project(classes)[:, :, None, None]).sum(1, keepdim=True) / math.sqrt(CLASS_CHANNELS)
         return out.flatten(1)

@@ -66,20 +66,20 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
         return total, {"psnr": psnr(error.detach()), "moments": moments.detach()}
 
     @torch.no_grad()
-    def sample(averaged: nn.Module | None) -> Tensor:
+    def sample(ema_model: nn.Module | None) -> Tensor:
         x = images(scenes.batch(24, seed=1, step=0, split="all").images)
-        y, _ = reconstruct(averaged or model, x, None)
-        rows = torch.cat([x, y.clamp(-1, 1)], dim=2)  # each picture above its reconstruction
+        y, _ = reconstruct(ema_model or model, x, None)
+        rows = torch.cat([x, y.clamp(-1, 1)], dim=2)  # each image above its reconstruction
         return ((rows + 1) * 127.5).round().byte().permute(1, 2, 0, 3).flatten(2)
 
     @torch.no_grad()
-    def score(averaged: nn.Module | None) -> dict[str, float]:
+    def score(ema_model: nn.Module | None) -> dict[str, float]:
         x = images(scenes.batch(256, seed=2, step=0, split="held-out").images)
-        y, z = reconstruct(averaged or model, x, None)
+        y, z = reconstruct(ema_model or model, x, None)
         return {"psnr": float(psnr(y.clamp(-1, 1) - x)), "latent_std": float(z.std())}
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
-        net = averaged or model
+    def export(ema_model: nn.Module | None, out: Path) -> None:
+        net = ema_model or model
         assert isinstance(net, AutoencoderTiny)
         with whole_folder(out / "model") as new:
             save_vae(net, new / "vae", asdict(recipe))
@@ -91,7 +91,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
     return Method(
         phases=[Phase("autoencoder", 1, model, optimizer, loss)],
         data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, split="every"),
-        averaged=model,
+        ema_model=model,
         sample=sample,
         score=score,
         export=export,
@@ -99,5 +99,5 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
 
 
 def psnr(error: Tensor) -> Tensor:
-    """Mean peak signal-to-noise ratio in dB of (B, 3, H, W) errors of pictures in [−1, 1]."""
+    """Mean peak signal-to-noise ratio in dB of (B, 3, H, W) errors of images in [−1, 1]."""
     return (10 * torch.log10(4 / error.square().mean((1, 2, 3)).clamp_min(1e-10))).mean()

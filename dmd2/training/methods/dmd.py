@@ -54,7 +54,7 @@ def dmd_phases(
         optimizers: theirs.
         samples_of: what a batch of the loop holds, on the networks' device.
         pairs_of: its pairs; their number need not be that of the samples.
-        distance: between the student's picture and the teacher's.
+        distance: between the student's image and the teacher's.
     """
     if networks.head is not None:
         raise ValueError("networks: DMD has no classifier head")

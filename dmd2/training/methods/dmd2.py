@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmd2.diffusion.denoiser import Cond, Denoiser, guided
-from dmd2.diffusion.noise import add_noise, draw_sigma
-from dmd2.diffusion.sampling import conditioned, few_step
+from dmd2.diffusion.denoiser import Cond, Denoiser, cfg_denoise
+from dmd2.diffusion.noise import add_noise, sample_sigma
+from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.training.discriminators.head import critic_loss, noised_logits
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import distribution_matching, distribution_matching_gradient, gan_generator
@@ -68,7 +68,7 @@ def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], gener
     if last == 0:
         return denoise(student.start(noise[0], sigma), sigma)
     with torch.no_grad():
-        x0 = few_step(denoise, student.start, noise[:last], sigmas[:last])
+        x0 = sample_few_step(denoise, student.start, noise[:last], sigmas[:last])
     return denoise(add_noise(x0, sigma, noise[last]), sigma)
 
 
@@ -117,9 +117,9 @@ def dmd2_phases(
         x = generate(n.student, samples, settings.student_sigmas, batch.generator)
         shared.put(batch, x)
         with torch.no_grad():
-            sigma = draw_sigma(n.teacher.sigmas, len(x), batch.generator, *settings.dm_range)
+            sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *settings.dm_range)
             noisy = add_noise(x, sigma, torch.randn(x.shape, generator=batch.generator).to(x.device))
-            mu_real = guided(n.teacher, noisy, sigma, samples.cond, samples.uncond, settings.guidance_scale)
+            mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, settings.guidance_scale)
             mu_fake = n.fake(noisy, sigma, samples.cond)
             gradient = distribution_matching_gradient(x, mu_real, mu_fake)
         loss = distribution_matching(x, gradient)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmd2.data.augment import AUGMENT_DIM, augment
 from dmd2.data.images import ImageSet
 from dmd2.diffusion.noise import add_noise, per_image
-from dmd2.diffusion.sampling import conditioned, heun, teacher_sigmas
+from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import heun_steps, save_edm
 from dmd2.models.edm.network import Edm, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import UserError
@@ -34,7 +34,7 @@ def edm_loss(
 
     Args:
         network: an `EdmNetwork`, perhaps compiled.
-        x0: (B, C, R, R) pictures in [−1, 1].
+        x0: (B, C, R, R) images in [−1, 1].
         labels: (B, classes) one-hot.
         augment_labels: (B, augment_dim), or None.
     """
@@ -48,7 +48,7 @@ def edm_loss(
 def train_edm_teacher(recipe: EdmTeacherRecipe, images: ImageSet, device: torch.device) -> Method:
     """An EDM network from scratch on `images`, of its resolution and classes.
 
-    Augmented pictures come with labels that say what was done to them. Samples, here and later, are made without any,
+    Augmented images come with labels that say what was done to them. Samples, here and later, are made without any,
     which means "nothing was done", so that augmentation never shows in them.
 
     Raises:
@@ -73,24 +73,24 @@ def train_edm_teacher(recipe: EdmTeacherRecipe, images: ImageSet, device: torch.
         return images.images(rows), images.one_hot(rows, config.classes)
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
-        pictures, labels = (part.to(device) for part in batch.data)
-        x0, augment_labels = codec.encode(pictures), None
+        samples, labels = (part.to(device) for part in batch.data)
+        x0, augment_labels = codec.encode(samples), None
         if recipe.augment > 0:
             x0, augment_labels = augment(x0, recipe.augment, batch.generator)
         return edm_loss(compiled, x0, labels, augment_labels, batch.generator), {}
 
     @torch.no_grad()
-    def sample(averaged: nn.Module | None) -> Tensor:
-        denoiser = Edm(_edm(averaged or network))
+    def sample(ema_model: nn.Module | None) -> Tensor:
+        denoiser = Edm(_edm(ema_model or network))
         noise, cond = preview.inputs(device)
         sigmas = teacher_sigmas(denoiser, heun_steps(config))
         x = denoiser.start(noise[:, 0], torch.full((len(noise),), sigmas[0], device=device))
-        return preview.grid(codec.decode(heun(conditioned(denoiser, cond), x, sigmas)))
+        return preview.grid(codec.decode(sample_heun(conditioned(denoiser, cond), x, sigmas)))
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
+    def export(ema_model: nn.Module | None, out: Path) -> None:
         save_edm(
             out / "model",
-            _edm(averaged or network),
+            _edm(ema_model or network),
             name=recipe.network,
             licence=LICENCE,
             recipe=asdict(recipe),

@@ -1,4 +1,4 @@
-"""The judge of the embedded model: which emoji, and on which background, a 64×64 picture shows."""
+"""The judge of the embedded model: which emoji, and on which background, a 64×64 image shows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
     """Cross-entropy of both heads, on blurred, dimmed and noisy scenes of every pair, held out or not.
 
     A judge must know the pairs that the judged has never seen, and must not stumble over the slight blur and
-    noise of generated pictures. `export` writes `classifier.safetensors` in fp16.
+    noise of generated images. `export` writes `classifier.safetensors` in fp16.
     """
     model = build_classifier(recipe, len(scenes)).to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -54,8 +54,8 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
         return first + second, {"emoji": first.detach(), "background": second.detach(), "top1": right}
 
     @torch.no_grad()
-    def score(averaged: nn.Module | None) -> dict[str, float]:
-        net = averaged or model
+    def score(ema_model: nn.Module | None) -> dict[str, float]:
+        net = ema_model or model
         before = net.training
         net.eval()
         fresh = [scenes.batch(256, seed=recipe.loop.seed + 1, step=step, split="every") for step in range(4)]
@@ -67,15 +67,15 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
             "background": float((background == torch.cat([batch.background for batch in fresh])).float().mean()),
         }
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
-        net = averaged or model
+    def export(ema_model: nn.Module | None, out: Path) -> None:
+        net = ema_model or model
         assert isinstance(net, Classifier)
         save_classifier(net, recipe, scenes, out / "classifier.safetensors")
 
     return Method(
         phases=[Phase("classifier", 1, model, optimizer, loss)],
         data=lambda step: scenes.batch(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, split="every"),
-        averaged=model,
+        ema_model=model,
         score=score,
         export=export,
     )
@@ -94,7 +94,7 @@ def save_classifier(model: Classifier, recipe: ClassifierRecipe, scenes: EmojiSc
 
 
 def augment(x: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> Tensor:
-    """Pictures, float (B, 3, H, W) in [−1, 1]: half of them blurred, each dimmed and noisy in its own way."""
+    """Images, float (B, 3, H, W) in [−1, 1]: half of them blurred, each dimmed and noisy in its own way."""
     n = len(x)
     u_contrast, u_brightness, u_noise, u_blur = torch.rand(4, n, 1, 1, 1, generator=generator).to(x.device)
     noise = torch.randn(x.shape, generator=generator).to(x.device)
@@ -105,7 +105,7 @@ def augment(x: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> 
 
 
 def blur(x: Tensor, sigma_pixels: Tensor) -> Tensor:
-    """Gaussian blur of (B, C, H, W) pictures, each with its own standard deviation (B, 1, 1, 1); 7 taps."""
+    """Gaussian blur of (B, C, H, W) images, each with its own standard deviation (B, 1, 1, 1); 7 taps."""
     n, _, height, width = x.shape
     taps = torch.arange(-3, 4, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma_pixels.view(n, 1).clamp_min(1e-3)) ** 2)

@@ -1,6 +1,6 @@
 """GDD and GDD-I (Zheng & Yang 2405.20750): a diffusion model's weights become a one-step GAN, and no score is left.
 
-The generator starts as the teacher, at one high noise level, and learns from a discriminator of real pictures alone.
+The generator starts as the teacher, at one high noise level, and learns from a discriminator of real images alone.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def gdd_phases(
         modules: what the phases train: the student's (for GDD-I what `freeze_for_gdd_i` returns); the
             discriminator's.
         optimizers: theirs; see `lazy_adam` for the discriminator's.
-        samples_of: what a batch of the loop holds, real pictures too, on the networks' device.
+        samples_of: what a batch of the loop holds, real images too, on the networks' device.
     """
     shared = SharedImages()
 
     def reals(samples: Samples) -> Tensor:
         if samples.real is None:
-            raise ValueError("samples: GDD learns from real pictures; there are none")
+            raise ValueError("samples: GDD learns from real images; there are none")
         return samples.real
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:

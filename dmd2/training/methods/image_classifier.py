@@ -20,12 +20,12 @@ CROP = 4  # pixels that a crop may be shifted by
 
 
 def train_image_classifier(recipe: ImageClassifierRecipe, dataset: ImageSet, device: torch.device) -> Method:
-    """Cross-entropy on flipped and shifted pictures. `export` writes `classifier.safetensors` in fp16.
+    """Cross-entropy on flipped and shifted images. `export` writes `classifier.safetensors` in fp16.
 
-    `recipe.held_out` of the pictures, drawn by the seed, are not trained on; `score` is the accuracy on them.
+    `recipe.held_out` of the images, drawn by the seed, are not trained on; `score` is the accuracy on them.
 
     Raises:
-        UserError: there are no labels, or fewer pictures than the recipe holds out and batches take.
+        UserError: there are no labels, or fewer images than the recipe holds out and batches take.
     """
     n, size, labels = len(dataset), recipe.loop.batch_size, _checked_labels(recipe, dataset)
     torch.manual_seed(recipe.loop.seed)
@@ -38,7 +38,7 @@ def train_image_classifier(recipe: ImageClassifierRecipe, dataset: ImageSet, dev
     held, kept = order[: recipe.held_out], order[recipe.held_out :]
 
     def data(step: int) -> tuple[Tensor, Tensor]:
-        """Each epoch goes through the pictures in an order of its own; what does not fill a batch is left out."""
+        """Each epoch goes through the images in an order of its own; what does not fill a batch is left out."""
         epoch, place = divmod(step, len(kept) // size)
         shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(recipe.loop.seed + epoch))
         rows = kept[shuffled[place * size : (place + 1) * size]]
@@ -52,29 +52,29 @@ def train_image_classifier(recipe: ImageClassifierRecipe, dataset: ImageSet, dev
             return net(x).float()
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
-        pictures, truth = batch.data
-        answers, truth = logits(model, flip_and_crop(pictures, batch.generator)), truth.to(device)
+        images, truth = batch.data
+        answers, truth = logits(model, flip_and_crop(images, batch.generator)), truth.to(device)
         right = (answers.detach().argmax(1) == truth).float().mean()
         return F.cross_entropy(answers, truth), {"top1": right}
 
     @torch.no_grad()
-    def score(averaged: nn.Module | None) -> dict[str, float]:
-        net = averaged or model
+    def score(ema_model: nn.Module | None) -> dict[str, float]:
+        net = ema_model or model
         before = net.training
         net.eval()
         answers = torch.cat([logits(net, dataset.images(rows)).argmax(1).cpu() for rows in held.split(256)])
         net.train(before)
         return {"held_out_accuracy": float((answers == labels[held]).double().mean())}
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
-        net = averaged or model
+    def export(ema_model: nn.Module | None, out: Path) -> None:
+        net = ema_model or model
         assert isinstance(net, ImageClassifier)
         save_image_classifier(net, recipe, dataset.resolution, out / "classifier.safetensors")
 
     return Method(
         phases=[Phase("classifier", 1, model, optimizer, loss)],
         data=data,
-        averaged=model,
+        ema_model=model,
         score=score if recipe.held_out else None,
         export=export,
     )
@@ -83,9 +83,9 @@ def train_image_classifier(recipe: ImageClassifierRecipe, dataset: ImageSet, dev
 def _checked_labels(recipe: ImageClassifierRecipe, dataset: ImageSet) -> Tensor:
     n, least, labels = len(dataset), recipe.held_out + recipe.loop.batch_size, dataset.labels
     if labels is None:
-        raise UserError(f"--data {dataset.path}: has no labels; a classifier needs the class of every picture")
+        raise UserError(f"--data {dataset.path}: has no labels; a classifier needs the class of every image")
     if n < least:
-        raise UserError(f"--data {dataset.path}: {n} pictures; this recipe needs at least {least}")
+        raise UserError(f"--data {dataset.path}: {n} images; this recipe needs at least {least}")
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(recipe.classes):
         found = f"{int(labels.min())} to {int(labels.max())}"
         raise UserError(f"--data {dataset.path}: labels {found}; this recipe knows 0 to {len(recipe.classes) - 1}")

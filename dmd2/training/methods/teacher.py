@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.diffusion.noise import draw_sigma, seeded_noise
-from dmd2.diffusion.sampling import conditioned, dpm_solver_2m, teacher_sigmas
+from dmd2.diffusion.noise import sample_sigma, seeded_noise
+from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_sigmas
 from dmd2.emoji.architecture import build_models
 from dmd2.emoji.scenes import EmojiScenes, Scenes, vocabulary
 from dmd2.emoji.scores import EmojiJudge
@@ -56,7 +56,7 @@ def train_teacher(
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
         x0 = codec.encode(batch.data.images)
-        sigma = draw_sigma(denoiser.sigmas, len(x0), batch.generator)
+        sigma = sample_sigma(denoiser.sigmas, len(x0), batch.generator)
         noise = torch.randn(x0.shape, generator=batch.generator).to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             cond = encode_text(batch.data.captions, size)
@@ -69,17 +69,17 @@ def train_teacher(
         )
 
     @torch.no_grad()
-    def draw(modules: nn.Module | None, captions: list[str], seeds: list[int]) -> Tensor:
+    def generate(modules: nn.Module | None, captions: list[str], seeds: list[int]) -> Tensor:
         net, encode = parts(modules or models, False)
         cond = encode(captions, size)
         denoise = conditioned(net, cond, cond.unconditional(), recipe.guidance_scale)
         sigmas = teacher_sigmas(net, recipe.sample_steps)
         noise = seeded_noise(seeds, (4, size[0] // codec.factor, size[1] // codec.factor), device)
         x = net.start(noise, torch.full((len(noise),), sigmas[0], device=device))
-        return codec.decode(dpm_solver_2m(denoise, x, sigmas))
+        return codec.decode(sample_dpm_solver_2m(denoise, x, sigmas))
 
-    def export(averaged: nn.Module | None, out: Path) -> None:
-        modules: Any = averaged or models
+    def export(ema_model: nn.Module | None, out: Path) -> None:
+        modules: Any = ema_model or models
         save_text_to_image(
             out / "model",
             init,
@@ -102,8 +102,8 @@ def train_teacher(
     return Method(
         phases=[Phase("denoising", 1, models, optimizer, loss)],
         data=data,
-        averaged=models,
-        sample=lambda averaged: preview.grid(lambda captions, seeds: draw(averaged, captions, seeds)),
-        score=lambda averaged: preview.score(lambda captions, seeds: draw(averaged, captions, seeds)),
+        ema_model=models,
+        sample=lambda ema_model: preview.grid(lambda captions, seeds: generate(ema_model, captions, seeds)),
+        score=lambda ema_model: preview.score(lambda captions, seeds: generate(ema_model, captions, seeds)),
         export=export,
     )

@@ -20,7 +20,13 @@ from dmd2.training.recipes.kinds import (
 
 def _small(iterations: int) -> LoopSettings:
     return LoopSettings(
-        iterations, batch_size=32, warmup=20, clip_norm=10.0, ema_decay=0.99, sample_every=100, checkpoint_every=100
+        iterations,
+        batch_size=32,
+        warmup=20,
+        max_grad_norm=10.0,
+        ema_decay=0.99,
+        sample_every=100,
+        checkpoint_every=100,
     )
 
 
@@ -31,7 +37,7 @@ def _edm(mimg: int, batch_size: int) -> LoopSettings:
         batch_size=batch_size,
         warmup=10**7 // batch_size,
         decay=False,
-        clip_norm=0,
+        max_grad_norm=0,
         zero_nans=True,
         ema_half_life=5e5,
         sample_every=5000,
@@ -46,7 +52,7 @@ def _dmd(iterations: int, batch_size: int, ema_decay: float = 0.0) -> LoopSettin
         batch_size,
         warmup=500,
         decay=False,
-        clip_norm=10.0,
+        max_grad_norm=10.0,
         ema_decay=ema_decay,
         sample_every=5000,
         checkpoint_every=5000,
@@ -59,7 +65,7 @@ def _gdd(mimg: int, batch_size: int, ema_half_life: float = 5e5) -> LoopSettings
         iterations=mimg * 10**6 // batch_size,
         batch_size=batch_size,
         decay=False,
-        clip_norm=0,
+        max_grad_norm=0,
         zero_nans=True,
         ema_half_life=ema_half_life,
         sample_every=1000,
@@ -81,7 +87,7 @@ EDM_RECIPES: dict[str, Recipe] = {
     # 16 epochs
     "cifar10-classifier": ImageClassifierRecipe(
         loop=LoopSettings(
-            iterations=6000, batch_size=128, warmup=800, clip_norm=5.0, ema_decay=0.995, sample_every=1000
+            iterations=6000, batch_size=128, warmup=800, max_grad_norm=5.0, ema_decay=0.995, sample_every=1000
         ),
         lr=0.15,
         weight_decay=5e-4,

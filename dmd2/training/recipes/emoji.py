@@ -33,7 +33,7 @@ EMOJI_RECIPES: dict[str, Recipe] = {
     # 0.3 core hours
     "emoji-classifier": ClassifierRecipe(
         loop=LoopSettings(
-            iterations=4000, batch_size=64, warmup=300, clip_norm=5.0, ema_decay=0.99, sample_every=500
+            iterations=4000, batch_size=64, warmup=300, max_grad_norm=5.0, ema_decay=0.99, sample_every=500
         ),
         lr=3e-3,
         weight_decay=0.05,
@@ -66,7 +66,7 @@ EMOJI_RECIPES: dict[str, Recipe] = {
     ),
     # 2.3 core hours.
     # Not compiled: in runs as short as these, compiling five graphs costs what it saves. A GAN heavier than
-    # the papers', and a teacher less guided than when it samples (2): both keep the pictures as varied as the data.
+    # the papers', and a teacher less guided than when it samples (2): both keep the images as varied as the data.
     "emoji-dmd2-4step": Dmd2Recipe(
         loop=LoopSettings(
             iterations=3200, batch_size=24, warmup=30, ema_decay=0.99, sample_every=200, checkpoint_every=100

@@ -43,11 +43,11 @@ class LoopSettings:
     warmup: Steps = 0
     decay: bool = True
     """whether the learning rate falls linearly to zero after the warm-up"""
-    clip_norm: Amount = 1.0
+    max_grad_norm: Amount = 1.0
     """largest norm of a phase's gradient; 0 for no limit"""
     zero_nans: bool = False
     """whether a gradient's NaNs count as zero, if the loss is finite; otherwise such a gradient is not used at all"""
-    accumulate: Count = 1
+    grad_accum_steps: Count = 1
     """batches of `batch_size` that make one update: what does not fit into memory at once"""
     ema_decay: Decay = 0.999
     ema_half_life: Amount = 0.0
@@ -229,12 +229,12 @@ class ClassifierRecipe:
     lr: Rate
     weight_decay: Part
     widths: tuple[Width, Width, Width, Width]
-    """channels at 1/2, 1/4, 1/8 and 1/16 of the picture's side"""
+    """channels at 1/2, 1/4, 1/8 and 1/16 of the image's side"""
     features: Width
     contrast: Part
     brightness: Part
     noise: Part
-    """contrast: largest relative change; the other two: in units of pictures in [−1, 1], at most"""
+    """contrast: largest relative change; the other two: in units of images in [−1, 1], at most"""
     blur_pixels: Blur
     """largest standard deviation of the blur"""
     precision: Precision = "auto"
@@ -248,10 +248,10 @@ class ImageClassifierRecipe:
     lr: Rate
     weight_decay: Part
     widths: tuple[Width, Width, Width]
-    """channels at the picture's own side, at a half, at a quarter and below"""
+    """channels at the image's own side, at a half, at a quarter and below"""
     features: Width
     held_out: Steps
-    """pictures of the data that only score it"""
+    """images of the data that only score it"""
     classes: Annotated[tuple[Name, ...], Field(min_length=2)]
     """what the labels 0, 1, … mean"""
     precision: Precision = "auto"

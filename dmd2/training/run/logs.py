@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON lines, TensorBoard, pictures, a progress bar."""
+"""What a run says of itself: JSON lines, TensorBoard, images, a progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Logs = dict[str, float | Tensor]
 class RunLogs:
     """The logs of one run, from step `first` on.
 
-    `add` only remembers; `line`, `score` and `picture` write. A step's checkpoint comes between the two and holds
+    `add` only remembers; `line`, `score` and `image` write. A step's checkpoint comes between the two and holds
     `sums`, so that a run that is killed in between loses nothing: when it goes on, it writes what is missing of
     step `first` (see `lacks`).
 
@@ -119,17 +119,17 @@ class RunLogs:
             self._write(done, {f"score/{k}": v for k, v in scores.items()})
             say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
-    def picture_path(self, done: int) -> Path:
+    def image_path(self, done: int) -> Path:
         return self.out / "samples" / f"{done:07d}.png"
 
-    def picture(self, done: int, picture: Tensor) -> None:
+    def image(self, done: int, image: Tensor) -> None:
         """Writes uint8 (3, H, W)."""
-        path = self.picture_path(done)
+        path = self.image_path(done)
         path.parent.mkdir(exist_ok=True)
         with atomic_path(path) as temporary:
-            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
+            Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
         if self.board:
-            self.board.add_image("samples", picture, done)
+            self.board.add_image("samples", image, done)
         say(f"step {done}: {path}")
 
     def _write(self, done: int, figures: dict[str, float]) -> None:

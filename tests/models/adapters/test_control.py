@@ -21,7 +21,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from dmd2.diffusion.sampling import few_step
+from dmd2.diffusion.sampling import sample_few_step
 from dmd2.inference.inputs import fitted
 from dmd2.models.adapters.control import ControlModel, grey, load_control
 from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
@@ -72,13 +72,13 @@ def condition(text_models: Texts) -> TextCondition:
     return TextEncoder([tokenizer, tokenizer], [first, second])(PROMPTS, (SIDE, SIDE))
 
 
-def draw(unet: Any, model: ControlModel | None, cond: TextCondition, steps: int, **settings: Any) -> Tensor:
+def generate(unet: Any, model: ControlModel | None, cond: TextCondition, steps: int, **settings: Any) -> Tensor:
     denoiser = StableDiffusion(unet)
     timesteps = STUDENTS[steps]
-    picture = fitted(photograph(), (SIDE, SIDE))
-    control = None if model is None else model.guide(picture, timesteps, **settings)
+    image = fitted(photograph(), (SIDE, SIDE))
+    control = None if model is None else model.guide(image, timesteps, **settings)
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
-    return few_step(lambda x, s: denoiser(x, s, cond, control), denoiser.start, noise(steps), sigmas)
+    return sample_few_step(lambda x, s: denoiser(x, s, cond, control), denoiser.start, noise(steps), sigmas)
 
 
 def check(ours: Tensor, theirs: Tensor, plain: Tensor) -> None:
@@ -106,7 +106,7 @@ def test_a_control_net_is_that_of_diffusers(
             output_type="latent",
         ).images
     cond = condition(text_models)
-    check(draw(unet, control_net, cond, steps), theirs, draw(unet, None, cond, steps))
+    check(generate(unet, control_net, cond, steps), theirs, generate(unet, None, cond, steps))
 
 
 @pytest.mark.parametrize(("steps", "part"), [(4, 0.5), (1, 1.0)])
@@ -128,7 +128,7 @@ def test_an_adapter_is_that_of_diffusers(
             output_type="latent",
         ).images
     cond = condition(text_models)
-    check(draw(unet, adapter, cond, steps), theirs, draw(unet, None, cond, steps))
+    check(generate(unet, adapter, cond, steps), theirs, generate(unet, None, cond, steps))
 
 
 @torch.no_grad()
@@ -136,24 +136,24 @@ def test_a_scale_of_nothing_changes_nothing(
     unet: Any, control_net: ControlModel, adapter: ControlModel, text_models: Texts
 ) -> None:
     cond = condition(text_models)
-    plain = draw(unet, None, cond, 4)
+    plain = generate(unet, None, cond, 4)
     for model in (control_net, adapter):
-        assert torch.allclose(draw(unet, model, cond, 4, scale=0.0), plain, atol=1e-5)
+        assert torch.allclose(generate(unet, model, cond, 4, scale=0.0), plain, atol=1e-5)
 
 
 @torch.no_grad()
 def test_part_says_how_many_steps_are_guided(unet: Any, adapter: ControlModel, text_models: Texts) -> None:
     denoiser, cond = StableDiffusion(unet), condition(text_models)
-    picture, timesteps = fitted(photograph(), (SIDE, SIDE)), STUDENTS[4]
-    for part, guided in ((None, 2), (0.5, 2), (1.0, 4), (0.75, 3), (0.1, 1)):
-        control = adapter.guide(picture, timesteps, part=part)
+    image, timesteps = fitted(photograph(), (SIDE, SIDE)), STUDENTS[4]
+    for part, cfg_denoise in ((None, 2), (0.5, 2), (1.0, 4), (0.75, 3), (0.1, 1)):
+        control = adapter.guide(image, timesteps, part=part)
         given = [bool(control(torch.zeros(1), torch.tensor([float(t)]), cond)) for t in timesteps]
-        assert given == [True] * guided + [False] * (4 - guided)
-    control = adapter.guide(picture, [399])
+        assert given == [True] * cfg_denoise + [False] * (4 - cfg_denoise)
+    control = adapter.guide(image, [399])
     assert control(torch.zeros(1), denoiser.timestep(denoiser.sigmas[399:400]), cond)
 
 
-def test_pictures_of_another_size_are_refused(adapter: ControlModel, control_net: ControlModel) -> None:
+def test_images_of_another_size_are_refused(adapter: ControlModel, control_net: ControlModel) -> None:
     assert (adapter.unit, control_net.unit) == (16, 8)
     for model, unit in ((adapter, 16), (control_net, 8)):
         with pytest.raises(UserError, match=f"control_image: 36x{SIDE}.*multiples of {unit} pixels"):
@@ -204,7 +204,7 @@ def test_a_union_is_that_of_diffusers(unet: Any, text_models: Texts, tmp_path: P
             output_type="latent",
         ).images
     cond = condition(text_models)
-    check(draw(unet, model, cond, 4), theirs, draw(unet, None, cond, 4))
+    check(generate(unet, model, cond, 4), theirs, generate(unet, None, cond, 4))
     (tmp_path / name).rename(tmp_path / "promax")
     with pytest.raises(UserError, match="folder's name must say what its images are: expected one of openpose"):
         load_control(tmp_path / "promax", torch.device("cpu"), torch.float32, unet.config)
@@ -231,7 +231,7 @@ def test_an_adapter_of_one_channel_is_that_of_diffusers(unet: Any, text_models: 
             output_type="latent",
         ).images
     cond = condition(text_models)
-    check(draw(unet, model, cond, 4), theirs, draw(unet, None, cond, 4))
+    check(generate(unet, model, cond, 4), theirs, generate(unet, None, cond, 4))
 
 
 def test_grey_is_that_of_pillow() -> None:
@@ -257,9 +257,9 @@ def test_what_was_made_for_another_unet_is_refused_before_it_is_loaded(
     assert "cross_attention_dim is 768; this one's is 256" in refused(control_net, cross_attention_dim=768)
     wide = {"block_out_channels": [32, 32, 32]}
     assert "block_out_channels is [32, 32, 32]; this one's is [32, 32, 64]" in refused(control_net, **wide)
-    assert "pictures of 6 channels; expected 1 or 3" in refused(control_net, conditioning_channels=6)
+    assert "images of 6 channels; expected 1 or 3" in refused(control_net, conditioning_channels=6)
     assert "9 latent channels; expected 4" in refused(control_net, in_channels=9)
-    assert "pictures of 4 channels; expected 1 or 3" in refused(adapter, in_channels=4)
+    assert "images of 4 channels; expected 1 or 3" in refused(adapter, in_channels=4)
     other = refused(adapter, channels=[32, 64, 64, 64])
     assert "gives [32, 64, 64, 64] channels; this one's blocks have [32, 32, 64]" in other
     assert "describes no T2IAdapter" in refused(adapter, adapter_type="heavy")

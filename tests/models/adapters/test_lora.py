@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmd2.diffusion.sampling import conditioned, few_step
+from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.adapters.lora import Fused, Lora, read_lora
 from dmd2.models.stable_diffusion.text import TextEncoder
 from dmd2.models.stable_diffusion.unet import StableDiffusion
@@ -122,7 +122,7 @@ def saved(path: Path, state: dict[str, Tensor], **metadata: str) -> Path:
     return path
 
 
-def draw(unet: Any, text_models: Texts, loras: list[tuple[Lora, float]]) -> Tensor:
+def generate(unet: Any, text_models: Texts, loras: list[tuple[Lora, float]]) -> Tensor:
     tokenizer, first, second = text_models
     unets, texts = Fused({"unet": unet}), Fused({"text_encoder": first, "text_encoder_2": second})
     try:
@@ -131,7 +131,7 @@ def draw(unet: Any, text_models: Texts, loras: list[tuple[Lora, float]]) -> Tens
         denoiser = StableDiffusion(unet)
         cond = TextEncoder([tokenizer, tokenizer], [first, second])(PROMPTS, (SIDE, SIDE))
         sigmas = [float(denoiser.sigmas[t]) for t in STUDENTS[4]]
-        return few_step(conditioned(denoiser, cond), denoiser.start, noise(4), sigmas)
+        return sample_few_step(conditioned(denoiser, cond), denoiser.start, noise(4), sigmas)
     finally:
         unets.use([])
         texts.use([])
@@ -168,9 +168,9 @@ def test_a_lora_is_that_of_diffusers(unet: Any, text_models: Texts, tmp_path: Pa
     file = saved(tmp_path / "some.safetensors", NAMINGS[naming](unet, text_models))
     theirs = draw_with_diffusers(unet, text_models, [(file, 0.7)])
     lora = read_lora(file)
-    ours = draw(unet, text_models, [(lora, 0.7)])
+    ours = generate(unet, text_models, [(lora, 0.7)])
     assert float((ours - theirs).abs().max()) < 1e-4
-    assert float((ours - draw(unet, text_models, [])).abs().max()) > 0.05  # it does something
+    assert float((ours - generate(unet, text_models, [])).abs().max()) > 0.05  # it does something
     assert lora.changes_text == (naming == "text")
 
 
@@ -179,7 +179,7 @@ def test_several_at_once_are_those_of_diffusers(unet: Any, text_models: Texts, t
     one = saved(tmp_path / "one.safetensors", NAMINGS["peft"](unet, text_models))
     two = saved(tmp_path / "two.safetensors", NAMINGS["kohya"](unet, text_models))
     theirs = draw_with_diffusers(unet, text_models, [(one, 0.5), (two, 0.9)])
-    ours = draw(unet, text_models, [(read_lora(one), 0.5), (read_lora(two), 0.9)])
+    ours = generate(unet, text_models, [(read_lora(one), 0.5), (read_lora(two), 0.9)])
     assert float((ours - theirs).abs().max()) < 1e-4
 
 
@@ -196,7 +196,7 @@ def test_pefts_metadata_tell_the_alphas(unet: Any, text_models: Texts, tmp_path:
     file = saved(tmp_path / "some.safetensors", state, format="pt", lora_adapter_metadata=json.dumps(settings))
     theirs = draw_with_diffusers(unet, text_models, [(file, 1.0)])
     assert {f.alpha for f in read_lora(file).layers.values()} == {ALPHA}
-    assert float((draw(unet, text_models, [(read_lora(file), 1.0)]) - theirs).abs().max()) < 1e-4
+    assert float((generate(unet, text_models, [(read_lora(file), 1.0)]) - theirs).abs().max()) < 1e-4
     for wrong in ('{"unet.r": 4, "unet.use_dora": true}', '{"unet.r": 5}', "{", '{"unet.lora_alpha": "x"}'):
         other = saved(tmp_path / "wrong.safetensors", state, format="pt", lora_adapter_metadata=wrong)
         with pytest.raises(UserError, match=r"LoRA wrong\.safetensors: "):
@@ -265,11 +265,11 @@ def test_an_error_half_way_leaves_the_original_weights(
 def test_fused_projections_follow(text_models: Texts, tmp_path: Path) -> None:
     unet = build_sdxl_unet()
     lora = read_lora(saved(tmp_path / "some.safetensors", NAMINGS["peft"](unet, text_models)))
-    expected, plain = draw(unet, text_models, [(lora, 1.0)]), draw(unet, text_models, [])
+    expected, plain = generate(unet, text_models, [(lora, 1.0)]), generate(unet, text_models, [])
     unet.set_default_attn_processor()
     fuse_projections(unet)
-    assert torch.allclose(draw(unet, text_models, [(lora, 1.0)]), expected, atol=1e-4)
-    assert torch.allclose(draw(unet, text_models, []), plain, atol=1e-4)
+    assert torch.allclose(generate(unet, text_models, [(lora, 1.0)]), expected, atol=1e-4)
+    assert torch.allclose(generate(unet, text_models, []), plain, atol=1e-4)
 
 
 def test_loras_for_another_model_are_refused_by_name(unet: Any, tmp_path: Path) -> None:

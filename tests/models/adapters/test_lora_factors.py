@@ -381,8 +381,8 @@ def test_extras_are_skipped_and_named(
     pairs: dict[str, Pairs], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = spelled(pairs, "unet", "lora_unet_{flat}.lora_{which}.weight down|up")
-    extras = {"bundle_emb.mine.string_to_param.*": torch.zeros(2, 4), "emb_params": torch.zeros(2, 4)}
-    lora = read_lora(saved(tmp_path / "x.safetensors", state | extras))
+    adapters = {"bundle_emb.mine.string_to_param.*": torch.zeros(2, 4), "emb_params": torch.zeros(2, 4)}
+    lora = read_lora(saved(tmp_path / "x.safetensors", state | adapters))
     assert len(lora.layers) == len(UNET_LAYERS)
     assert "LoRA x.safetensors: 2 skipped: bundle_emb.mine.string_to_param.*, emb_params" in caplog.text
     with pytest.raises(UserError, match=r"holds nothing: bundle_emb\.mine is no name of a LoRA"):

@@ -120,12 +120,12 @@ def test_weights_that_overflow_are_told_from_a_bad_dtype_and_taken_back(tmp_path
 
 
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 9, 2**31, 2**64 - 1]), max_size=5)
-PLAIN = {"lora_down.weight": [2, 4], "lora_up.weight": [6, 2]}
+TEXT_TO_IMAGE = {"lora_down.weight": [2, 4], "lora_up.weight": [6, 2]}
 KINDS: list[dict[str, list[int]]] = [  # of a layer (6, 4)
-    PLAIN,
-    {**PLAIN, "alpha": []},
-    {**PLAIN, "dora_scale": [6, 1], "lora_up.bias": [6]},
-    {**PLAIN, "lora_magnitude_vector": [6]},
+    TEXT_TO_IMAGE,
+    {**TEXT_TO_IMAGE, "alpha": []},
+    {**TEXT_TO_IMAGE, "dora_scale": [6, 1], "lora_up.bias": [6]},
+    {**TEXT_TO_IMAGE, "lora_magnitude_vector": [6]},
     {"lora_A.default.weight": [2, 4], "lora_B.default.weight": [6, 2]},
     {"hada_w1_a": [6, 2], "hada_w1_b": [2, 4], "hada_w2_a": [6, 2], "hada_w2_b": [2, 4]},
     {"lokr_w1": [3, 2], "lokr_w2": [2, 2], "alpha": []},
@@ -171,7 +171,10 @@ def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
         at += size
     if draw(st.booleans()):
         told = {f"text_encoder.{key}": value for key, value in draw(SETTINGS).items()}
-        header["__metadata__"] = {"lora_adapter_metadata": json.dumps(told), "lora_alpha": draw(st.text(max_size=9))}
+        header["__metadata__"] = {
+            "lora_adapter_metadata": json.dumps(told),
+            "lora_alpha": draw(st.text(max_size=9)),
+        }
     return header, at
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 import dmd2.cli
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import Churn, heun, teacher_sigmas
+from dmd2.diffusion.sampling import Churn, sample_heun, teacher_sigmas
 from dmd2.inference.engine import Engine, default_mode, modes_of
 from dmd2.models.edm.classes import ClassEncoder
 from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import UserError
-from dmd2.service.images import PictureFile, PictureRequest, PictureService
+from dmd2.service.images import ImageRequest, ImageService, OutputImage
 from dmd2.weights.manifest import read_manifest
 
 NAMES = ("airplane", "cat", "dog")
@@ -96,7 +96,7 @@ def test_the_student_draws_in_one_step(student: Path) -> None:
     noise = seeded_noise([5, 6], (1, 3, 16, 16))[:, 0]
     with torch.inference_mode():
         x0 = denoiser(80 * noise, torch.tensor([80.0, 80.0]), one_hot(1, 2))
-    found = Engine(student, "cpu").draw(["cat", "2"], [5, 6], "1")
+    found = Engine(student, "cpu").generate(["cat", "2"], [5, 6], "1")
     assert torch.equal(found, RgbCodec().decode(x0))
     assert found[0].float().std() > 5
 
@@ -108,8 +108,8 @@ def test_the_teacher_draws_by_heun(teacher: Path) -> None:
     sigmas = teacher_sigmas(denoiser, 18)
     noise = seeded_noise([7], (1, 3, 16, 16))[:, 0]
     with torch.inference_mode():
-        x0 = heun(lambda x, sigma: denoiser(x, sigma, one_hot(0)), sigmas[0] * noise, sigmas)
-    assert torch.equal(Engine(teacher, "cpu").draw(["an airplane"], [7], "teacher"), RgbCodec().decode(x0))
+        x0 = sample_heun(lambda x, sigma: denoiser(x, sigma, one_hot(0)), sigmas[0] * noise, sigmas)
+    assert torch.equal(Engine(teacher, "cpu").generate(["an airplane"], [7], "teacher"), RgbCodec().decode(x0))
 
 
 def test_the_teacher_s_sampler_may_add_noise_by_the_same_seeds(teacher: Path, student: Path) -> None:
@@ -119,14 +119,16 @@ def test_the_teacher_s_sampler_may_add_noise_by_the_same_seeds(teacher: Path, st
     noise = seeded_noise([7], (19, 3, 16, 16))
     with torch.inference_mode():
         one = one_hot(0)
-        x0 = heun(lambda x, s: denoiser(x, s, one), sigmas[0] * noise[:, 0], sigmas, noise[:, 1:].unbind(1), churn)
+        x0 = sample_heun(
+            lambda x, s: denoiser(x, s, one), sigmas[0] * noise[:, 0], sigmas, noise[:, 1:].unbind(1), churn
+        )
     engine = Engine(teacher, "cpu", churn=churn)
-    assert torch.equal(engine.draw(["an airplane"], [7], "teacher"), RgbCodec().decode(x0))
+    assert torch.equal(engine.generate(["an airplane"], [7], "teacher"), RgbCodec().decode(x0))
     with pytest.raises(UserError, match="--churn: only of an EDM teacher's sampler"):
         Engine(student, "cpu", modes=("1",), churn=churn)
 
 
-def test_churn_is_checked_and_written_into_the_picture(
+def test_churn_is_checked_and_written_into_the_image(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--weights", teacher, "--seed", "7", "--out", tmp_path]
@@ -141,7 +143,7 @@ def test_churn_is_checked_and_written_into_the_picture(
 
 def test_only_their_own_size(student: Path) -> None:
     with pytest.raises(UserError, match="width, height: 32x16; these weights draw 16x16 pixels and no other size"):
-        Engine(student, "cpu").draw(["cat"], [0], "1", (32, 16))
+        Engine(student, "cpu").generate(["cat"], [0], "1", (32, 16))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -158,17 +160,17 @@ def test_generate_classes(
     options = ("--weights", student, "--num-outputs", "4", "--seed", "3", "--out", out, "--json")
     assert run(monkeypatch, "generate", "--classes", "0,1-2", *options) == 0
     *lines, grid = capsys.readouterr().out.splitlines()
-    facts = [json.loads(line) for line in lines]
-    assert [(f["prompt"], f["seed"], f["steps"]) for f in facts] == [
+    metadata = [json.loads(line) for line in lines]
+    assert [(f["prompt"], f["seed"], f["steps"]) for f in metadata] == [
         (str(c), 3 + i, "1") for c in range(3) for i in range(4)
     ]
     engine = Engine(student, "cpu")
-    with Image.open(json.loads(grid)["grid"]) as picture:
-        assert picture.height == 3 * 16
+    with Image.open(json.loads(grid)["grid"]) as image:
+        assert image.height == 3 * 16
         row, column = 2, 3
-        box = (picture.width - 16, row * 16, picture.width, (row + 1) * 16)
-        shown = torch.tensor(list(picture.crop(box).tobytes())).view(16, 16, 3).permute(2, 0, 1)
-    assert torch.equal(shown, engine.draw(["dog"], [3 + column], "1")[0])
+        box = (image.width - 16, row * 16, image.width, (row + 1) * 16)
+        shown = torch.tensor(list(image.crop(box).tobytes())).view(16, 16, 3).permute(2, 0, 1)
+    assert torch.equal(shown, engine.generate(["dog"], [3 + column], "1")[0])
     assert len(list(out.iterdir())) == 13
 
 
@@ -207,27 +209,27 @@ def test_classes_are_nothing_to_a_text_to_image_model(
     assert "--classes 0-9:" in capsys.readouterr().err
 
 
-def collected(service: PictureService, request: PictureRequest) -> list[PictureFile]:
-    async def collect() -> list[PictureFile]:
-        return [picture async for picture in service.draw(request)]
+def collected(service: ImageService, request: ImageRequest) -> list[OutputImage]:
+    async def collect() -> list[OutputImage]:
+        return [image async for image in service.generate(request)]
 
     return asyncio.run(collect())
 
 
-def pixels(picture: PictureFile) -> Tensor:
-    assert picture.path is not None
-    with Image.open(picture.path) as image:
+def pixels(pixels: OutputImage) -> Tensor:
+    assert pixels.path is not None
+    with Image.open(pixels.path) as image:
         return torch.tensor(list(image.tobytes())).view(16, 16, 3).permute(2, 0, 1)
 
 
 def test_one_service_for_either_family(student: Path, teacher: Path, tmp_path: Path) -> None:
-    service = PictureService(student, "cpu", safety=tmp_path / "none", environ={})
-    pictures = collected(service, PictureRequest("a photo of a cat", seed=5, num_outputs=2, output_format="png"))
-    expected = Engine(student, "cpu").draw(["1", "1"], [5, 6], "1")
-    for picture, image in zip(pictures, expected, strict=True):
-        assert (pixels(picture).int() - image.int()).abs().max() <= 2
+    service = ImageService(student, "cpu", safety=tmp_path / "none", environ={})
+    images = collected(service, ImageRequest("a photo of a cat", seed=5, num_outputs=2, output_format="png"))
+    expected = Engine(student, "cpu").generate(["1", "1"], [5, 6], "1")
+    for shown, image in zip(images, expected, strict=True):
+        assert (pixels(shown).int() - image.int()).abs().max() <= 2
     with pytest.raises(UserError, match="names no class"):
-        collected(service, PictureRequest("a horse"))
+        collected(service, ImageRequest("a horse"))
     service.close()
     with pytest.raises(UserError, match="hold no few-step student"):
-        PictureService(teacher, "cpu", safety=tmp_path / "none", environ={})
+        ImageService(teacher, "cpu", safety=tmp_path / "none", environ={})

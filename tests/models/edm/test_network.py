@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import dmd2.models.edm.folder
-from dmd2.diffusion.denoiser import guided
+from dmd2.diffusion.denoiser import cfg_denoise
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import Churn, conditioned, heun, teacher_sigmas
+from dmd2.diffusion.sampling import Churn, conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import heun_steps, load_edm, save_edm
 from dmd2.models.edm.layers import Block
 from dmd2.models.edm.network import PUBLISHED, ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec, published
@@ -62,7 +62,7 @@ def inputs(config: EdmConfig, batch: int = 3) -> tuple[Tensor, Tensor, ClassCond
     return x * (0.25 + sigma[:, None, None, None] ** 2).sqrt(), sigma, ClassCondition.of(torch.arange(batch) - 1, 3)
 
 
-# The second derivation: float64, one picture, one head, one group, one tap of a filter at a time; no structure is
+# The second derivation: float64, one image, one head, one group, one tap of a filter at a time; no structure is
 # computed, each network of TINY is written out.
 
 
@@ -92,7 +92,7 @@ def down(x: Array, f: Array, padding: int) -> Array:
 
 
 def up(x: Array, f: Array) -> Array:
-    """Each pixel spreads 4 times its value with the filter; what falls off the double-sized picture is lost."""
+    """Each pixel spreads 4 times its value with the filter; what falls off the double-sized image is lost."""
     side, margin = x.shape[1], (len(f) - 1) // 2
     out = np.zeros((len(x), 2 * side + 8, 2 * side + 8))
     for i in range(side):
@@ -107,7 +107,7 @@ def silu(x: Array) -> Array:
 
 
 class Slow:
-    """One picture through the network of TINY called `name`, with the parameters of `network`."""
+    """One image through the network of TINY called `name`, with the parameters of `network`."""
 
     def __init__(self, name: str, network: EdmNetwork) -> None:
         self.name, self.adm = name, name == "adm"
@@ -187,7 +187,7 @@ class Slow:
         b = self.block(a, "enc.8x8_block0")
         c = self.block(b, "enc.4x4_down", "down")
         if self.name == "ncsnpp":
-            # The convolution sees zeros around the picture, the filter sees what the convolution made of them.
+            # The convolution sees zeros around the image, the filter sees what the convolution made of them.
             shrunk = down(self.conv(x, "enc.4x4_aux_residual", padding=2), taps(self.name), 0)
             c = (c + shrunk) / math.sqrt(2)
         d = self.block(c, "enc.4x4_block0", attention=True)
@@ -234,7 +234,7 @@ def test_every_input_and_parameter_matters(name: str) -> None:
     with torch.no_grad():
         one = network(x, sigma, cond.labels)[0]
         other = network(x, sigma, cond.labels.roll(1, 1))[0]
-        assert torch.equal(one[0], other[0])  # the first picture has no class
+        assert torch.equal(one[0], other[0])  # the first image has no class
         assert float((one - other)[1:].abs().amax((1, 2, 3)).min()) > 1e-3
 
 
@@ -369,14 +369,14 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 @ARCHITECTURES
-def test_a_picture_is_the_same_in_any_company_and_guidance_goes_through(name: str) -> None:
+def test_an_image_is_the_same_in_any_company_and_guidance_goes_through(name: str) -> None:
     denoiser = Edm(shuffled(TINY[name]))
     x, sigma, cond = inputs(TINY[name])
     together = denoiser(x, sigma, cond)
     alone = torch.cat([denoiser(x[i : i + 1], sigma[i : i + 1], cond[[i]]) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-5)
     free = denoiser(x, sigma, cond.unconditional())
-    pushed = guided(denoiser, x, sigma, cond, cond.unconditional(), 3.0)
+    pushed = cfg_denoise(denoiser, x, sigma, cond, cond.unconditional(), 3.0)
     assert torch.allclose(pushed, free + 3 * (together - free), atol=1e-4)
     x0, bottleneck = denoiser.features(x, sigma, cond)
     assert torch.equal(x0, together) and bottleneck.shape == (3, 2 * TINY[name].model_channels, 4, 4)
@@ -386,20 +386,20 @@ def test_a_picture_is_the_same_in_any_company_and_guidance_goes_through(name: st
     assert torch.equal(denoiser.bottleneck(x, sigma, cond), bottleneck) and ran == []  # for half of the work
 
 
-def test_heun_samples_from_a_network_and_each_picture_keeps_its_seed() -> None:
+def test_heun_samples_from_a_network_and_each_image_keeps_its_seed() -> None:
     denoiser = Edm(shuffled(TINY["ncsnpp"]))
     sigmas, cond = teacher_sigmas(denoiser, 5), ClassCondition.of(torch.tensor([0, 2]), 3)
     assert sigmas[0] == pytest.approx(80) and sigmas[-1] == pytest.approx(0.002)
 
-    def draw(seeds: list[int], cond: ClassCondition) -> Tensor:
+    def generate(seeds: list[int], cond: ClassCondition) -> Tensor:
         noise = seeded_noise(seeds, (6, 3, 8, 8)).unbind(1)
         start = sigmas[0] * noise[0]
-        return heun(conditioned(denoiser, cond), start, sigmas, noise[1:], Churn(4.0))
+        return sample_heun(conditioned(denoiser, cond), start, sigmas, noise[1:], Churn(4.0))
 
-    both = draw([1, 2], cond)
+    both = generate([1, 2], cond)
     assert both.dtype == torch.float32 and both.isfinite().all()
-    assert torch.allclose(both[1:], draw([2], cond[1:]), atol=1e-3)
-    assert not torch.allclose(both[1:], draw([3], cond[1:]), atol=1e-1)
+    assert torch.allclose(both[1:], generate([2], cond[1:]), atol=1e-3)
+    assert not torch.allclose(both[1:], generate([3], cond[1:]), atol=1e-1)
 
 
 def test_dropout_works_in_training_only() -> None:

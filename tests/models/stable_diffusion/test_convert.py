@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from dmd2.inference.conditioning import Edit
+from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.models.adapters.lora import read_lora
 from dmd2.models.stable_diffusion.configs import read_schedule
@@ -43,10 +43,10 @@ def test_the_folder_draws_what_checkpoint_and_lora_draw_together(checkpoint: Pat
     lora = checkpoint.parent / "dmd2.safetensors"
     manifest = convert_sdxl(checkpoint, lora, tmp_path / "made", 0.75)
     verify(tmp_path / "made", manifest)
-    edit = Edit(loras=((read_lora(lora), 0.75),))
-    expected = Engine(checkpoint, "cpu").draw(["an owl"], [3], "4", SIZE, edit)
+    edit = ImageConditioning(loras=((read_lora(lora), 0.75),))
+    expected = Engine(checkpoint, "cpu").generate(["an owl"], [3], "4", SIZE, edit)
     made = Engine(tmp_path / "made", "cpu", dtype=torch.float32)
-    assert torch.equal(made.draw(["an owl"], [3], "4", SIZE), expected)
+    assert torch.equal(made.generate(["an owl"], [3], "4", SIZE), expected)
     assert made.manifest.students.keys() == {4}
     assert "no commercial use" in made.manifest.licence
 
@@ -72,7 +72,7 @@ def test_files_in_half_precision_and_another_vae_are_taken(checkpoint: Path, tmp
     assert all(torch.equal(found[key], value) for key, value in halves.items())
     fixed, vae = load_file(tmp_path / "fixed" / UNET_FILE), load_file(tmp_path / "made" / "vae" / UNET_FILE)
     assert all(torch.equal(vae[key], value) for key, value in fixed.items())
-    Engine(tmp_path / "made", "cpu").draw(["an owl"], [0], "4", SIZE)
+    Engine(tmp_path / "made", "cpu").generate(["an owl"], [0], "4", SIZE)
 
 
 def test_a_lora_may_have_any_name(checkpoint: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_predicts_v_keeps_that_and_the_log_says_what_the_lora_
     schedule = read_schedule(tmp_path / "made" / "scheduler")
     assert schedule.prediction_type == "v_prediction" and schedule.zero_snr
     engine = Engine(tmp_path / "made", "cpu")
-    engine.draw(["an owl"], [0], "4", SIZE)
+    engine.generate(["an owl"], [0], "4", SIZE)
     assert float(engine.model.denoisers["unet"].sigmas[-1]) > 1e6
 
 
@@ -116,7 +116,7 @@ def test_shards_are_taken_and_drawn_with(checkpoint: Path, tmp_path: Path, preci
     convert_sdxl(copy, checkpoint.parent / "dmd2.safetensors", tmp_path / "made")
     convert_sdxl(checkpoint, checkpoint.parent / "dmd2.safetensors", tmp_path / "whole")
     sharded, whole = (Engine(tmp_path / name, "cpu", modes=("4",), dtype=torch.float32) for name in ("made", "whole"))
-    assert torch.equal(sharded.draw(["an owl"], [3], "4", SIZE), whole.draw(["an owl"], [3], "4", SIZE))
+    assert torch.equal(sharded.generate(["an owl"], [3], "4", SIZE), whole.generate(["an owl"], [3], "4", SIZE))
     assert count_parameters(sharded.folder, ["unet"]) == count_parameters(whole.folder, ["unet"])
     for name in ("unet", "text_encoder"):  # the libraries read them, too
         assert list((tmp_path / "made" / name).glob("*.index.json"))

@@ -215,8 +215,8 @@ def test_dmd2_and_plain_diffusers_load_what_was_downloaded(hub: Hub, dest: Path)
     assert isinstance(pipeline.scheduler, LCMScheduler) and isinstance(pipeline.vae, AutoencoderKL)
     assert pipeline.scheduler.config.prediction_type == "epsilon"
     timesteps = read_manifest(dest).students[4].timesteps
-    picture = pipeline("an owl", width=32, height=32, guidance_scale=0.0, timesteps=timesteps, output_type="pt")
-    assert picture.images.shape == (1, 3, 32, 32) and picture.images.isfinite().all()
+    image = pipeline("an owl", width=32, height=32, guidance_scale=0.0, timesteps=timesteps, output_type="pt")
+    assert image.images.shape == (1, 3, 32, 32) and image.images.isfinite().all()
 
 
 def test_licences_are_shown_before_anything_is_loaded(hub: Hub, dest: Path) -> None:

@@ -178,9 +178,7 @@ def test_embedded_weights_are_whole_and_small() -> None:
 
 
 @torch.no_grad()
-def test_diffusers_loads_the_folder_and_draws_the_same_picture(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_diffusers_loads_the_folder_and_draws_the_same_image(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(weights, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     timesteps = read_manifest(weights).students[4].timesteps
@@ -196,7 +194,7 @@ def test_diffusers_loads_the_folder_and_draws_the_same_picture(
         output_type="pt",
     ).images
     assert not noise
-    ours = Engine(weights, "cpu").draw(["a red apple"], [11], "4")
+    ours = Engine(weights, "cpu").generate(["a red apple"], [11], "4")
     assert ours.shape == theirs.shape and ours.float().std() > 1
     assert float((ours.float() - theirs * 255).abs().max()) <= 1
 

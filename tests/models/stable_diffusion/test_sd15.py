@@ -18,7 +18,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmd2.inference.conditioning import Edit
+from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import fitted
 from dmd2.models.adapters.lora import read_lora
@@ -95,7 +95,7 @@ def caught(engine: Engine, *arguments: Any, **settings: Any) -> Tensor:
     decode = engine.model.codec.decode
     engine.model.codec.decode = lambda x: seen.append(x) or decode(x)  # type: ignore[assignment,func-returns-value]
     try:
-        engine.draw(*arguments, **settings)
+        engine.generate(*arguments, **settings)
     finally:
         del engine.model.codec.decode
     assert len(seen) == 1
@@ -103,7 +103,7 @@ def caught(engine: Engine, *arguments: Any, **settings: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("steps", [4, 1])
-def test_pictures_are_those_of_diffusers(pipe: Any, engine: Engine, steps: int) -> None:
+def test_images_are_those_of_diffusers(pipe: Any, engine: Engine, steps: int) -> None:
     drawn = noise(steps)
     settings: dict[str, Any] = {"guidance_scale": 1.0, "width": SIDE, "height": SIDE, "output_type": "latent"}
     with noise_for_diffusers(drawn[1:], scheduling_lcm):
@@ -119,7 +119,7 @@ def test_image_to_image_is_that_of_diffusers(pipe: Any, engine: Engine) -> None:
     with noise_for_diffusers(drawn, img2img_module, scheduling_lcm):
         settings: dict[str, Any] = {"image": [given, given], "strength": 0.75, "output_type": "latent"}
         theirs = other(PROMPTS, timesteps=STUDENTS[4], guidance_scale=1.0, **settings).images
-    ours = caught(engine, PROMPTS, SEEDS, "4", edit=Edit(image=fitted(given, SIZE), strength=0.75))
+    ours = caught(engine, PROMPTS, SEEDS, "4", edit=ImageConditioning(image=fitted(given, SIZE), strength=0.75))
     assert float((ours - theirs).abs().max()) < 1e-4
 
 
@@ -131,21 +131,21 @@ def test_guidance_leads_away_from_an_empty_prompt(pipe: Any, engine: Engine) -> 
     with noise_for_diffusers(drawn[1:], scheduling_lcm):
         theirs = pipe(PROMPTS, latents=drawn[0].clone(), timesteps=STUDENTS[4], **settings).images
     assert float((caught(engine, PROMPTS, SEEDS, "teacher-4") - theirs).abs().max()) < 1e-3
-    assert engine.draw([LONG], [0], "teacher").shape == (1, 3, SIDE, SIDE)  # of several windows
+    assert engine.generate([LONG], [0], "teacher").shape == (1, 3, SIDE, SIDE)  # of several windows
 
 
 def test_long_prompts_loras_and_other_sizes(engine: Engine, tmp_path: Path) -> None:
-    plain = engine.draw([LONG + "owl"], [0], "4", (SIDE, 2 * SIDE))
+    plain = engine.generate([LONG + "owl"], [0], "4", (SIDE, 2 * SIDE))
     assert plain.shape == (1, 3, 2 * SIDE, SIDE)
-    assert not torch.equal(plain, engine.draw([LONG + "heart"], [0], "4", (SIDE, 2 * SIDE)))
+    assert not torch.equal(plain, engine.generate([LONG + "heart"], [0], "4", (SIDE, 2 * SIDE)))
     state = kohya_style(engine.model.denoisers["unet"].unet, "lora_unet", ATTENTION, 0)
     state |= kohya_style(engine.model.encode_text.encoders[0], "lora_te_text_model", ("q_proj",), 1)
     save_file(state, tmp_path / "some.safetensors")
     some = read_lora(tmp_path / "some.safetensors")
-    changed = engine.draw(["an owl"], [0], "4", SIZE, Edit(loras=((some, 1.0),)))
-    assert not torch.equal(changed, engine.draw(["an owl"], [0], "4"))
+    changed = engine.generate(["an owl"], [0], "4", SIZE, ImageConditioning(loras=((some, 1.0),)))
+    assert not torch.equal(changed, engine.generate(["an owl"], [0], "4"))
     for_sdxl = {key.replace("lora_te_", "lora_te2_"): value for key, value in state.items()}
     save_file(for_sdxl, tmp_path / "sdxl.safetensors")
     with pytest.raises(UserError, match="made for another model: this one has no text_encoder_2"):
         other = read_lora(tmp_path / "sdxl.safetensors")
-        engine.draw(["an owl"], [0], "4", SIZE, Edit(loras=((other, 1.0),)))
+        engine.generate(["an owl"], [0], "4", SIZE, ImageConditioning(loras=((other, 1.0),)))

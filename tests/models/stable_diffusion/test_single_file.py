@@ -175,9 +175,9 @@ def test_every_weight_comes_back_to_the_bit(folder: Path, base: Path, file: Path
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     (student,) = manifest.students.values()
     assert student.timesteps == [999, 749, 499, 249] and not student.lora
-    expected = Engine(folder, "cpu", dtype=torch.float32).draw(["an owl"], [3], "4", (64, 64))
+    expected = Engine(folder, "cpu", dtype=torch.float32).generate(["an owl"], [3], "4", (64, 64))
     assert torch.equal(
-        Engine(tmp_path / "made", "cpu", dtype=torch.float32).draw(["an owl"], [3], "4", (64, 64)), expected
+        Engine(tmp_path / "made", "cpu", dtype=torch.float32).generate(["an owl"], [3], "4", (64, 64)), expected
     )
 
 
@@ -198,7 +198,7 @@ def test_precisions(folder: Path, base: Path, tmp_path: Path, dtype: torch.dtype
         expected, found = bare(load_file(folder / name / of)), bare(load_file(tmp_path / "made" / name / of))
         for key, value in expected.items():
             assert found[key].dtype == stored and torch.equal(found[key].float(), value.to(dtype).float()), key
-    Engine(tmp_path / "made", "cpu").draw(["an owl"], [0], "4", (64, 64))
+    Engine(tmp_path / "made", "cpu").generate(["an owl"], [0], "4", (64, 64))
 
 
 def test_scaled_8_bit_weights_are_multiplied(folder: Path, base: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_an_inpainting_checkpoint_in_one_file(folder: Path, base: Path, tmp_path
     save_file(state, tmp_path / "inpainting.safetensors")
     convert_sdxl(tmp_path / "inpainting.safetensors", None, tmp_path / "made", base=base)
     engine = Engine(tmp_path / "made", "cpu")
-    engine.draw(["an owl"], [0], "4", (64, 64))
+    engine.generate(["an owl"], [0], "4", (64, 64))
     assert engine.model.denoisers["unet"].inpaints  # type: ignore[union-attr]
 
 

@@ -26,7 +26,7 @@ SCHEDULE: dict[str, Any] = {
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def generate(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -38,7 +38,7 @@ def unet() -> Any:
 
 def condition(n: int, seed: int = 1) -> TextCondition:
     sizes = torch.tensor([64.0, 64.0, 0.0, 0.0, 64.0, 64.0]).expand(n, -1)
-    return TextCondition(draw(n, 8, TEXT, seed=seed), draw(n, POOLED, seed=seed + 1), sizes)
+    return TextCondition(generate(n, 8, TEXT, seed=seed), generate(n, POOLED, seed=seed + 1), sizes)
 
 
 # Timesteps
@@ -76,7 +76,7 @@ def test_x0_is_that_of_diffusers_schedulers(unet: Any, prediction_type: Predicti
     denoiser = StableDiffusion(unet, prediction_type)
     cond = condition(2)
     sigma = denoiser.sigmas[t].repeat(2)
-    x = add_noise(draw(2, 4, 16, 16), sigma, draw(2, 4, 16, 16, seed=5))
+    x = add_noise(generate(2, 4, 16, 16), sigma, generate(2, 4, 16, 16, seed=5))
     found = denoiser(x, sigma, cond)
     assert found.dtype == torch.float32 and found.shape == x.shape
 
@@ -99,7 +99,7 @@ def test_weighted_x0_error_is_the_plain_error_of_the_output(unet: Any, predictio
     denoiser = StableDiffusion(unet, prediction_type)
     index = torch.tensor([20, 399, 980, 999])
     sigma, cond = denoiser.sigmas[index], condition(4)
-    x0, noise = draw(4, 4, 16, 16), draw(4, 4, 16, 16, seed=2)
+    x0, noise = generate(4, 4, 16, 16), generate(4, 4, 16, 16, seed=2)
     x = add_noise(x0, sigma, noise)
     s = sigma[:, None, None, None]
     root = (1 + s**2).sqrt()
@@ -121,7 +121,7 @@ def test_features_are_the_mid_block_s_output_of_the_same_pass(unet: Any) -> None
     denoiser = StableDiffusion(unet)
     caught: list[Tensor] = []
     handle = unet.mid_block.register_forward_hook(lambda module, inputs, output: caught.append(output))
-    x, sigma, cond = draw(2, 4, 16, 16), torch.tensor([0.7, 9.0]), condition(2)
+    x, sigma, cond = generate(2, 4, 16, 16), torch.tensor([0.7, 9.0]), condition(2)
     try:
         x0, bottleneck = denoiser.features(x, sigma, cond)
     finally:
@@ -133,7 +133,7 @@ def test_features_are_the_mid_block_s_output_of_the_same_pass(unet: Any) -> None
 
 def test_gradients_reach_the_input_through_x0_and_features(unet: Any) -> None:
     denoiser = StableDiffusion(unet)
-    x = draw(1, 4, 16, 16).requires_grad_()
+    x = generate(1, 4, 16, 16).requires_grad_()
     x0, bottleneck = denoiser.features(x, torch.tensor([1.0]), condition(1))
     for value in (x0, bottleneck):
         (gradient,) = torch.autograd.grad(value.square().mean(), x, retain_graph=True)
@@ -142,7 +142,7 @@ def test_gradients_reach_the_input_through_x0_and_features(unet: Any) -> None:
 
 def test_a_generator_starts_from_unit_noise_whatever_its_level(unet: Any) -> None:
     denoiser = StableDiffusion(unet)
-    noise = draw(3, 4, 16, 16)
+    noise = generate(3, 4, 16, 16)
     sigma = denoiser.sigmas[torch.tensor([399, 749, 999])]
     start = denoiser.start(noise, sigma)
     seen = start / (1 + sigma[:, None, None, None] ** 2).sqrt()  # what the UNet is given
@@ -153,7 +153,7 @@ def test_a_generator_starts_from_unit_noise_whatever_its_level(unet: Any) -> Non
 def test_half_precision_stays_inside_the_network(how: str) -> None:
     torch.manual_seed(0)
     full = build_unet((32, 32, 32)).eval().requires_grad_(False)
-    x, sigma, cond = draw(2, 4, 16, 16), torch.tensor([0.7, 3.0]), condition(2)
+    x, sigma, cond = generate(2, 4, 16, 16), torch.tensor([0.7, 3.0]), condition(2)
     expected, features = StableDiffusion(full).features(x, sigma, cond)
     if how == "weights":
         denoiser = StableDiffusion(full.to(torch.bfloat16))
@@ -281,10 +281,10 @@ def test_conditions_are_joined_picked_and_masked() -> None:
 
 def test_contexts_of_unequal_length_do_not_go_into_one_batch() -> None:
     with pytest.raises(ValueError, match=r"unequal length in one batch: \[8, 12\]"):
-        TextCondition(draw(1, 8, TEXT)).cat(TextCondition(draw(2, 12, TEXT, seed=1)))
+        TextCondition(generate(1, 8, TEXT)).cat(TextCondition(generate(2, 12, TEXT, seed=1)))
 
 
-# Pictures
+# Images
 
 
 def test_codec_keeps_shapes_ranges_and_types(tiny_vae: Any) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from dmd2.diffusion.noise import zero_snr_sigmas
-from dmd2.inference.conditioning import PLAIN, Edit
+from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import fitted
 from dmd2.models.stable_diffusion.codec import LatentCodec
@@ -100,13 +100,15 @@ def test_latents_with_mean_and_std_are_those_of_diffusers(text_models: tuple[Any
     with noise_for_diffusers(drawn[1:], scheduling_lcm):
         settings: dict[str, Any] = {"timesteps": STUDENTS[4], "guidance_scale": 1.0, "output_type": "np"}
         theirs = plain(PROMPTS, latents=drawn[0], width=SIDE, height=SIDE, **settings).images
-    assert difference(engine.draw(PROMPTS, SEEDS, "4", SIZE), pixels(theirs)) <= 1
+    assert difference(engine.generate(PROMPTS, SEEDS, "4", SIZE), pixels(theirs)) <= 1
 
     drawn = noise(2)
     again = pipeline(StableDiffusionXLImg2ImgPipeline, text_models, build_sdxl_unet(), playground_vae())
     with noise_for_diffusers(drawn, img2img_module, scheduling_lcm):
         theirs = again(PROMPTS, image=[photograph()] * 2, strength=0.6, **settings).images
-    ours = engine.draw(PROMPTS, SEEDS, "4", SIZE, Edit(image=fitted(photograph(), SIZE), strength=0.6))
+    ours = engine.generate(
+        PROMPTS, SEEDS, "4", SIZE, ImageConditioning(image=fitted(photograph(), SIZE), strength=0.6)
+    )
     assert pixels(theirs).float().std() > 5 and difference(ours, pixels(theirs)) <= 2
 
 
@@ -130,7 +132,7 @@ def mask() -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.6, 2)])
-def test_an_inpainted_picture_is_that_of_diffusers(
+def test_an_inpainted_image_is_that_of_diffusers(
     inpainting: Engine, text_models: tuple[Any, Any, Any], strength: float, steps: int
 ) -> None:
     drawn = noise(steps)
@@ -149,7 +151,9 @@ def test_an_inpainted_picture_is_that_of_diffusers(
             output_type="np",
         ).images
     image = fitted(photograph(), SIZE)
-    ours = inpainting.draw(PROMPTS, SEEDS, "4", SIZE, Edit(image=image, mask=mask(), strength=strength))
+    ours = inpainting.generate(
+        PROMPTS, SEEDS, "4", SIZE, ImageConditioning(image=image, mask=mask(), strength=strength)
+    )
     inside = mask().expand(2, 3, -1, -1)
     assert pixels(theirs).float().std() > 5
     assert difference(ours[inside], pixels(theirs)[inside]) <= 2
@@ -157,14 +161,18 @@ def test_an_inpainted_picture_is_that_of_diffusers(
 
 
 def test_what_an_inpainting_unet_is_given(inpainting: Engine) -> None:
-    """Mask, and latents of the picture with the masked part grey; without a mask all is masked."""
+    """Mask, and latents of the image with the masked part grey; without a mask all is masked."""
     seen: list[Tensor] = []
-    inpainting.draw(["an owl"], [0], "4")
+    inpainting.generate(["an owl"], [0], "4")
     denoiser: Any = inpainting.model.denoisers["unet"]
     handle = denoiser.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     image = fitted(photograph(), SIZE)
-    for edit in (PLAIN, Edit(image=image, strength=0.5), Edit(image=image, mask=mask())):
-        inpainting.draw(["an owl"], [0], "4", SIZE, edit)
+    for edit in (
+        TEXT_TO_IMAGE,
+        ImageConditioning(image=image, strength=0.5),
+        ImageConditioning(image=image, mask=mask()),
+    ):
+        inpainting.generate(["an owl"], [0], "4", SIZE, edit)
     handle.remove()
     assert [x.shape for x in seen] == [(1, 9, 8, 8)] * 10  # four, two and four steps
     vae = denoiser_vae = inpainting.model.codec.vae  # type: ignore[union-attr]
@@ -187,17 +195,17 @@ def test_an_inpainting_unet_follows_a_control_net(inpainting: Engine, tmp_path: 
             torch.nn.init.normal_(parameter, std=0.05)
     network.save_pretrained(tmp_path)
     image = fitted(photograph(), SIZE)
-    plain = inpainting.draw(["an owl"], [0], "4", SIZE, Edit(image=image, mask=mask()))
-    edit = Edit(image=image, mask=mask(), control=tmp_path, control_image=image)
-    assert difference(inpainting.draw(["an owl"], [0], "4", SIZE, edit), plain) > 2
+    plain = inpainting.generate(["an owl"], [0], "4", SIZE, ImageConditioning(image=image, mask=mask()))
+    edit = ImageConditioning(image=image, mask=mask(), control=tmp_path, control_image=image)
+    assert difference(inpainting.generate(["an owl"], [0], "4", SIZE, edit), plain) > 2
 
 
 def test_an_inpainting_unet_is_recorded_and_follows_no_mask_in_training(inpainting: Engine) -> None:
     recorded = Engine(inpainting.folder, "cpu", dtype=torch.float32, trace=True)
     recorded.warm_up(("4",), [SIZE])
-    edit = Edit(image=fitted(photograph(), SIZE), mask=mask())
-    expected = inpainting.draw(PROMPTS, SEEDS, "4", SIZE, edit)
-    assert difference(recorded.draw(PROMPTS, SEEDS, "4", SIZE, edit), expected) <= 2
+    edit = ImageConditioning(image=fitted(photograph(), SIZE), mask=mask())
+    expected = inpainting.generate(PROMPTS, SEEDS, "4", SIZE, edit)
+    assert difference(recorded.generate(PROMPTS, SEEDS, "4", SIZE, edit), expected) <= 2
     denoiser: Any = inpainting.model.denoisers["unet"]
     cond = TextCondition(torch.zeros(1, 4, 256), torch.zeros(1, 128), torch.zeros(1, 6))
     with pytest.raises(UserError, match="it can only be sampled, not trained"):
@@ -215,12 +223,12 @@ def test_zero_snr_levels_are_those_of_diffusers() -> None:
 
 
 @torch.no_grad()
-def test_a_picture_of_zero_terminal_snr_is_that_of_diffusers(
+def test_an_image_of_zero_terminal_snr_is_that_of_diffusers(
     text_models: tuple[Any, Any, Any], tmp_path: Path
 ) -> None:
     settings = SCHEDULE | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     engine = save(tmp_path / "v", text_models, build_sdxl_unet(), build_vae())
-    plain = engine.draw(PROMPTS, SEEDS, "4", SIZE)
+    plain = engine.generate(PROMPTS, SEEDS, "4", SIZE)
     LCMScheduler(**settings).save_pretrained(engine.folder / "scheduler")
     write_manifest(engine.folder, read_manifest(engine.folder))
     pipe = pipeline(StableDiffusionXLPipeline, text_models, build_sdxl_unet(), build_vae())
@@ -236,7 +244,7 @@ def test_a_picture_of_zero_terminal_snr_is_that_of_diffusers(
             guidance_scale=1.0,
             output_type="np",
         ).images
-    ours = Engine(engine.folder, "cpu", dtype=torch.float32).draw(PROMPTS, SEEDS, "4", SIZE)
+    ours = Engine(engine.folder, "cpu", dtype=torch.float32).generate(PROMPTS, SEEDS, "4", SIZE)
     assert pixels(theirs).float().std() > 5 and difference(ours, pixels(theirs)) <= 1
     assert difference(ours, plain) > 5
 

@@ -94,7 +94,7 @@ class CogServer:
         return None
 
     def outbox(self) -> list[Path]:
-        """Picture files that are there now."""
+        """Image files that are there now."""
         return [path for folder in self.temporary.rglob("dmd2-outbox-*") for path in folder.iterdir()]
 
     def post(self, headers: dict[str, str] | None = None, **inputs: Any) -> httpx.Response:
@@ -103,7 +103,7 @@ class CogServer:
     def put(self, name: str, headers: dict[str, str] | None = None, **inputs: Any) -> httpx.Response:
         return self.client.put(f"/predictions/{name}", json={"input": inputs}, headers=headers)
 
-    def draw(self, **inputs: Any) -> Answer:
+    def generate(self, **inputs: Any) -> Answer:
         """A request that must succeed."""
         return Answer.of(self.post(**inputs))
 
@@ -131,7 +131,7 @@ def children(pid: int) -> list[int]:
 class Answer:
     """A prediction that succeeded."""
 
-    pictures: tuple[bytes, ...]
+    images: tuple[bytes, ...]
     metrics: dict[str, Any]
     logs: str
     id: str
@@ -144,8 +144,8 @@ class Answer:
     @classmethod
     def parse(cls, prediction: dict[str, Any]) -> Answer:
         assert prediction["status"] == "succeeded", prediction
-        pictures = tuple(unpacked(url) for url in prediction["output"])
-        return cls(pictures, prediction["metrics"], prediction["logs"], prediction["id"])
+        images = tuple(unpacked(url) for url in prediction["output"])
+        return cls(images, prediction["metrics"], prediction["logs"], prediction["id"])
 
 
 def unpacked(url: str) -> bytes:
@@ -155,14 +155,14 @@ def unpacked(url: str) -> bytes:
     return base64.b64decode(data, validate=True)
 
 
-def pixels(picture: bytes) -> numpy.ndarray:
+def pixels(image: bytes) -> numpy.ndarray:
     """int16 (H, W, 3) of an image file."""
-    return numpy.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(numpy.int16)
+    return numpy.asarray(Image.open(io.BytesIO(image)).convert("RGB")).astype(numpy.int16)
 
 
 def difference(first: bytes | numpy.ndarray, second: bytes | numpy.ndarray) -> int:
-    """The largest of all differences between the pixels of two pictures."""
-    a, b = (pixels(picture) if isinstance(picture, bytes) else picture for picture in (first, second))
+    """The largest of all differences between the pixels of two images."""
+    a, b = (pixels(image) if isinstance(image, bytes) else image for image in (first, second))
     assert a.shape == b.shape
     return int(numpy.abs(a - b).max())
 

@@ -224,8 +224,8 @@ names = st.sampled_from(["id", "input", "webhook", "webhook_events_filter", "con
 @given(st.dictionaries(names, values, max_size=5), st.data())
 def test_any_body_is_an_answer_and_cog_gets_what_it_understands(body: dict[str, Any], data: st.DataObject) -> None:
     content = bytearray(json.dumps(body).encode())
-    if data.draw(st.booleans()):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    if data.generate(st.booleans()):
+        content[data.generate(st.integers(0, len(content) - 1))] = data.generate(st.integers(0, 255))
 
     async def test() -> None:
         world = World()
@@ -512,7 +512,7 @@ def fails(request: httpx2.Request) -> httpx2.Response:
     raise httpx2.ReadError("reset", request=request)
 
 
-BUSY = {"status": "failed", "error": "Prediction failed: Async prediction failed: Busy: 128 pictures are waiting"}
+BUSY = {"status": "failed", "error": "Prediction failed: Async prediction failed: Busy: 128 images are waiting"}
 
 
 DEAD = {
@@ -524,7 +524,7 @@ DEAD = {
 @pytest.mark.parametrize(
     ("answered", "status", "error"),
     [
-        (lambda request: httpx2.Response(200, json=BUSY), 429, "128 pictures are waiting"),
+        (lambda request: httpx2.Response(200, json=BUSY), 429, "128 images are waiting"),
         (lambda request: httpx2.Response(503, json={"error": "not yet", "status": "failed"}), 503, "not yet"),
         (fails, 503, "the server is being set up; see /health-check"),
         (lambda request: httpx2.Response(200, json=DEAD), 503, "the worker is being replaced; ask again"),

@@ -139,7 +139,7 @@ def test_dmd2_weights_comes_before_cog_weights(monkeypatch: pytest.MonkeyPatch) 
     import predict
 
     chosen: list[object] = []
-    monkeypatch.setattr(predict, "PictureService", chosen.append)
+    monkeypatch.setattr(predict, "ImageService", chosen.append)
     predict.Predictor().setup("cogs")
     monkeypatch.setenv("DMD2_WEIGHTS", "mine")
     predict.Predictor().setup("cogs")

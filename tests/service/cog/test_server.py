@@ -1,4 +1,4 @@
-"""The real Cog server as its clients see it: all ways to ask, all ways to go wrong, never another's picture."""
+"""The real Cog server as its clients see it: all ways to ask, all ways to go wrong, never another's image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from dmd2.inference.conditioning import Edit
+from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import fitted
 from dmd2.weights.manifest import DEFAULT, read_manifest
@@ -88,7 +88,7 @@ class Shared(CogServer):
             self.seconds_to_ready = time.monotonic() - began
             kinds = [OWL, OWL | {"num_inference_steps": 4}, OWL | {"num_outputs": 3}]
             kinds += [OWL | {"width": 80, "height": 48}, OWL | {"prompt": "an owl " * 60}]
-            self.first = [(kind, self.draw(**kind)) for kind in kinds]
+            self.first = [(kind, self.generate(**kind)) for kind in kinds]
             self.first_files = self.outbox()
         except BaseException:
             self.close()
@@ -117,7 +117,7 @@ def engine() -> Engine:
 def drawn(engine: Engine, **inputs: Any) -> numpy.ndarray:
     """The reference: what the engine itself draws alone, int16 (H, W, 3)."""
     size = inputs.get("width", 64), inputs.get("height", 64)
-    image = engine.draw([inputs["prompt"]], [inputs["seed"]], str(inputs["num_inference_steps"]), size)[0]
+    image = engine.generate([inputs["prompt"]], [inputs["seed"]], str(inputs["num_inference_steps"]), size)[0]
     return image.permute(1, 2, 0).numpy().astype(numpy.int16)
 
 
@@ -137,9 +137,9 @@ def stopped_early(server: CogServer) -> int:
 def test_first_requests_are_answered_like_later_ones(server: Shared) -> None:
     print(f"READY after {server.seconds_to_ready:.1f} s")
     for inputs, first in server.first:
-        again = server.draw(**inputs)
+        again = server.generate(**inputs)
         print(f"first {first.metrics['predict_time']:.3f} s, again {again.metrics['predict_time']:.3f} s")
-        assert all(difference(a, b) <= 2 for a, b in zip(first.pictures, again.pictures, strict=True))
+        assert all(difference(a, b) <= 2 for a, b in zip(first.images, again.images, strict=True))
 
 
 def test_a_tampered_weights_folder_ends_the_start_with_the_name_of_the_file(tmp_path: Path, start: Start) -> None:
@@ -157,55 +157,55 @@ def test_a_tampered_weights_folder_ends_the_start_with_the_name_of_the_file(tmp_
 
 def test_json(server: CogServer, engine: Engine) -> None:
     inputs = OWL | {"num_inference_steps": 4, "num_outputs": 2, "width": 48, "height": 32}
-    answer = server.draw(**inputs)
+    answer = server.generate(**inputs)
     assert answer.logs == "seed: 5\n"
     metrics = answer.metrics
     assert (metrics["seed"], metrics["image_count"]) == (5, 2)
     assert metrics["batch_size"] in (1, 2)  # 1 where the device was faster than the queue
     assert set(metrics["seconds"]) == STAGES
     assert 0 < sum(metrics["seconds"].values()) <= metrics["predict_time"] + 0.05
-    for i, picture in enumerate(answer.pictures):
-        assert difference(pixels(picture), drawn(engine, **inputs | {"seed": 5 + i})) <= 2
+    for i, image in enumerate(answer.images):
+        assert difference(pixels(image), drawn(engine, **inputs | {"seed": 5 + i})) <= 2
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_pictures_say_how_they_were_made(server: CogServer, steps: int) -> None:
+def test_images_say_how_they_were_made(server: CogServer, steps: int) -> None:
     files = read_manifest(DEFAULT).files
     folder = "unet_1step" if steps == 1 else "unet"
-    facts = {
+    metadata = {
         "prompt": "eine Eule 🦉, très grande",
         "steps": str(steps),
         "weights_sha256": files[f"{folder}/diffusion_pytorch_model.safetensors"],
     }
-    inputs = OWL | {"prompt": facts["prompt"], "num_inference_steps": steps, "num_outputs": 2}
+    inputs = OWL | {"prompt": metadata["prompt"], "num_inference_steps": steps, "num_outputs": 2}
     for form, kind in (("png", "PNG"), ("webp", "WEBP"), ("jpg", "JPEG")):
-        for i, picture in enumerate(server.draw(**inputs | {"output_format": form}).pictures):
-            image = Image.open(io.BytesIO(picture))
+        for i, content in enumerate(server.generate(**inputs | {"output_format": form}).images):
+            image = Image.open(io.BytesIO(content))
             assert (image.format, image.size) == (kind, (64, 64))
             told = image.info if form == "png" else json.loads(image.getexif()[0x010E])
-            assert {name: told[name] for name in [*facts, "seed"]} == facts | {"seed": str(5 + i)}
+            assert {name: told[name] for name in [*metadata, "seed"]} == metadata | {"seed": str(5 + i)}
 
 
 def test_output_quality_and_aspect_ratio_are_heeded(server: CogServer) -> None:
     sizes = [
-        len(server.draw(**OWL | {"output_format": "jpg", "output_quality": q}).pictures[0]) for q in (1, 80, 100)
+        len(server.generate(**OWL | {"output_format": "jpg", "output_quality": q}).images[0]) for q in (1, 80, 100)
     ]
     assert sizes[0] < sizes[1] < sizes[2]
-    assert pixels(server.draw(**OWL | {"aspect_ratio": "16:9"}).pictures[0]).shape == (48, 80, 3)
+    assert pixels(server.generate(**OWL | {"aspect_ratio": "16:9"}).images[0]).shape == (48, 80, 3)
 
 
 def test_a_blank_seed_is_random_and_the_one_told_draws_the_same_again(server: CogServer) -> None:
     blank = {name: value for name, value in OWL.items() if name != "seed"}
-    first, second = server.draw(**blank), server.draw(**blank)
+    first, second = server.generate(**blank), server.generate(**blank)
     assert first.metrics["seed"] != second.metrics["seed"]
     assert first.logs == f"seed: {first.metrics['seed']}\n"
-    assert difference(first.pictures[0], second.pictures[0]) > 2
-    assert server.draw(**OWL | {"seed": first.metrics["seed"]}).pictures == first.pictures
+    assert difference(first.images[0], second.images[0]) > 2
+    assert server.generate(**OWL | {"seed": first.metrics["seed"]}).images == first.images
 
 
 def test_inert_inputs_change_nothing_and_the_log_says_so(server: CogServer) -> None:
-    answer = server.draw(**OWL | {"negative_prompt": "a cat", "guidance_scale": 7.5})
-    assert answer.pictures == server.draw(**OWL).pictures
+    answer = server.generate(**OWL | {"negative_prompt": "a cat", "guidance_scale": 7.5})
+    assert answer.images == server.generate(**OWL).images
     assert "negative_prompt and guidance_scale have no effect" in answer.logs
 
 
@@ -219,22 +219,22 @@ def test_server_sent_events(server: CogServer, engine: Engine) -> None:
     assert got[0][0] == "start" and got[-1][0] == "completed"
     outputs = [unpacked(data["chunk"]) for name, data in got if name == "output"]
     answer = Answer.parse(got[-1][1])
-    assert list(answer.pictures) == outputs and len(outputs) == 2
-    for i, picture in enumerate(outputs):
-        assert difference(pixels(picture), drawn(engine, **OWL | {"seed": 5 + i})) <= 2
+    assert list(answer.images) == outputs and len(outputs) == 2
+    for i, image in enumerate(outputs):
+        assert difference(pixels(image), drawn(engine, **OWL | {"seed": 5 + i})) <= 2
     assert [data["data"] for name, data in got if name == "log"] == ["seed: 5\n"]
     told = {data["name"]: data["value"] for name, data in got if name == "metric"}
     assert told == {name: answer.metrics[name] for name in ("seed", "image_count", "batch_size", "seconds")}
     assert (told["seed"], told["image_count"]) == (5, 2)
 
 
-def test_previews_are_streamed_before_the_picture(server: CogServer, engine: Engine) -> None:
+def test_previews_are_streamed_before_the_image(server: CogServer, engine: Engine) -> None:
     owl = OWL | {"num_inference_steps": 4}
     inputs, headers = owl | {"previews": True}, {"Accept": "text/event-stream"}
     with server.client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
         got = list(events(response))
-    *previews, picture = [unpacked(data["chunk"]) for name, data in got if name == "output"]
-    assert difference(pixels(picture), drawn(engine, **owl)) <= 2
+    *previews, image = [unpacked(data["chunk"]) for name, data in got if name == "output"]
+    assert difference(pixels(image), drawn(engine, **owl)) <= 2
     steps = [Image.open(io.BytesIO(preview)).info["preview_of_step"] for preview in previews]
     assert steps == ["1", "2", "3"]
     assert Answer.parse(got[-1][1]).metrics["image_count"] == 1
@@ -254,7 +254,7 @@ def test_respond_async_with_a_webhook(server: CogServer, receiver: Receiver) -> 
     assert {(received.method, received.path) for received in receiver.requests} == {("POST", "/hook")}
     answer = Answer.parse(hook)
     assert (answer.id, answer.metrics["seed"]) == ("asynchronous", 5)
-    assert answer.pictures == server.draw(**OWL).pictures
+    assert answer.images == server.generate(**OWL).images
 
 
 def test_put_of_a_running_prediction_does_not_run_it_twice(server: CogServer, receiver: Receiver) -> None:
@@ -275,20 +275,20 @@ def test_put_of_a_running_prediction_does_not_run_it_twice(server: CogServer, re
 def test_put_of_a_finished_prediction_draws_the_same_again(server: CogServer) -> None:
     first, second = Answer.of(server.put("finished", **OWL)), Answer.of(server.put("finished", **OWL))
     assert first.id == second.id == "finished"
-    assert first.pictures == second.pictures
+    assert first.images == second.images
 
 
 def test_upload_url(start: Start, receiver: Receiver, engine: Engine) -> None:
-    server = start(f"--upload-url={receiver.url}/pictures")
+    server = start(f"--upload-url={receiver.url}/images")
     server.wait_until_ready()
     answer = server.put("uploaded", **OWL | {"num_outputs": 4}).json()
     assert answer["status"] == "succeeded"
-    # Cog lists them in the order in which the uploads ended; which is which is in the pictures.
+    # Cog lists them in the order in which the uploads ended; which is which is in the images.
     received = {f"{receiver.url}{request.path}": request for request in receiver.requests}
     assert sorted(received) == sorted(answer["output"])
     seeds = []
     for url, request in received.items():
-        assert url.startswith(f"{receiver.url}/pictures/") and url.endswith(".png")
+        assert url.startswith(f"{receiver.url}/images/") and url.endswith(".png")
         assert (request.method, request.headers["content-type"]) == ("PUT", "image/png")
         assert request.headers["x-prediction-id"] == "uploaded"
         seeds.append(int(Image.open(io.BytesIO(request.body)).info["seed"]))
@@ -302,25 +302,25 @@ def test_upload_url(start: Start, receiver: Receiver, engine: Engine) -> None:
     assert server.post(**OWL).json()["status"] == "succeeded"
 
 
-# Pictures from pictures
+# Images from images
 
 
-def test_a_picture_to_begin_with_and_a_mask(server: CogServer, engine: Engine) -> None:
+def test_an_image_to_begin_with_and_a_mask(server: CogServer, engine: Engine) -> None:
     given = fitted(photograph(), (64, 64))
     kept = given.permute(1, 2, 0).numpy().astype(numpy.int16)
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 64, 30))
     inputs = OWL | {"num_inference_steps": 4, "num_outputs": 2, "image": PHOTOGRAPH}
     for strength in (0.5, 1.0):
-        edit = Edit(image=given, strength=strength)
-        for i, picture in enumerate(server.draw(**inputs | {"prompt_strength": strength}).pictures):
-            expected = engine.draw(["an owl"], [5 + i], "4", (64, 64), edit)[0].permute(1, 2, 0).numpy()
-            assert difference(pixels(picture), expected.astype(numpy.int16)) <= 2
-    for picture in server.draw(**inputs | {"mask": data_url(mask)}).pictures:
-        assert difference(pixels(picture)[30:], kept[30:]) == 0
-        assert difference(pixels(picture)[:30], kept[:30]) > 5
-    wide = server.draw(**OWL | {"image": data_url(photograph(size=(160, 90)))})
-    assert pixels(wide.pictures[0]).shape == (48, 80, 3)
+        edit = ImageConditioning(image=given, strength=strength)
+        for i, image in enumerate(server.generate(**inputs | {"prompt_strength": strength}).images):
+            expected = engine.generate(["an owl"], [5 + i], "4", (64, 64), edit)[0].permute(1, 2, 0).numpy()
+            assert difference(pixels(image), expected.astype(numpy.int16)) <= 2
+    for image in server.generate(**inputs | {"mask": data_url(mask)}).images:
+        assert difference(pixels(image)[30:], kept[30:]) == 0
+        assert difference(pixels(image)[:30], kept[:30]) > 5
+    wide = server.generate(**OWL | {"image": data_url(photograph(size=(160, 90)))})
+    assert pixels(wide.images[0]).shape == (48, 80, 3)
 
 
 # Wrong requests
@@ -402,8 +402,8 @@ def test_a_missing_prompt_is_named(server: CogServer) -> None:
     ],
 )
 def test_what_is_just_within_bounds_is_drawn(server: CogServer, inputs: dict[str, Any]) -> None:
-    answer = server.draw(**OWL | inputs)
-    assert len(answer.pictures) == inputs.get("num_outputs", 1)
+    answer = server.generate(**OWL | inputs)
+    assert len(answer.images) == inputs.get("num_outputs", 1)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_what_is_just_within_bounds_is_drawn(server: CogServer, inputs: dict[str
         ({"height": 63}, "height: 63 (size 64x63); expected a multiple of 4 pixels"),
         ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio: given beside width or height"),
         ({"mask": data_url(Image.new("L", (64, 64)))}, "mask: given without an image"),
-        ({"image": "data:image/png;base64,aGVsbG8="}, "image: no picture; expected PNG, JPEG, WEBP"),
+        ({"image": "data:image/png;base64,aGVsbG8="}, "image: no image; expected PNG, JPEG, WEBP"),
         ({"prompt": "x" * 5000}, "prompt: 5000 tokens (of 5000 characters); expected at most 1500"),
         ({"control_image": PHOTOGRAPH}, "control: not given; expected one of none"),
         ({"control": "canny"}, "control: given without a control_image"),
@@ -433,7 +433,7 @@ def test_what_no_schema_can_say_fails_by_the_name_of_the_input(
 
 def test_whole_numbers_with_a_point_are_integers(server: CogServer) -> None:
     floats = {"seed": 5.0, "width": 64.0, "num_outputs": 1.0, "num_inference_steps": 1.0, "output_quality": 80.0}
-    assert server.draw(**OWL | floats).pictures == server.draw(**OWL).pictures
+    assert server.generate(**OWL | floats).images == server.generate(**OWL).images
 
 
 def test_what_is_not_json_is_refused(server: CogServer) -> None:
@@ -441,34 +441,34 @@ def test_what_is_not_json_is_refused(server: CogServer) -> None:
     assert response.status_code == 400
 
 
-# Everyone gets their own picture
+# Everyone gets their own image
 
 
-def test_same_seed_same_picture_alone_in_a_batch_and_among_many(server: CogServer, engine: Engine) -> None:
+def test_same_seed_same_image_alone_in_a_batch_and_among_many(server: CogServer, engine: Engine) -> None:
     request = OWL | {"num_inference_steps": 4}
-    alone = [server.draw(**request | {"seed": 5 + i}) for i in range(4)]
+    alone = [server.generate(**request | {"seed": 5 + i}) for i in range(4)]
     for i, answer in enumerate(alone):
         assert answer.metrics["batch_size"] == 1
-        assert answer.pictures == server.draw(**request | {"seed": 5 + i}).pictures  # to the bit
-        assert difference(pixels(answer.pictures[0]), drawn(engine, **request | {"seed": 5 + i})) <= 2
+        assert answer.images == server.generate(**request | {"seed": 5 + i}).images  # to the bit
+        assert difference(pixels(answer.images[0]), drawn(engine, **request | {"seed": 5 + i})) <= 2
 
     def batch() -> Answer | None:  # None where the device was faster than the queue
-        answer = server.draw(**request | {"num_outputs": 4})
+        answer = server.generate(**request | {"num_outputs": 4})
         return answer if answer.metrics["batch_size"] == 4 else None
 
     batches = [wait_for(batch, "a batch of four") for _ in range(2)]
-    assert batches[0].pictures == batches[1].pictures  # to the bit
-    for picture, answer in zip(batches[0].pictures, alone, strict=True):
-        assert difference(picture, answer.pictures[0]) <= 2
+    assert batches[0].images == batches[1].images  # to the bit
+    for image, answer in zip(batches[0].images, alone, strict=True):
+        assert difference(image, answer.images[0]) <= 2
 
     with ThreadPoolExecutor(8) as clients:
-        among = list(clients.map(lambda i: server.draw(**request | {"seed": 5 + i % 4}), range(64)))
+        among = list(clients.map(lambda i: server.generate(**request | {"seed": 5 + i % 4}), range(64)))
     for i, answer in enumerate(among):
-        assert difference(answer.pictures[0], alone[i % 4].pictures[0]) <= 2
+        assert difference(answer.images[0], alone[i % 4].images[0]) <= 2
     assert max(answer.metrics["batch_size"] for answer in among) > 1
 
 
-def test_no_request_gets_anothers_picture(server: CogServer, engine: Engine) -> None:
+def test_no_request_gets_anothers_image(server: CogServer, engine: Engine) -> None:
     colours, things = ("red", "blue", "green", "yellow", "black"), ("apple", "heart", "owl", "house", "car")
     prompts = [f"a {colour} {thing}" for colour in colours for thing in things]
     kinds = [{**OWL, "prompt": prompt, "seed": 1000 * i} for i, prompt in enumerate(prompts)]
@@ -481,12 +481,12 @@ def test_no_request_gets_anothers_picture(server: CogServer, engine: Engine) -> 
     Random(0).shuffle(order)
     assert len(order) == 500
     with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda k: server.draw(**kinds[k]), order))
+        answers = list(clients.map(lambda k: server.generate(**kinds[k]), order))
     for k, answer in zip(order, answers, strict=True):
         seed = kinds[k]["seed"]
-        assert difference(pixels(answer.pictures[0]), references[k]) <= 2
+        assert difference(pixels(answer.images[0]), references[k]) <= 2
         assert answer.metrics["seed"] == seed and answer.logs == f"seed: {seed}\n"
-        info = Image.open(io.BytesIO(answer.pictures[0])).info
+        info = Image.open(io.BytesIO(answer.images[0])).info
         assert (info["prompt"], info["seed"]) == (kinds[k]["prompt"], str(seed))
     batches = [answer.metrics["batch_size"] for answer in answers]
     print(f"batches of {min(batches)} to {max(batches)}, {numpy.mean(batches):.1f} on average")
@@ -502,7 +502,7 @@ def test_cancelled_in_the_middle(server: CogServer, receiver: Receiver) -> None:
     server.client.put("/predictions/cancelled", json=request, headers=ASYNC)
     wait_for(lambda: begun(server, "cancelled"), "its start")
     assert server.client.post("/predictions/cancelled/cancel").status_code == 200
-    server.draw(**OWL)
+    server.generate(**OWL)
     assert stopped_early(server) > before
     hooks = wait_for(lambda: receiver.requests, "the webhook")
     assert [json.loads(received.body)["status"] for received in hooks] == ["canceled"]
@@ -518,14 +518,14 @@ def test_a_cancelled_client_that_waits_is_told(server: CogServer) -> None:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-def test_a_client_that_hangs_up_stops_its_pictures(server: CogServer, accept: str) -> None:
+def test_a_client_that_hangs_up_stops_its_images(server: CogServer, accept: str) -> None:
     before = stopped_early(server)
     name = f"hung-up-{accept.replace('/', '-')}"
     request = {"id": name, "input": HUGE}
     with pytest.raises(httpx.ReadTimeout):  # which closes the connection
         httpx.post(f"{server.client.base_url}/predictions", json=request, headers={"Accept": accept}, timeout=1)
     assert begun(server, name) == 1
-    server.draw(**OWL)
+    server.generate(**OWL)
     assert stopped_early(server) > before
     cancelled = f'"message":"Prediction cancelled","prediction_id":"{name}"'
     wait_for(lambda: cancelled in server.log, "the end of it")
@@ -556,7 +556,7 @@ def test_one_more_than_the_slots_waits_and_all_are_served(server: CogServer, rec
 # Ends
 
 
-def test_pictures_are_streamed_one_by_one_and_sigterm_lets_all_of_them_arrive(start: Start) -> None:
+def test_images_are_streamed_one_by_one_and_sigterm_lets_all_of_them_arrive(start: Start) -> None:
     server = start(DMD2_MAX_BATCH="1")
     server.wait_until_ready()
     family = children(server.process.pid)
@@ -574,7 +574,7 @@ def test_pictures_are_streamed_one_by_one_and_sigterm_lets_all_of_them_arrive(st
             got += list(stream)
         answer = Answer.of(waiting.result(300))
     assert [name for name, _ in got].count("output") == 3 and got[-1][0] == "completed"
-    assert len(Answer.parse(got[-1][1]).pictures) == 3
+    assert len(Answer.parse(got[-1][1]).images) == 3
     assert answer.metrics["seed"] == 5
     assert server.process.wait(300) == 0
     assert not server.outbox()
@@ -606,7 +606,7 @@ def test_a_killed_worker_and_a_dead_device_are_replaced(tmp_path: Path, start: S
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     server = start(PYTHONPATH=str(tmp_path))
     server.wait_until_ready()
-    expected = server.draw(**OWL).pictures
+    expected = server.generate(**OWL).images
     left = server.outbox()
     assert left
 
@@ -629,7 +629,7 @@ def test_a_killed_worker_and_a_dead_device_are_replaced(tmp_path: Path, start: S
     assert (lost["status"], lost["error"]) == ("failed", "Worker crashed")
     wait_for(answers_again, "an answer", START)
     print(f"kill -9 of the worker: answers again after {time.monotonic() - began:.1f} s")
-    assert server.draw(**OWL).pictures == expected
+    assert server.generate(**OWL).images == expected
     assert not any(path.exists() for path in left)  # the dead one's
 
     broken = server.post(**OWL | {"prompt": "break the device"}).json()
@@ -637,7 +637,7 @@ def test_a_killed_worker_and_a_dead_device_are_replaced(tmp_path: Path, start: S
     assert "Stopped: the device is gone: RuntimeError: no device" in broken["error"]
     wait_for(lambda: "is unhealthy" in server.log.rpartition("entrypoint: ")[2], "the health check's word", START)
     wait_for(answers_again, "an answer", START)
-    assert server.draw(**OWL).pictures == expected
+    assert server.generate(**OWL).images == expected
 
 
 # What is left

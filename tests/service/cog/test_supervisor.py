@@ -59,7 +59,7 @@ class Predictor(BaseRunner):
     @concurrent(max=3)
     async def run(self, seconds: float = 0.0) -> int:
         if seconds < 0:
-            raise Busy("128 pictures are waiting already")
+            raise Busy("128 images are waiting already")
         if seconds:
             Path("began").touch()
         await asyncio.sleep(seconds)
@@ -512,7 +512,7 @@ def test_the_front_before_cogs_own_server(service: Service) -> None:
     assert ask("GET", "/").json()["predictions_url"] == "/predictions"
     busy = ask("POST", "/predictions", json={"input": {"seconds": -1}})  # what the batcher raises when it is full
     assert busy.status_code == 429 and int(busy.headers["retry-after"]) >= 1
-    assert busy.json() == {"status": "failed", "error": "128 pictures are waiting already"}
+    assert busy.json() == {"status": "failed", "error": "128 images are waiting already"}
 
     # Three slots. Nobody is refused, whether the slots are held by those who wait for an answer or by others.
     accepted = [

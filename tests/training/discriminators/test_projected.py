@@ -51,26 +51,26 @@ def discriminator(backbones: int = 1, **options: Any) -> tuple[ProjectedDiscrimi
     return ProjectedDiscriminator(pyramids, torch.zeros(1, 3, 16, 16), None, channels=16, **options), pyramids
 
 
-def pictures(n: int, seed: int) -> Tensor:
+def samples(n: int, seed: int) -> Tensor:
     return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def stripes(n: int, seed: int, axis: int) -> Tensor:
-    """Noisy pictures with horizontal or vertical stripes: of one mean, told apart by structure."""
+    """Noisy images with horizontal or vertical stripes: of one mean, told apart by structure."""
     wave = torch.arange(16).div(2, rounding_mode="floor") % 2 - 0.5
-    return 0.5 * pictures(n, seed) + (wave[:, None] if axis else wave[None, :])
+    return 0.5 * samples(n, seed) + (wave[:, None] if axis else wave[None, :])
 
 
 def test_logits_are_5_by_5_from_each_scale_of_each_backbone() -> None:
     for backbones in (1, 2):
         d, _ = discriminator(backbones)
-        assert d(pictures(4, 0), None).shape == (4, backbones * 2 * 25)
+        assert d(samples(4, 0), None).shape == (4, backbones * 2 * 25)
 
 
-def test_a_picture_s_logits_do_not_depend_on_its_neighbours() -> None:
+def test_an_image_s_logits_do_not_depend_on_its_neighbours() -> None:
     d, _ = discriminator()
     d.eval()  # spectral norm's estimate stands still
-    images = pictures(4, 0)
+    images = samples(4, 0)
     assert torch.allclose(d(images, None)[1:2], d(images[1:2], None), atol=1e-5)
     assert float(d(images, None).detach().std(0).min()) > 1e-4
 
@@ -122,24 +122,24 @@ def test_heads_learn_and_nothing_else() -> None:
     assert all(p.grad is None for p in pyramids[0].parameters())
 
 
-def test_pictures_are_told_where_to_go() -> None:
+def test_images_are_told_where_to_go() -> None:
     d, _ = discriminator()
-    images = pictures(2, 0).requires_grad_()
+    images = samples(2, 0).requires_grad_()
     d(images, None).sum().backward()
     assert images.grad is not None and float((images.grad != 0).float().mean()) > 0.99
 
 
-def test_class_and_picture_must_agree() -> None:
+def test_class_and_image_must_agree() -> None:
     d, _ = discriminator(classes=3, labels_of=labels_of)
     d.eval()
-    images = pictures(1, 0).expand(3, -1, -1, -1)
+    images = samples(1, 0).expand(3, -1, -1, -1)
     logits = d(images, condition(0, 1, 2)).detach()
     assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
     no_class = d(images[:1], condition(-1))
     plain: Any = d.branches[0]
     for head in plain.heads:
         nn.init.zeros_(head.embed.weight)
-    assert torch.allclose(d(images[:1], condition(0)), no_class)  # what is left judges the picture alone
+    assert torch.allclose(d(images[:1], condition(0)), no_class)  # what is left judges the image alone
 
 
 @pytest.mark.parametrize("options", [{"classes": 3}, {"labels_of": labels_of}])
@@ -180,7 +180,7 @@ def test_encoder_levels_of_another_network() -> None:
 def test_denoiser_features_are_the_activations_of_its_forward_pass() -> None:
     network = edm()
     backbone = DenoiserFeatures(Edm(network), encoder_levels(network), sigma=0.3)
-    images, cond = pictures(2, 0), condition(0, 2)
+    images, cond = samples(2, 0), condition(0, 2)
     maps = backbone(images, cond)
     assert [tuple(m.shape) for m in maps] == [(2, 8, 16, 16), (2, 16, 8, 8)]
     _, bottleneck = Edm(network).features(images, torch.full((2,), 0.3), cond)
@@ -195,9 +195,9 @@ def test_the_decoder_is_not_run() -> None:
     for name, module in network.named_modules():
         if name.startswith("model.dec.") and name.count(".") == 2:
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    DenoiserFeatures(Edm(network), encoder_levels(network))(pictures(1, 0), condition(0))
+    DenoiserFeatures(Edm(network), encoder_levels(network))(samples(1, 0), condition(0))
     assert ran == []
-    Edm(network)(pictures(1, 0), torch.ones(1), condition(0))
+    Edm(network)(samples(1, 0), torch.ones(1), condition(0))
     assert len(ran) > 5
 
 
@@ -205,16 +205,16 @@ def test_layers_that_do_not_run_are_an_error() -> None:
     network = edm()
     backbone = DenoiserFeatures(Edm(network), [*encoder_levels(network), nn.Linear(1, 1)])
     with pytest.raises(ValueError, match="only 2 of 3"):
-        backbone(pictures(1, 0), condition(0))
+        backbone(samples(1, 0), condition(0))
     assert all(not module._forward_hooks for module in network.modules())
 
 
-def test_a_discriminator_on_a_denoiser_tells_pictures_where_to_go() -> None:
+def test_a_discriminator_on_a_denoiser_tells_images_where_to_go() -> None:
     network = edm()
     backbone = DenoiserFeatures(Edm(network), encoder_levels(network))
     cond = condition(0, 1)
-    d = ProjectedDiscriminator([backbone], pictures(1, 0), cond[:1], channels=16)
-    images = pictures(2, 1).requires_grad_()
+    d = ProjectedDiscriminator([backbone], samples(1, 0), cond[:1], channels=16)
+    images = samples(2, 1).requires_grad_()
     d(images, cond).sum().backward()
     assert images.grad is not None and bool(images.grad.any())
     assert all(p.grad is None for p in network.parameters())
@@ -224,7 +224,7 @@ def test_a_discriminator_on_a_denoiser_tells_pictures_where_to_go() -> None:
 
 
 class FakeTimm(nn.Module):
-    """Maps with timm's strides for a picture of 224×224, made of the normalised picture itself."""
+    """Maps with timm's strides for a picture of 224×224, made of the normalised image itself."""
 
     def __init__(self, reductions: list[int], mean: tuple[float, ...]) -> None:
         super().__init__()

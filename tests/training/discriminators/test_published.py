@@ -24,7 +24,7 @@ SHAPES = {  # of the maps of 224×224 pixels, as timm has them
 
 
 class Maps:
-    """Maps of a network's shapes, each a mix of the picture's colours."""
+    """Maps of a network's shapes, each a mix of the image's colours."""
 
     def __init__(self, name: str) -> None:
         g = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def discriminator(name: str, **options: Any) -> PublishedDiscriminator:
     return PublishedDiscriminator([Maps(name)], torch.zeros(1, 3, 32, 32), None, **options)
 
 
-def pictures(n: int) -> Tensor:
+def samples(n: int) -> Tensor:
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) * 2 - 1
 
 
@@ -48,18 +48,18 @@ def pictures(n: int) -> Tensor:
 def test_heads_have_the_published_sides_widths_and_number_of_parameters(name: str) -> None:
     d = discriminator(name)
     branch: Any = d.branches[0]
-    maps = Maps(name)(pictures(1), None)
+    maps = Maps(name)(samples(1), None)
     inputs = [tuple(x.shape[1:]) for x in branch.mix(maps)]
     assert inputs == [(64, 112, 112), (64, 56, 56), (128, 28, 28), (256, 14, 14)]
     assert sum(p.numel() for p in d.parameters()) == pytest.approx(10.3e6, rel=0.01)
     logits = [m for m in d.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 1]
     assert len(logits) == 4 and all(m.bias is None and m.in_channels == 512 for m in logits)
-    assert d(pictures(2), None).shape == (2, 64)
+    assert d(samples(2), None).shape == (2, 64)
 
 
 def test_mixing_goes_from_coarse_to_fine() -> None:
     branch: Any = discriminator("tf_efficientnet_lite0").branches[0]
-    maps = Maps("tf_efficientnet_lite0")(pictures(1), None)
+    maps = Maps("tf_efficientnet_lite0")(samples(1), None)
     plain = branch.mix(maps)
     for i in range(4):
         other = branch.mix([2 * m if k == i else m for k, m in enumerate(maps)])
@@ -75,9 +75,9 @@ def test_only_heads_learn_and_what_is_random_is_saved() -> None:
     assert len(frozen) == 2 * (4 + 3 + 4 + 4)
 
 
-def test_real_pictures_are_penalised_through_everything() -> None:
+def test_real_images_are_penalised_through_everything() -> None:
     d = discriminator("tf_efficientnet_lite0")
-    real = pictures(2).requires_grad_()
+    real = samples(2).requires_grad_()
     r1(d(real, None), real).backward()
     assert real.grad is not None and all(p.grad is not None for p in d.parameters())
 
@@ -87,7 +87,7 @@ def test_classes_are_judged_by_projection_alone_and_their_embeddings_learn() -> 
     d = discriminator("tf_efficientnet_lite0", embeddings=table, labels_of=lambda c: c.labels)  # type: ignore[union-attr]
     d.eval()
     cond = ClassCondition.of(torch.tensor([0, 1, 2]), 3)
-    logits = d(pictures(1).expand(3, -1, -1, -1), cond)
+    logits = d(samples(1).expand(3, -1, -1, -1), cond)
     assert logits.shape == (3, 64) and not torch.allclose(logits[0], logits[1])
     logits.square().sum().backward()
     assert d.embeddings is not None and torch.equal(d.embeddings.detach(), table)
@@ -97,7 +97,7 @@ def test_classes_are_judged_by_projection_alone_and_their_embeddings_learn() -> 
     for other in d.branches[0].heads:  # type: ignore[union-attr]
         nn.init.zeros_(other.project.weight)
         nn.init.zeros_(other.project.bias)
-    assert not bool(d(pictures(3), cond).any())  # no term of the picture alone
+    assert not bool(d(samples(3), cond).any())  # no term of the image alone
 
 
 def test_embeddings_are_a_pretrained_network_s_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +115,6 @@ def test_embeddings_are_a_pretrained_network_s_first_rows(monkeypatch: pytest.Mo
 
 def test_a_network_of_other_maps_is_refused() -> None:
     with pytest.raises(ValueError, match="3 maps; expected 4"):
-        PublishedDiscriminator([lambda images, cond: Maps("vgg16_bn")(images, cond)[:3]], pictures(1), None)
+        PublishedDiscriminator([lambda images, cond: Maps("vgg16_bn")(images, cond)[:3]], samples(1), None)
     with pytest.raises(ValueError, match="both or neither"):
         discriminator("vgg16_bn", embeddings=torch.zeros(2, 3))

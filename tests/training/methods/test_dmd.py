@@ -58,7 +58,7 @@ class Setting:
     matching: list[Phase]
     """DMD2's phases on the same networks"""
 
-    def draw(self) -> Tensor:
+    def generate(self) -> Tensor:
         level = torch.full((PAIRS,), SIGMA)
         return Edm(self.student)(SIGMA * self.pairs.noise, level, self.pairs.cond)
 
@@ -95,11 +95,11 @@ def test_nothing_is_matched_when_the_teacher_equals_the_fake() -> None:
     assert any(bool(gradient.any()) for gradient in gradients(other.student))
 
 
-def test_regression_is_zero_on_the_student_s_own_pictures() -> None:
+def test_regression_is_zero_on_the_student_s_own_images() -> None:
     s = setting()
     assert float(s.phases[0].loss(batch())[1]["regression"]) > 0.01
     with torch.no_grad():
-        object.__setattr__(s.pairs, "target", s.draw())
+        object.__setattr__(s.pairs, "target", s.generate())
     assert float(s.phases[0].loss(batch())[1]["regression"]) == 0
 
 
@@ -109,7 +109,7 @@ def test_generator_s_loss_is_matching_and_weighted_regression(weight: float) -> 
     loss, logs = s.phases[0].loss(batch())
     matching, _ = s.matching[0].loss(batch())
     with torch.no_grad():
-        regression = (s.draw() - s.pairs.target).square().mean()
+        regression = (s.generate() - s.pairs.target).square().mean()
     assert float(logs["regression"]) == pytest.approx(float(regression), rel=1e-5)
     assert float(loss.detach()) == pytest.approx(float(matching.detach() + weight * regression), rel=1e-5)
     assert "dm_gradient" in logs
@@ -134,7 +134,7 @@ def test_both_networks_learn_at_every_step() -> None:
         assert {"generator", "critic", "regression", "dm_gradient", "fake_score"} <= logs.keys()
 
 
-def test_regression_leads_to_the_teacher_s_pictures() -> None:
+def test_regression_leads_to_the_teacher_s_images() -> None:
     s = setting(weight=100.0, lr=1e-2)  # drowns the matching
     loop = LoopSettings(iterations=1000, batch_size=SAMPLES)
     first = float(training_step(s.phases[:1], batch(0), loop)["regression"])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.denoiser import Denoiser
-from dmd2.diffusion.noise import draw_sigma, sd_sigmas
-from dmd2.diffusion.sampling import conditioned, few_step
+from dmd2.diffusion.noise import sample_sigma, sd_sigmas
+from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.training.discriminators.head import ClassifierHead
 from dmd2.training.loop import Batch, Logs, Phase, training_step
 from dmd2.training.losses import denoising
@@ -127,7 +127,7 @@ def imitate(ring: Ring, net: Net, seed: int, steps: int = 600) -> None:
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
         x0 = ring.sample(SHAPE, batch.generator)
-        sigma = draw_sigma(net.sigmas, len(x0), batch.generator)
+        sigma = sample_sigma(net.sigmas, len(x0), batch.generator)
         return denoising(net, x0, sigma, torch.randn(x0.shape, generator=batch.generator), None)[0], {}
 
     phase = Phase("denoising", 1, net, adam(net, 3e-3), loss)
@@ -154,15 +154,15 @@ def distilled(ring: Ring, seed: int, timestep: int, iterations: int) -> tuple[Te
     )
 
     @torch.no_grad()
-    def draw() -> Tensor:
+    def generate() -> Tensor:
         noise = torch.randn(1, 250, 2, 4, 4, generator=generator(12345))
-        return points(few_step(conditioned(student, None), student.start, noise, sigmas))
+        return points(sample_few_step(conditioned(student, None), student.start, noise, sigmas))
 
-    before = draw()
+    before = generate()
     loop = LoopSettings(iterations=iterations, batch_size=16, warmup=20)
     for step in range(iterations):
         training_step(phases, Batch(step, None, generator(10**6 + 10**5 * seed + step)), loop)
-    return before, draw()
+    return before, generate()
 
 
 def coverage(ring: Ring, x: Tensor) -> tuple[float, float]:

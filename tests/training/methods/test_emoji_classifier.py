@@ -1,4 +1,4 @@
-"""The judge of emoji pictures: it learns, is exported whole, and its training pictures are what they should be."""
+"""The judge of emoji images: it learns, is exported whole, and its training images are what they should be."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_one_batch_is_learned_by_heart_and_exported(
     assert float(last["top1"]) >= 0.9
 
     assert method.score and method.export
-    model = method.averaged
+    model = method.ema_model
     assert isinstance(model, nn.Module) and model.training
     scores = method.score(None)
     assert set(scores) == {"top1", "background"} and all(0 <= value <= 1 for value in scores.values())
@@ -85,10 +85,10 @@ def test_blur_is_a_gaussian_of_the_asked_width() -> None:
     found = blur(impulse, torch.tensor([0.0, 0.8, 1.2]).view(3, 1, 1, 1))
     assert torch.allclose(found[0], impulse[0])
     offsets = torch.arange(15.0) - 7
-    for picture, sigma in ((found[1, 0], 0.8), (found[2, 0], 1.2)):
-        assert float(picture.sum()) == pytest.approx(1, abs=1e-5)
-        assert torch.allclose(picture, picture.T)
-        assert float((picture.sum(0) * offsets**2).sum()) == pytest.approx(sigma**2, rel=0.05)
+    for image, sigma in ((found[1, 0], 0.8), (found[2, 0], 1.2)):
+        assert float(image.sum()) == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(image, image.T)
+        assert float((image.sum(0) * offsets**2).sum()) == pytest.approx(sigma**2, rel=0.05)
     flat = torch.full((2, 3, 8, 8), 0.3)
     assert torch.allclose(blur(flat, torch.ones(2, 1, 1, 1)), flat)  # borders too
 

@@ -33,7 +33,7 @@ CONFIG = EdmConfig(
     attention=(4,),
     boundary=0.002,
 )
-LOOP = LoopSettings(iterations=100, batch_size=N, clip_norm=float("inf"), decay=False)
+LOOP = LoopSettings(iterations=100, batch_size=N, max_grad_norm=float("inf"), decay=False)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -204,7 +204,7 @@ def test_without_gamma_there_is_no_r1() -> None:
     assert [phase.name for phase in setting(gamma=0.0).phases] == ["generator", "discriminator"]
 
 
-def test_without_real_pictures_there_is_nothing_to_learn() -> None:
+def test_without_real_images_there_is_nothing_to_learn() -> None:
     s = setting()
     phases = gdd_phases(
         Edm(s.student),
@@ -214,7 +214,7 @@ def test_without_real_pictures_there_is_nothing_to_learn() -> None:
         (s.phases[0].optimizer, s.phases[1].optimizer),
         lambda _: Samples(s.samples.shape, s.samples.cond, None),
     )
-    with pytest.raises(ValueError, match="real pictures"):
+    with pytest.raises(ValueError, match="real images"):
         phases[-1].loss(batch(0))
 
 
@@ -270,8 +270,8 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     def run(out: Path, *parts: int) -> dict[str, Tensor]:
         for i, iterations in enumerate(parts):
             s = setting(improved=True, every=2)
-            method = Method(s.phases, data=lambda step: None, averaged=s.student)
-            loop = LoopSettings(iterations, N, clip_norm=float("inf"), decay=False, checkpoint_every=1000)
+            method = Method(s.phases, data=lambda step: None, ema_model=s.student)
+            loop = LoopSettings(iterations, N, max_grad_norm=float("inf"), decay=False, checkpoint_every=1000)
             assert train(method, loop, out, resume=i > 0, recipe={"name": "gdd-i"})
         return s.student.state_dict() | s.discriminator.state_dict()
 
@@ -285,7 +285,7 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 
 class Shift(nn.Module):
-    """A generator of one number for each channel: pictures of noise around it."""
+    """A generator of one number for each channel: images of noise around it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ def test_the_generator_s_mean_moves_to_the_data_s() -> None:
         samples,
     )
     first = float((student.mean.detach().flatten() - target).abs().max())
-    loop = LoopSettings(iterations=1000, batch_size=16, clip_norm=float("inf"), decay=False)
+    loop = LoopSettings(iterations=1000, batch_size=16, max_grad_norm=float("inf"), decay=False)
     path = []
     for step in range(240):
         training_step(phases, batch(step), loop)

@@ -36,7 +36,7 @@ RECIPE = ImageClassifierRecipe(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 pictures of noise, reddish or bluish."""
+    """200 images of noise, reddish or bluish."""
     path = tmp_path_factory.mktemp("data") / "set.zip"
     generator = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as archive:
@@ -52,8 +52,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_pictures_are_flipped_and_shifted() -> None:
-    """Every result is the picture or its mirror image, moved by whole pixels, with reflected edges."""
+def test_images_are_flipped_and_shifted() -> None:
+    """Every result is the image or its mirror image, moved by whole pixels, with reflected edges."""
     image = torch.arange(3 * 12 * 12).reshape(3, 12, 12).remainder(251).byte()
     found = flip_and_crop(image.expand(64, -1, -1, -1), torch.Generator().manual_seed(0))
     expected = set()
@@ -85,12 +85,12 @@ def test_it_learns_and_its_file_says_all(data: Path, tmp_path: Path) -> None:
     assert loaded.model.features(x).shape == (200, 8) and (loaded.model.features(x) >= 0).all()
 
 
-def test_held_out_pictures_are_never_trained_on_and_epochs_differ(data: Path) -> None:
+def test_held_out_images_are_never_trained_on_and_epochs_differ(data: Path) -> None:
     method = train_image_classifier(RECIPE, ImageSet(data), CPU)
     epoch = 180 // 16
     first = torch.cat([method.data(step)[0] for step in range(epoch)])
     second = torch.cat([method.data(step)[0] for step in range(epoch, 2 * epoch)])
-    assert len(first.flatten(1).unique(dim=0)) == len(first) == 16 * epoch  # each picture once
+    assert len(first.flatten(1).unique(dim=0)) == len(first) == 16 * epoch  # each image once
     assert not torch.equal(first, second)
     every = torch.cat([method.data(step)[0] for step in range(40 * epoch)]).flatten(1).unique(dim=0)
     assert len(every) == 180
@@ -103,7 +103,7 @@ def test_data_that_does_not_fit_is_one_line(data: Path, tmp_path: Path) -> None:
             train_image_classifier(recipe, ImageSet(path), CPU)
         assert "\n" not in str(error.value)
 
-    refused(replace(RECIPE, held_out=190), data, "200 pictures; this recipe needs at least 206")
+    refused(replace(RECIPE, held_out=190), data, "200 images; this recipe needs at least 206")
     refused(replace(RECIPE, classes=("one",)), data, "labels 0 to 1; this recipe knows 0 to 0")
     with zipfile.ZipFile(data) as archive:
         archive.extract("000.png", tmp_path)

@@ -63,7 +63,7 @@ def types_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "overrides", "says"),
     [
-        ("emoji-dmd2-1step", ["clip_norm=-1"], "clip_norm=-1: expected a number from 0"),
+        ("emoji-dmd2-1step", ["max_grad_norm=-1"], "max_grad_norm=-1: expected a number from 0"),
         ("emoji-dmd2-1step", ["lr=Infinity"], "lr=Infinity: expected a number above 0, at most 1"),
         ("emoji-dmd2-1step", ["lr=NaN"], "lr=NaN: expected a number above 0, at most 1"),
         ("emoji-dmd2-1step", ["ema_decay=2"], "ema_decay=2: expected a number from 0, below 1"),

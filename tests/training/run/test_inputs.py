@@ -27,7 +27,7 @@ SETS = ("--set", "iterations=4", "--set", "loop.checkpoint_every=2", "--set", "l
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """`dmd2 train` with the given words, for the toy method: (status, what it said)."""
-    (tmp_path / "data.zip").write_bytes(b"pictures")
+    (tmp_path / "data.zip").write_bytes(b"images")
 
     def run(*words: object, stop: int | None = None) -> tuple[int, str]:
         def build(recipe: Any, paths: Any, device: Any) -> Any:
@@ -84,7 +84,7 @@ def test_other_data_is_refused_by_name_and_moved_data_is_not(command: Command, t
     (tmp_path / "data.zip").rename(tmp_path / "moved.zip")
     status, text = command("--resume", "--out", out)
     assert status == 2 and "data.zip" in text and "Traceback" not in text
-    (tmp_path / "data.zip").write_bytes(b"other pictures")
+    (tmp_path / "data.zip").write_bytes(b"other images")
     status, text = command("--resume", "--out", out)
     assert status == 2 and "--data: not what this run began with" in text
     status, text = command("--resume", "--out", out, "--data", tmp_path / "moved.zip")

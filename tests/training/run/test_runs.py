@@ -164,13 +164,13 @@ def test_words_go_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_checkpoint_comes_before_samples_scores_and_words(tmp_path: Path) -> None:
     """What is missing of a step whose sampling was cut short is made up for by the run that goes on."""
     steps = replace(TOY, sample_every=7)
-    draw, calls = toy(steps).sample, itertools.count()
-    assert draw is not None
+    generate, calls = toy(steps).sample, itertools.count()
+    assert generate is not None
 
-    def cut(averaged: nn.Module | None) -> Tensor:
+    def cut(ema_model: nn.Module | None) -> Tensor:
         if next(calls):  # the first is of step 0
             raise KeyboardInterrupt
-        return draw(averaged)
+        return generate(ema_model)
 
     with pytest.raises(KeyboardInterrupt):
         train(replace(toy(steps), sample=cut), steps, tmp_path / "run")
@@ -429,7 +429,7 @@ def widened(change: str) -> Method:
         critic = replace(critic, optimizer=torch.optim.Adam(reversed(list(critic.module.parameters()))))
     if change == "phase":
         critic = replace(critic, name="discriminator")
-    return replace(method, phases=[generator, critic], averaged=wide if change == "average" else method.averaged)
+    return replace(method, phases=[generator, critic], ema_model=wide if change == "average" else method.ema_model)
 
 
 @pytest.mark.parametrize(
@@ -663,15 +663,15 @@ def dropping(settings: LoopSettings) -> Method:
     return Method(
         [Phase("only", 1, module, torch.optim.Adam(module.parameters(), 1e-2), loss)],
         data=lambda part: torch.randn(8, 4),
-        averaged=module,
+        ema_model=module,
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resuming_with_dropout_is_bit_identical(accumulate: int, tmp_path: Path) -> None:
-    settings = replace(SHORT, iterations=5, accumulate=accumulate)
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_resuming_with_dropout_is_bit_identical(grad_accum_steps: int, tmp_path: Path) -> None:
+    settings = replace(SHORT, iterations=5, grad_accum_steps=grad_accum_steps)
     assert train(dropping(settings), settings, tmp_path / "whole")
-    assert not train(stop_at(dropping(settings), 2 * accumulate), settings, tmp_path / "run")
+    assert not train(stop_at(dropping(settings), 2 * grad_accum_steps), settings, tmp_path / "run")
     method = dropping(settings)
     torch.manual_seed(12345)
     assert train(method, settings, tmp_path / "run", resume=True)
@@ -716,7 +716,7 @@ def test_whatever_befalls_a_run_it_ends_as_the_undisturbed_one(
 ) -> None:
     out = tmp_path_factory.mktemp("disturbed") / "run"
 
-    def cut(averaged: nn.Module | None) -> Tensor:
+    def cut(ema_model: nn.Module | None) -> Tensor:
         raise Crash
 
     def begun() -> bool:
