@@ -29,7 +29,7 @@ class ImageConditioning:
     mask: Tensor | None = None
     """bool (H, W): what is painted anew. Everywhere else the image keeps its pixels, to the bit"""
     strength: float = 1.0
-    """in (0, 1]; see `timesteps_for_strength`. 1 begins with noise alone: without a mask nothing of `image` is left"""
+    """in (0, 1]; see `timesteps_for_strength`. 1 begins with noise alone: without a mask nothing of it is left"""
     control: Path | None = None
     """folder of a ControlNet or T2I-Adapter"""
     control_image: Tensor | None = None

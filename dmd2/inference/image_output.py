@@ -23,8 +23,8 @@ def encode_image(image: Tensor, format: str, quality: int, metadata: Mapping[str
     """uint8 (3, H, W) on the CPU → the content of an image file, encoded for speed rather than for the last byte.
 
     `format` is webp, jpg or png; `quality` (0 … 100) is of no matter to a PNG. `metadata` is kept as text: in PNG
-    as chunks, which Pillow shows as `Image.open(path).info`; else as a JSON object in EXIF's ImageDescription, which it
-    shows as `Image.open(path).getexif()[0x010E]`.
+    as chunks, which Pillow shows as `Image.open(path).info`; else as a JSON object in EXIF's ImageDescription, shown
+    as `Image.open(path).getexif()[0x010E]`.
 
     Raises:
         ValueError: another format, or a quality out of bounds.

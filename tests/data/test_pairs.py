@@ -102,9 +102,9 @@ def test_after_a_kill_the_rest_is_made_and_every_byte_is_the_same(teacher: Path,
     script = (
         "import sys, time; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
         "import dmd2.data.pairs as p\n"
-        "draw = p._draw\n"
+        "draw = p._generate\n"
         "def slow(*arguments):\n    time.sleep(0.2)\n    return draw(*arguments)\n"
-        "p._draw = slow\n"
+        "p._generate = slow\n"
         f"p.make_pairs(Path(sys.argv[1]), Path(sys.argv[2]), {COUNT}, {STEPS}, {BATCH}, 'cpu', shard={SHARD})\n"
     )
     process = subprocess.Popen(

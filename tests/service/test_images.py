@@ -216,7 +216,7 @@ def test_an_error_of_the_engine_is_one_requests_and_the_next_one_works(
             raise torch.OutOfMemoryError("tried to allocate too much")
         return real(prompts, *rest)
 
-    monkeypatch.setattr(service.engine, "draw_timed", out_of_memory)
+    monkeypatch.setattr(service.engine, "generate_timed", out_of_memory)
     images = generate(service, dataclasses.replace(OWL, num_outputs=4))
     assert [image.seed for image in images] == [5, 6, 7, 8]
     assert max(calls) > 1
@@ -519,7 +519,7 @@ def test_an_error_after_a_preview_reaches_the_client(service: ImageService, monk
         drawn(self, *args, **named)
         raise RuntimeError("the lamp went out")
 
-    monkeypatch.setattr(Engine, "draw_timed", breaks)
+    monkeypatch.setattr(Engine, "generate_timed", breaks)
     with pytest.raises(RuntimeError, match="the lamp went out"):
         generate(service, dataclasses.replace(OWL, previews=True))
     monkeypatch.undo()

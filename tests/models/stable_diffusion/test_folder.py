@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dmd2.models.stable_diffusion.folder
+import dmd2.weights.folders
 from dmd2.diffusion.noise import seeded_noise, zero_snr_sigmas
 from dmd2.emoji.architecture import build_unet
 from dmd2.inference.engine import Engine, default_mode
@@ -486,7 +487,7 @@ def test_save_that_fails_at_the_very_swap_leaves_the_old_folder_whole(
 ) -> None:
     before = contents(copy)
     monkeypatch.setattr(
-        dmd2.models.stable_diffusion.folder, "_exchange", lambda new, folder: False
+        dmd2.weights.folders, "_exchange", lambda new, folder: False
     )  # as on another system than Linux
     rename = Path.rename
     calls = []

@@ -224,8 +224,8 @@ names = st.sampled_from(["id", "input", "webhook", "webhook_events_filter", "con
 @given(st.dictionaries(names, values, max_size=5), st.data())
 def test_any_body_is_an_answer_and_cog_gets_what_it_understands(body: dict[str, Any], data: st.DataObject) -> None:
     content = bytearray(json.dumps(body).encode())
-    if data.generate(st.booleans()):
-        content[data.generate(st.integers(0, len(content) - 1))] = data.generate(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
 
     async def test() -> None:
         world = World()

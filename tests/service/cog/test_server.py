@@ -588,17 +588,17 @@ import sys
 if "_run_worker" in " ".join(sys.orig_argv):
     from dmd2.inference.engine import Engine
 
-    draw_timed = Engine.draw_timed
+    generate_timed = Engine.generate_timed
 
     def breaks(self, prompts, *rest, **named):
         if "break the device" in prompts:
             raise RuntimeError("it fell off the bus")
-        return draw_timed(self, prompts, *rest, **named)
+        return generate_timed(self, prompts, *rest, **named)
 
     def gone(self):
         raise RuntimeError("no device")
 
-    Engine.draw_timed, Engine.recover = breaks, gone
+    Engine.generate_timed, Engine.recover = breaks, gone
 """
 
 

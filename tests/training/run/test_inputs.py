@@ -14,8 +14,8 @@ import pytest
 from dmd2.cli import main
 from dmd2.runtime.errors import UserError
 from dmd2.training import build as methods
+from dmd2.training import recipes
 from dmd2.training.build import inputs_of
-from dmd2.training.recipes import kinds as recipes
 from dmd2.training.run.inputs import Record, continued, origin, read_record, sha256
 from tests.training.run.test_runs import stop_at
 from tests.training.test_loop import assert_same_runs, checkpoint, log, toy
