@@ -1,6 +1,7 @@
 """Every code block of the README: run as written, or, where a comment above it says why not, its options checked.
 
-The only word that is changed is the port of the server, which may be taken.
+The only word that is changed is the port of the server, which may be taken. Commands in the other pages are checked
+like those that are not run; files that any page names must be there.
 """
 
 from __future__ import annotations
@@ -25,33 +26,55 @@ from tests.service.cog.cog_server import CogServer
 ROOT = Path(__file__).resolve().parents[1]
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / name / "README.md" for name in ("tests", "weights", "weights/emoji")]
+DOWNLOADED = (
+    "weights/sdxl",
+    "weights/safety",
+    "weights/cifar10",
+    "weights/edm",
+    "weights/metrics",
+    "weights/mine",
+    "weights/theirs",
+)
+"""folders that the commands of these pages make"""
+
+
 class Block(NamedTuple):
+    page: str
     line: int
     language: str
     code: str
     is_run: bool
 
 
-def blocks() -> list[Block]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    name = page.relative_to(ROOT).as_posix()
     pattern = r"(?m)^(<!-- not run by a test: \S[^\n]* -->\n)?```(\w*)\n(.*?)^```$"
     return [
-        Block(text[: match.start(2)].count("\n") + 1, match[2], match[3], match[1] is None)
+        Block(name, text[: match.start(2)].count("\n") + 1, match[2], match[3], match[1] is None)
         for match in re.finditer(pattern, text, re.DOTALL)
     ]
 
 
-BLOCKS = blocks()
+BLOCKS = blocks(ROOT / "README.md")
+SHELL = [block for page in PAGES for block in blocks(page) if block.language == "sh"]
 TREE = next(block for block in BLOCKS if not block.language)
 SERVED = [block for block in BLOCKS if "localhost:5000" in block.code]
 ALONE = [b for b in BLOCKS if b.is_run and b.language and b not in SERVED and "dmd2 cog" not in b.code]
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """Each command's words: comments and line breaks of the shell are taken out."""
+    """Each command's words: comments, line breaks and variables of the shell are taken out."""
+    variables: dict[str, str] = {}
     for line in code.replace("\\\n", " ").splitlines():
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
         words = shlex.split(line, comments=True)
-        if words:
+        if len(words) == 1 and "=" in words[0]:
+            variables |= [words[0].split("=", 1)]
+        elif words:
             yield words
 
 
@@ -110,11 +133,11 @@ def parsed(words: list[str]) -> None:
         context = command.make_context(name, list(rest), parent=context, resilient_parsing=True)
         name, command, rest = command.resolve_command(context, list(rest))
     context = command.make_context(name, list(rest), parent=context)
-    if name == "train":
+    if name == "train" and context.params["recipe"]:  # none beside --resume
         resolve(context.params["recipe"], [])
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"], ids=lambda block: f"line {block.line}")
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: f"{block.page}, line {block.line}")
 def test_commands_and_options_are_there(block: Block) -> None:
     for words in commands(block.code):
         if words[0] == "dmd2":
@@ -125,6 +148,24 @@ def test_commands_and_options_are_there(block: Block) -> None:
             text = script.read_text(encoding="utf-8")
             for option in (word for word in words[1:] if word.startswith("--")):
                 assert option in text or option[2:].replace("-", "_") in text, f"{words[0]} knows no {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = {page.parent / link.partition("#")[0] for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text)}
+    prose = "".join(re.split(r"(?ms)^```.*?^```$", text))
+    named = set(re.findall(r"`((?:dmd2|scripts|tests|docs|weights)/[\w./-]+)`", prose))
+    paths = links | {ROOT / name for name in named if not name.startswith(DOWNLOADED)}
+    assert [str(path) for path in paths if not path.exists()] == []
+
+
+def test_sections_that_the_readme_links_to_are_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = {
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"(?m)^#+ (.*)$", text)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= sections
 
 
 def test_the_tree_names_what_is_there() -> None:
