@@ -1,7 +1,7 @@
 """How good the images of the embedded emoji model are.
 
-Anything that draws images for captions and seeds can be scored. What the images are held against is
-`RealScenes`, which draws from the data itself: the ceiling of every score.
+Anything that generates images for captions and seeds can be scored. The images are compared with `RealScenes`, which
+composes scenes of the data itself: the ceiling of every score.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ BATCH = 64  # images asked of a `Generate` at once, at most
 OPEN_CAPTIONS, SEEDS, REAL_SEEDS = 50, 4, 16  # of the diversity score
 
 
-class EmojiJudge:
-    """Says what an image shows, and measures images. In fp32, without gradients.
+class EmojiClassifier:
+    """Names an image's emoji and background, and gives the features of the scores. In fp32, without gradients.
 
     `names` and `backgrounds` are what the two heads tell apart, in the order of their logits; `size` is the
     side of the images, in pixels.
@@ -38,7 +38,7 @@ class EmojiJudge:
         self.names, self.backgrounds, self.size = names, backgrounds, size
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> EmojiJudge:
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> EmojiClassifier:
         """Read a `classifier.safetensors`, as the recipe "emoji-classifier" exports it.
 
         Raises:
@@ -78,7 +78,7 @@ class RealScenes:
     """A `Generate` that composes a scene of the training set which the caption describes.
 
     It knows plain captions ("a red apple on a blue background"), and those which leave things open, "a red
-    apple" and "a fruit". What a caption leaves open is drawn by the image's seed, among the pairs that
+    apple" and "a fruit". What a caption leaves open is chosen by the image's seed, among the pairs that
     training has seen. `then` is applied to the images: an autoencoder's round trip, say.
     """
 
@@ -112,7 +112,7 @@ class RealScenes:
 def score_emoji(
     generate: Generate,
     scenes: EmojiScenes,
-    judge: EmojiJudge,
+    classifier: EmojiClassifier,
     n: int = 1000,
     seed: int = 0,
     *,
@@ -123,69 +123,69 @@ def score_emoji(
     Half of the n captions name an (emoji, background) pair that training has seen, half one that was held
     out. The first three scores are shares in [0, 1], of "all" captions, the "seen" and the "held_out":
 
-    - `top1`, `top5`: the judge names the right emoji, first or among its five best guesses.
-    - `background`: the judge names the right background.
-    - `fd`: Fréchet distance between the judge's features of the n images and of n real scenes of the same
+    - `top1`, `top5`: the classifier names the right emoji, first or among its five best guesses.
+    - `background`: the classifier names the right background.
+    - `fd`: Fréchet distance between the classifier's features of the n images and of n real scenes of the same
       captions. `fd_real`: the same of n other real scenes, the floor.
-    - `diversity`: mean distance, in the judge's features, between four images of one caption, relative to
+    - `diversity`: mean distance, in the classifier's features, between four images of one caption, relative to
       that of real scenes. Most of these captions leave the background or the emoji open. 1 is as diverse as
       the data, 0 is no diversity.
 
     Args:
-        draw: the generator; asked for up to 64 images at once.
+        generate: the generator; asked for up to 64 images at once.
         n: at least 4; `fd` of different n must not be compared.
         seed: of the captions and of the images' seeds.
-        real: what to hold the images against, `RealScenes(scenes)` unless given.
+        real: what to compare the images with, `RealScenes(scenes)` unless given.
 
     Raises:
-        UserError: the judge knows other emoji than `scenes`.
+        UserError: the classifier knows other emoji than `scenes`.
         ValueError: n is too small, or `generate` returns something else than images.
     """
     real = real or RealScenes(scenes)
-    emoji, background, held_out = _pairs(scenes, judge, n, seed)
+    emoji, background, held_out = _pairs(scenes, classifier, n, seed)
     captions = [scenes.caption(e, b).text for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
-    drawn = _features(generate, captions, _seeds("drawn", seed, n), judge)
-    references = [_features(real, captions, _seeds(f"real {i}", seed, n), judge) for i in range(2)]
+    found = _features(generate, captions, _seeds("drawn", seed, n), classifier)
+    references = [_features(real, captions, _seeds(f"real {i}", seed, n), classifier) for i in range(2)]
 
-    emoji_logits, background_logits = judge.answers(drawn)
-    best = emoji_logits.topk(min(5, len(judge.names)), dim=1).indices == emoji[:, None]
+    emoji_logits, background_logits = classifier.answers(found)
+    best = emoji_logits.topk(min(5, len(classifier.names)), dim=1).indices == emoji[:, None]
     return {
         "n": n,
         "top1": _shares(best[:, 0], held_out),
         "top5": _shares(best.any(1), held_out),
         "background": _shares(background_logits.argmax(1) == background, held_out),
-        "fd": frechet_distance_of(drawn, references[0]),
+        "fd": frechet_distance_of(found, references[0]),
         "fd_real": frechet_distance_of(references[1], references[0]),
-        "diversity": _diversity(generate, real, scenes, judge, seed),
+        "diversity": _diversity(generate, real, scenes, classifier, seed),
     }
 
 
 def quick_score(
-    generate: Generate, scenes: EmojiScenes, judge: EmojiJudge, n: int = 128, seed: int = 0
+    generate: Generate, scenes: EmojiScenes, classifier: EmojiClassifier, n: int = 128, seed: int = 0
 ) -> dict[str, float]:
     """What to watch while training: `score_emoji` without top5, fd_real and diversity, of n images.
 
     Flat: top1, top1_seen, top1_held_out, background and fd. Arguments and errors are those of `score_emoji`.
     """
-    emoji, background, held_out = _pairs(scenes, judge, n, seed)
+    emoji, background, held_out = _pairs(scenes, classifier, n, seed)
     captions = [scenes.caption(e, b).text for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
-    drawn = _features(generate, captions, _seeds("drawn", seed, n), judge)
-    reference = _features(RealScenes(scenes), captions, _seeds("real 0", seed, n), judge)
-    emoji_logits, background_logits = judge.answers(drawn)
+    found = _features(generate, captions, _seeds("drawn", seed, n), classifier)
+    reference = _features(RealScenes(scenes), captions, _seeds("real 0", seed, n), classifier)
+    emoji_logits, background_logits = classifier.answers(found)
     top1 = _shares(emoji_logits.argmax(1) == emoji, held_out)
     return {
         "top1": top1.pop("all"),
         **{f"top1_{split}": share for split, share in top1.items()},
         "background": float((background_logits.argmax(1) == background).double().mean()),
-        "fd": frechet_distance_of(drawn, reference),
+        "fd": frechet_distance_of(found, reference),
     }
 
 
-def _pairs(scenes: EmojiScenes, judge: EmojiJudge, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs(scenes: EmojiScenes, classifier: EmojiClassifier, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """n pairs: emoji (n,), background (n,), bool (n,) held out. None comes twice while others wait."""
     if n < 4:
         raise ValueError(f"n must be at least 4, not {n}")
-    if judge.names != scenes.names or judge.backgrounds != list(BACKGROUNDS):
+    if classifier.names != scenes.names or classifier.backgrounds != list(BACKGROUNDS):
         raise UserError(
             "the classifier was trained on other emoji than these scenes hold; train it again on them "
             '(recipe "emoji-classifier")'
@@ -209,15 +209,15 @@ def _seeds(purpose: str, seed: int, n: int) -> list[int]:
     return [rng.getrandbits(31) for _ in range(n)]
 
 
-def _features(generate: Generate, captions: list[str], seeds: list[int], judge: EmojiJudge) -> Tensor:
-    """The judge's features (B, F) of one image for each caption and seed."""
+def _features(generate: Generate, captions: list[str], seeds: list[int], classifier: EmojiClassifier) -> Tensor:
+    """The classifier's features (B, F) of one image for each caption and seed."""
     parts = []
     for start in range(0, len(captions), BATCH):
         batch = captions[start : start + BATCH]
         images = generate(batch, seeds[start : start + BATCH])
         if len(images) != len(batch):
             raise ValueError(f"expected {len(batch)} images, not {len(images)}")
-        parts.append(judge.features(images))
+        parts.append(classifier.features(images))
     return torch.cat(parts)
 
 
@@ -227,7 +227,9 @@ def _shares(right: Tensor, held_out: Tensor) -> dict[str, float]:
     return {split: float(part.double().mean()) for split, part in parts.items() if len(part)}
 
 
-def _diversity(generate: Generate, real: Generate, scenes: EmojiScenes, judge: EmojiJudge, seed: int) -> float:
+def _diversity(
+    generate: Generate, real: Generate, scenes: EmojiScenes, classifier: EmojiClassifier, seed: int
+) -> float:
     """Of the captions, half name the emoji alone, a quarter its kind alone, a quarter leave nothing open."""
     rng = random.Random(f"diversity {seed}")
     seen = scenes.pairs("seen").tolist()
@@ -240,7 +242,7 @@ def _diversity(generate: Generate, real: Generate, scenes: EmojiScenes, judge: E
 
     def spread(source: Generate, purpose: str, images: int) -> float:
         repeated = [caption for caption in captions for _ in range(images)]
-        features = _features(source, repeated, _seeds(purpose, seed, len(repeated)), judge).double()
+        features = _features(source, repeated, _seeds(purpose, seed, len(repeated)), classifier).double()
         return float(sum(torch.pdist(group).mean() for group in features.split(images)))
 
     return spread(generate, "diversity drawn", SEEDS) / spread(real, "diversity real", REAL_SEEDS)

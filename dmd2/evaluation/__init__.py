@@ -1,1 +1,1 @@
-"""What judges images: metrics, the networks they look through, the samples they look at."""
+"""Measures images: metrics, the feature networks and classifiers behind them, the samples that they are computed on."""

@@ -9,7 +9,7 @@ import torch
 
 from dmd2.data.images import ImageSet
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiJudge
+from dmd2.emoji.scores import EmojiClassifier
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.paths import ROOT
 from dmd2.runtime.terminal import say
@@ -94,7 +94,7 @@ def build_method(recipe: Recipe, paths: dict[str, Path | None], device: torch.de
 def _emoji_method(recipe: Recipe, path: Callable[[str, Path], Path], device: torch.device) -> Method:
     scenes = EmojiScenes(path("data", EMOJI / "emoji.zip"))
     init, judge_file = path("init", EMOJI), path("judge", EMOJI_JUDGE)
-    judge = EmojiJudge.load(judge_file, device) if judge_file.is_file() else None
+    judge = EmojiClassifier.load(judge_file, device) if judge_file.is_file() else None
     if judge is None and isinstance(recipe, TeacherRecipe | Dmd2Recipe):
         say(f"--judge {judge_file}: no such file; samples get no scores")
     match recipe:

@@ -13,7 +13,7 @@ from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.emoji.architecture import trainable_attention
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiJudge
+from dmd2.emoji.scores import EmojiClassifier
 from dmd2.models.stable_diffusion.folder import load_text_to_image, save_text_to_image
 from dmd2.models.stable_diffusion.unet import StableDiffusion
 from dmd2.runtime.errors import UserError
@@ -28,7 +28,7 @@ from dmd2.weights.manifest import Student, read_manifest
 
 
 def distil(
-    recipe: Dmd2Recipe, scenes: EmojiScenes, init: Path, judge: EmojiJudge | None, device: torch.device
+    recipe: Dmd2Recipe, scenes: EmojiScenes, init: Path, judge: EmojiClassifier | None, device: torch.device
 ) -> Method:
     """DMD2 on the teacher in `init`. Student and fake score start from it, or the student from `recipe.student_init`.
 

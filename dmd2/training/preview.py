@@ -14,7 +14,7 @@ from dmd2.data.cifar10 import CLASSES as CIFAR10
 from dmd2.data.images import ImageSet
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiJudge, quick_score
+from dmd2.emoji.scores import EmojiClassifier, quick_score
 from dmd2.evaluation.frechet import frechet_distance_of
 from dmd2.evaluation.metrics import SmallFeatures
 from dmd2.inference.image_output import labelled_grid
@@ -35,7 +35,7 @@ class Preview:
     Without a judge there is a grid but no score.
     """
 
-    def __init__(self, scenes: EmojiScenes, judge: EmojiJudge | None, columns: int = 8, rows: int = 4) -> None:
+    def __init__(self, scenes: EmojiScenes, judge: EmojiClassifier | None, columns: int = 8, rows: int = 4) -> None:
         self.scenes, self.judge, self.columns, self.told = scenes, judge, columns, False
         pairs = scenes.pairs("all")
         chosen = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(3))[: columns * rows]]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes
-from dmd2.emoji.scores import EmojiJudge, RealScenes, quick_score, score_emoji
+from dmd2.emoji.scores import EmojiClassifier, RealScenes, quick_score, score_emoji
 from dmd2.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,37 +26,39 @@ def scenes() -> EmojiScenes:
 
 
 @pytest.fixture(scope="module")
-def judge() -> EmojiJudge:
-    return EmojiJudge.load(WEIGHTS / "classifier.safetensors")
+def classifier() -> EmojiClassifier:
+    return EmojiClassifier.load(WEIGHTS / "classifier.safetensors")
 
 
-def test_committed_classifier_is_small_and_knows_the_committed_scenes(scenes: EmojiScenes, judge: EmojiJudge) -> None:
+def test_committed_classifier_is_small_and_knows_the_committed_scenes(
+    scenes: EmojiScenes, classifier: EmojiClassifier
+) -> None:
     assert (WEIGHTS / "classifier.safetensors").stat().st_size < 2_000_000
-    assert judge.names == scenes.names and judge.backgrounds == list(BACKGROUNDS)
+    assert classifier.names == scenes.names and classifier.backgrounds == list(BACKGROUNDS)
     fresh = scenes.batch(200, seed=4321, step=0, split="all")
-    emoji, background = judge.answers(judge.features(fresh.images))
+    emoji, background = classifier.answers(classifier.features(fresh.images))
     assert float((emoji.argmax(1) == fresh.emoji).float().mean()) >= 0.99
     assert float((background.argmax(1) == fresh.background).float().mean()) >= 0.99
 
 
-def test_judge_refuses_other_files_and_other_images(judge: EmojiJudge, tmp_path: Path) -> None:
+def test_classifier_refuses_other_files_and_other_images(classifier: EmojiClassifier, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.safetensors"):
-        EmojiJudge.load(tmp_path / "missing.safetensors")
+        EmojiClassifier.load(tmp_path / "missing.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="not a readable emoji classifier"):
-        EmojiJudge.load(tmp_path / "damaged.safetensors")
+        EmojiClassifier.load(tmp_path / "damaged.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not an emoji classifier"):
-        EmojiJudge.load(tmp_path / "other.safetensors")
+        EmojiClassifier.load(tmp_path / "other.safetensors")
     with safe_open(WEIGHTS / "classifier.safetensors", framework="pt") as file:
         metadata = file.metadata()
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors", metadata)
     with pytest.raises(UserError, match=r"not a readable emoji classifier .*Missing key") as error:
-        EmojiJudge.load(tmp_path / "foreign.safetensors")
+        EmojiClassifier.load(tmp_path / "foreign.safetensors")
     assert "\n" not in str(error.value)
     for images in (torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="expected images"):
-            judge.features(images)
+            classifier.features(images)
 
 
 def test_real_scenes_answer_to_captions_and_depend_on_their_seed_alone(scenes: EmojiScenes) -> None:
@@ -76,7 +78,7 @@ def test_real_scenes_answer_to_captions_and_depend_on_their_seed_alone(scenes: E
         real(["a flying pig"], [0])
 
 
-def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, judge: EmojiJudge) -> None:
+def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, classifier: EmojiClassifier) -> None:
     batches: list[int] = []
     real = RealScenes(scenes)
 
@@ -84,7 +86,7 @@ def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, judge: EmojiJud
         batches.append(len(captions))
         return real(captions, seeds)
 
-    scores = score_emoji(generate, scenes, judge, n=400, seed=1)
+    scores = score_emoji(generate, scenes, classifier, n=400, seed=1)
     assert sum(batches) == 400 + 200 and max(batches) <= 64
     for name in ("top1", "top5", "background"):
         share = scores[name]
@@ -94,41 +96,41 @@ def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, judge: EmojiJud
     assert scores["diversity"] == pytest.approx(1, abs=0.1)
 
 
-def test_draw_that_ignores_the_caption_is_found_out(scenes: EmojiScenes, judge: EmojiJudge) -> None:
+def test_generator_that_ignores_the_caption_is_found_out(scenes: EmojiScenes, classifier: EmojiClassifier) -> None:
     def generate(captions: list[str], seeds: list[int]) -> Tensor:
         return scenes.batch(len(captions), seed=seeds[0], step=0).images
 
-    scores = quick_score(generate, scenes, judge, n=256)
+    scores = quick_score(generate, scenes, classifier, n=256)
     assert scores["top1"] <= 5 / len(scenes) + 0.02
     assert scores["background"] == pytest.approx(1 / len(BACKGROUNDS), abs=0.1)
-    real = quick_score(RealScenes(scenes), scenes, judge, n=256)
+    real = quick_score(RealScenes(scenes), scenes, classifier, n=256)
     assert real["top1"] >= 0.97 and real["top1_held_out"] >= 0.97
     assert real["fd"] < scores["fd"]  # even though the images are real: the mix of emoji differs
 
 
-def test_one_image_for_all_captions_has_no_diversity(scenes: EmojiScenes, judge: EmojiJudge) -> None:
+def test_one_image_for_all_captions_has_no_diversity(scenes: EmojiScenes, classifier: EmojiClassifier) -> None:
     def generate(captions: list[str], seeds: list[int]) -> Tensor:
         return torch.full((len(captions), 3, 64, 64), 128, dtype=torch.uint8)
 
-    scores = score_emoji(generate, scenes, judge, n=64)
+    scores = score_emoji(generate, scenes, classifier, n=64)
     assert scores["diversity"] == pytest.approx(0, abs=1e-3)
     floor, distance = scores["fd_real"], scores["fd"]
     assert isinstance(floor, float) and isinstance(distance, float) and distance > 3 * floor
 
 
-def test_scores_are_reproducible_and_depend_on_the_seed(scenes: EmojiScenes, judge: EmojiJudge) -> None:
+def test_scores_are_reproducible_and_depend_on_the_seed(scenes: EmojiScenes, classifier: EmojiClassifier) -> None:
     real = RealScenes(scenes)
-    assert quick_score(real, scenes, judge, n=16) == quick_score(real, scenes, judge, n=16)
-    assert quick_score(real, scenes, judge, n=16) != quick_score(real, scenes, judge, n=16, seed=1)
+    assert quick_score(real, scenes, classifier, n=16) == quick_score(real, scenes, classifier, n=16)
+    assert quick_score(real, scenes, classifier, n=16) != quick_score(real, scenes, classifier, n=16, seed=1)
 
 
-def test_scoring_refuses_what_makes_no_sense(scenes: EmojiScenes, judge: EmojiJudge) -> None:
+def test_scoring_refuses_what_makes_no_sense(scenes: EmojiScenes, classifier: EmojiClassifier) -> None:
     real = RealScenes(scenes)
     with pytest.raises(ValueError, match="at least 4"):
-        quick_score(real, scenes, judge, n=3)
+        quick_score(real, scenes, classifier, n=3)
     with pytest.raises(ValueError, match="expected 8 images"):
-        quick_score(lambda captions, seeds: real(captions, seeds)[1:], scenes, judge, n=8)
-    stranger = EmojiJudge(judge.model, judge.names[::-1], judge.backgrounds, judge.size)
+        quick_score(lambda captions, seeds: real(captions, seeds)[1:], scenes, classifier, n=8)
+    stranger = EmojiClassifier(classifier.model, classifier.names[::-1], classifier.backgrounds, classifier.size)
     with pytest.raises(UserError, match="other emoji"):
         quick_score(real, scenes, stranger, n=8)
 

@@ -193,10 +193,10 @@ def test_scores_are_those_of_the_samples(folder: Path) -> None:
     found = scores(small(folder, "student", "fid", "prdc", "accuracy"))
     unused = folder / "ref.zip"  # no metric here compares
     assert scores(small(folder, "student", "accuracy", reference=unused)) == {"accuracy": found["accuracy"]}
-    judge = SmallFeatures(CLASSIFIER)
+    classifier = SmallFeatures(CLASSIFIER)
     drawn = EdmSamples(folder / "student", 20, None, 0, CPU).generate(list(range(20)))
-    fake, answers = judge(drawn, answers=True)
-    real, _ = judge(some_images(40, 32))
+    fake, answers = classifier(drawn, answers=True)
+    real, _ = classifier(some_images(40, 32))
     assert answers is not None
     assert found.pop("fd_small") == pytest.approx(frechet_distance(*moments(fake), *moments(real)), rel=1e-3)
     assert found.pop("accuracy") == float((answers.argmax(1) == torch.arange(20) % 10).double().mean())
@@ -306,7 +306,7 @@ def test_reference_statistics_are_edm_s_and_do_as_well_as_the_images(
 
 
 def test_patches_are_compared_at_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference images of another size and shape are brought to that of the judged ones; the FID's to --resize."""
+    """Reference images of another size and shape are brought to that of the evaluated ones; the FID's to --resize."""
     monkeypatch.setattr(Inception, "width", 48)
     inception = stand_in(tmp_path / "inception.pt", width=48)
     smooth = resized(some_images(8, 5), 320)

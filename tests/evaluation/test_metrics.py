@@ -217,17 +217,17 @@ def test_another_inception_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_committed_classifier_is_small_and_known() -> None:
-    judge = SmallFeatures(CLASSIFIER)
+    classifier = SmallFeatures(CLASSIFIER)
     assert CLASSIFIER.stat().st_size < 2_000_000
-    assert (judge.size, judge.width, len(judge.classes), judge.classes[3]) == (32, 128, 10, "cat")
+    assert (classifier.size, classifier.width, len(classifier.classes), classifier.classes[3]) == (32, 128, 10, "cat")
     images = samples(3, 32)
-    features, answers = judge(images, answers=True)
+    features, answers = classifier(images, answers=True)
     assert features.shape == (3, 128) and answers is not None and answers.shape == (3, 10)
     torch.testing.assert_close(answers.exp().sum(1), torch.ones(3))
-    alone, _ = judge(images[1:2])
+    alone, _ = classifier(images[1:2])
     torch.testing.assert_close(alone, features[1:2])
     with pytest.raises(UserError, match=r"32x32 pixels, not 16x16; --resize 32"):
-        judge(samples(1, 16))
+        classifier(samples(1, 16))
 
 
 def test_clip_score_is_the_cosine(tmp_path: Path) -> None:

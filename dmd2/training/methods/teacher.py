@@ -13,7 +13,7 @@ from dmd2.diffusion.noise import sample_sigma, seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_sigmas
 from dmd2.emoji.architecture import build_models
 from dmd2.emoji.scenes import EmojiScenes, Scenes, vocabulary
-from dmd2.emoji.scores import EmojiJudge
+from dmd2.emoji.scores import EmojiClassifier
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import LICENCE, load_text_to_image, load_vae, save_text_to_image
 from dmd2.models.stable_diffusion.text import TextEncoder
@@ -29,7 +29,7 @@ from dmd2.weights.manifest import MANIFEST, Teacher, read_manifest
 
 
 def train_teacher(
-    recipe: TeacherRecipe, scenes: EmojiScenes, init: Path, judge: EmojiJudge | None, device: torch.device
+    recipe: TeacherRecipe, scenes: EmojiScenes, init: Path, judge: EmojiClassifier | None, device: torch.device
 ) -> Method:
     """The embedded model's teacher: UNet and both text encoders together, on latents of `init`/vae.
 

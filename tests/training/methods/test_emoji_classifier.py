@@ -1,4 +1,4 @@
-"""The judge of emoji images: it learns, is exported whole, and its training images are what they should be."""
+"""The classifier of emoji images: it learns, is exported whole, and its training images are what they should be."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiJudge
+from dmd2.emoji.scores import EmojiClassifier
 from dmd2.training.loop import Batch, training_step
 from dmd2.training.methods.emoji_classifier import augment, blur, build_classifier, train_classifier
 from dmd2.training.recipes import RECIPES
@@ -56,12 +56,12 @@ def test_one_batch_is_learned_by_heart_and_exported(
     assert model.training  # scoring borrows it
 
     method.export(None, tmp_path)
-    judge = EmojiJudge.load(tmp_path / "classifier.safetensors")
-    assert judge.names == scenes.names and judge.size == 64
+    classifier = EmojiClassifier.load(tmp_path / "classifier.safetensors")
+    assert classifier.names == scenes.names and classifier.size == 64
     model.eval()
     with torch.no_grad():
         expected, _ = model(batch.images.float() / 127.5 - 1)
-    found, background = judge.answers(judge.features(batch.images))
+    found, background = classifier.answers(classifier.features(batch.images))
     assert found.shape == (16, len(scenes)) and background.shape == (16, 9)
     assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())  # fp16 weights
 
