@@ -1,4 +1,4 @@
-"""EDM's augmentation (Karras et al. 2022, app. F.2): geometric, and told to the network, so that samples show none.
+"""EDM's augmentation (Karras et al. 2022, app. F.2): geometric, and told to the network in labels.
 
 The transformations and their resampling are those of ADA (Karras et al. 2020, 2006.06676, app. B).
 """
@@ -50,7 +50,7 @@ def augment(x0: Tensor, probability: float, generator: torch.Generator) -> tuple
 
 
 def _generate(n: int, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What happens to n images (n, 3, 3), in units of half an image's side, and labels (n, 9)."""
+    """Random transformations of n images (n, 3, 3), in units of half an image's side, and their labels (n, 9)."""
 
     def uniform() -> Tensor:
         return torch.rand(n, generator=generator)

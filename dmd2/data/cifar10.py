@@ -109,7 +109,7 @@ def read_batch(content: bytes, name: str) -> tuple[np.ndarray[Any, np.dtype[np.u
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that can make NumPy arrays of numbers, and else call nothing."""
+    """An unpickler that can make NumPy arrays of numbers, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if re.fullmatch(r"numpy\.(_?core\.)?multiarray", module) and name == "_reconstruct":

@@ -82,17 +82,17 @@ class ImageSet:
 
     @property
     def names(self) -> list[str]:
-        """Of the files, as they are spelled there, in the order of the rows; relative to `path`."""
+        """Names of the image files, relative to `path`, in the order of the rows."""
         return self._files.names
 
     def images(self, rows: Tensor) -> Tensor:
-        """Those at int64 (B,) `rows`: uint8 (B, 3, R, R)."""
+        """The images at int64 (B,) `rows`: uint8 (B, 3, R, R)."""
         if self._memory is not None:
             return self._memory[rows]
         return torch.stack([self._decode(self._files.names[i], self.resolution) for i in rows.tolist()])
 
     def one_hot(self, rows: Tensor, classes: int) -> Tensor:
-        """The classes of those at int64 (B,) `rows`: fp32 (B, classes)."""
+        """The classes, one-hot, of the images at int64 (B,) `rows`: fp32 (B, classes)."""
         if self.labels is None or not classes:
             return torch.zeros(len(rows), classes)
         return torch.nn.functional.one_hot(self.labels[rows], classes).float()

@@ -38,15 +38,15 @@ from dmd2.weights.manifest import read_manifest
 PAIRS_FILE = "pairs.json"
 STALE = re.compile(r"\.pairs(\.json|-\d{5,}\.safetensors)\.[0-9a-f]{8}\.tmp")
 FIRST_SEED = 2**31
-"""PyTorch's CPU generator uses 32 bits of a seed: the upper half is for pairs, so that a student that is judged by
-seeds from 0 on is never judged by noise that it was shown."""
+"""PyTorch's CPU generator uses 32 bits of a seed: the upper half is for pairs, so that a student that is evaluated
+with seeds from 0 on is never evaluated with noise that it was trained on."""
 MOST = 2**31
 SHARD = 1000
 """pairs in a shard: what a stop costs at most"""
 
 
 class PairsConfig(BaseModel):
-    """`pairs.json`: what the pairs are and who made them."""
+    """`pairs.json`: the settings that the pairs were made with, and the teacher that made them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     teacher: str
@@ -70,7 +70,7 @@ class PairsConfig(BaseModel):
         return range(start, min(start + self.shard, self.count))
 
     def seeds(self, pairs: range) -> Tensor:
-        """int64 (n,)"""
+        """The pairs' seeds, int64 (n,)."""
         return torch.arange(pairs.start, pairs.stop) + self.first_seed
 
     def labels(self, pairs: range) -> Tensor:
@@ -222,7 +222,7 @@ def _load(path: Path, config: PairsConfig, pairs: range) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class RegressionPairs:
-    """Noise, and what the teacher's deterministic sampler made of it (DMD sec. 3.3)."""
+    """A batch of noise, and the images that the teacher's deterministic sampler made of it (DMD sec. 3.3)."""
 
     noise: Tensor
     """(B, C, H, W) unit noise, fp32"""
@@ -258,7 +258,7 @@ class Pairs:
         return self.config.count
 
     def batch(self, n: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> RegressionPairs:
-        """`n` pairs, drawn uniformly; always the same for the same arguments, on `device`."""
+        """`n` pairs, chosen uniformly; always the same for the same arguments, on `device`."""
         digest = hashlib.sha256(f"regression {seed} {step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         chosen = torch.randint(len(self), (n,), generator=generator)

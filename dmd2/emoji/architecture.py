@@ -1,4 +1,4 @@
-"""The embedded emoji model's untrained parts: SDXL's architecture, its tokenizer and text encoders, all small."""
+"""Builds the embedded emoji model, untrained: SDXL's UNet, text encoders and tokenizer, all small."""
 
 from __future__ import annotations
 

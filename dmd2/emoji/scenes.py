@@ -94,7 +94,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and what it gives away."""
+    """A caption, and whether it names the emoji and the background."""
 
     text: str
     names_emoji: bool
@@ -107,7 +107,7 @@ class EmojiScenes:
     `scale` is the emoji's longer side as a fraction of the frame, `rotation_degrees` how far it turns at
     most either way, `shift` how far it lies from the middle at most, as a fraction of the frame, along each
     side, and `mirror` whether half of the scenes are flipped left to right. An emoji always lies inside the
-    frame: one that would not fit once turned is shrunk until it does. Training draws from the emoji of the
+    frame: one that would not fit once turned is shrunk until it does. Training uses the emoji of the
     Unicode `groups`. The defaults are what two CPU cores
     learn well in an hour or so.
     """
@@ -198,7 +198,7 @@ class EmojiScenes:
         )
 
     def caption(self, emoji: int, background: int, rng: random.Random | None = None) -> Caption:
-        """A caption drawn with `rng`; without one, the plain "a red apple on a blue background"."""
+        """A caption chosen with `rng`; without one, the plain "a red apple on a blue background"."""
         colour = list(BACKGROUNDS)[background]
         if rng is None:
             return Caption(_fill(WITH_BACKGROUND[0], self.names[emoji], colour), True, True)

@@ -1,1 +1,1 @@
-"""Measures images: metrics, the feature networks and classifiers behind them, the samples that they are computed on."""
+"""Measures images: metrics, the feature networks and classifiers behind them, and the samples they are given."""

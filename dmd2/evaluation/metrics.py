@@ -141,7 +141,7 @@ def _reach(samples: Tensor, k: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Of (N, F) and (M, F), a block of rows at a time: which rows, and (rows, M)."""
+    """Squared distances between (N, F) and (M, F), a block of rows at a time: which rows, and (rows, M)."""
     centre = b.float().mean(0)  # ‖a‖² + ‖b‖² − 2ab is the more exact the smaller the norms are
     b = b.float() - centre
     b_norms = b.square().sum(1)
@@ -153,7 +153,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 @contextmanager
 def _quiet_and_seeded(seed: int) -> Iterator[None]:
-    """torchmetrics draws from torch's global generator, and warns that it keeps features, which are kept anyway."""
+    """torchmetrics uses torch's global generator, and warns that it keeps features, which are kept anyway."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*will save all extracted features", UserWarning)
         torch.manual_seed(seed)
@@ -251,7 +251,7 @@ class SmallFeatures:
         if images.shape[1:] != (3, side, side):
             found = f"{images.shape[-1]}x{images.shape[-2]}"
             raise UserError(
-                f"{self.path}: judges images of {side}x{side} pixels, not {found}; --resize {side} makes them so"
+                f"{self.path}: takes images of {side}x{side} pixels, not {found}; --resize {side} makes them so"
             )
         x = images.to(self.device).float() / 127.5 - 1
         features = self.net.features(x.contiguous(memory_format=torch.channels_last))
@@ -336,6 +336,6 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 
 def _first(error: Exception) -> str:
-    """The first line of a message that says something."""
+    """The first line of a message that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, the terminal; and the device: precision, memory, compiled networks."""
+"""What all folders use: errors, files, terminal; and the device: precision, memory, offload, compiled networks."""

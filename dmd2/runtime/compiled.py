@@ -1,6 +1,6 @@
 """Networks prepared for the shapes that are asked for most: compiled by Inductor, launched as one CUDA graph.
 
-On a GPU a picture of one step is a few thousand kernels, most of them shorter than Python takes to launch them.
+On a GPU an image of one step is a few thousand kernels, most of them shorter than Python takes to launch them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Compiler:
-    """Prepares functions for shapes, all at once: what is called within `recording()` is for good.
+    """Prepares functions for the shapes that they are called with within `recording()`.
 
     Args:
         device: on a GPU each shape becomes a CUDA graph; all graphs share one pool of memory.
@@ -100,13 +100,13 @@ class Prepared:
             return
         try:
             records[batch] = self._record(tuple(None if x is None else x[:batch].clone() for x in inputs))
-        except Exception as error:  # whatever a compiler may raise: images can be drawn without it
+        except Exception as error:  # whatever a compiler may raise: images can be generated without it
             lines = str(error).strip().splitlines() or [""]
             logger.warning("not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, lines[0])
 
 
 def uncaptured(function: Function, inputs: tuple[Tensor | None, ...]) -> Function:
-    """Only calls it once, so that it is compiled."""
+    """Compiles a function by one call, without capturing it in a CUDA graph."""
     function(*inputs)
     return function
 

@@ -103,7 +103,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _int(digits: str) -> int:
-    """Of a JSON file. Larger ones would not go into a float."""
+    """Reads an integer of a JSON file. Refuses those too large for a float."""
     if len(digits) > 100:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)

@@ -1,6 +1,6 @@
 """A network from its `config.json` and safetensors file: built without memory, filled straight from the file.
 
-diffusers' and transformers' own loaders are lenient (a key that is missing is drawn at random) and slow to start.
+diffusers' and transformers' own loaders are lenient (a missing key gets random values) and slow to start.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_network(
     """The network of class `kind` whose weights are in `path` and whose `config.json` lies beside it, frozen.
 
     In place of `path` there may be shards of it or files in half precision, see `weight_files`. Each tensor goes from
-    the file to `device` in `dtype`, convolutions in channels_last; nothing is drawn at random and nothing is held
+    the file to `device` in `dtype`, convolutions in channels_last; nothing is initialised and nothing is held
     twice. On a CPU, what is in `dtype` already is mapped, not read. `settings` are used in place of those in
     `config.json`.
 
@@ -207,7 +207,7 @@ def expect_floats(network: nn.Module, path: Path, floats: Mapping[str, bool]) ->
 
 
 def fit(network: nn.Module, path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """For tensors of a file at `path`, by their keys there: name in the network → key in the file.
+    """Matches a file's tensors to a network: name in the network → key in the file.
 
     Raises:
         UserError: names the keys that are missing, unexpected or of the wrong shape.
@@ -224,7 +224,7 @@ def fit(network: nn.Module, path: Path, shapes: Mapping[str, Sequence[int]]) -> 
 
 
 def _today(key: str, known: AbstractSet[str]) -> str:
-    """The name that a key of a file has in the network: libraries renamed some."""
+    """The name in the network of a key in a file: libraries renamed some."""
     name = re.sub(r"\.(query|key|value|proj_attn)\.(?=weight$|bias$)", lambda m: f".{OLD_ATTENTION[m[1]]}.", key)
     bare = name.removeprefix("text_model.")  # transformers 5 dropped it from CLIPTextModel
     return next((candidate for candidate in (key, name, bare, f"text_model.{bare}") if candidate in known), bare)

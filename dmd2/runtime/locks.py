@@ -1,4 +1,4 @@
-"""A folder for one process at a time, without what killed ones left there."""
+"""Locks a folder for one process at a time, and removes what killed processes left there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STALE_FOLDER = re.compile(r"\.(model|fake_score)\.[a-z0-9_]{8}")  # by tempfile:
 
 @contextmanager
 def locked(folder: Path, named: str, stale: re.Pattern[str]) -> Iterator[None]:
-    """`folder`, made if need be, for this process alone; without the files called `stale`, which killed ones left.
+    """Locks `folder`, made if need be, for this process; removes the files called `stale`, which killed ones left.
 
     Args:
         named: what to call it in messages.

@@ -1,4 +1,4 @@
-"""Which networks are on the device: all of them, or as many as fit while the others wait in the host's memory."""
+"""Offload: as many networks as fit are on the device, the others wait in the host's memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dmd2.runtime.errors import UserError
 MODES = ("auto", "full", "12gb", "8gb", "cpu")
 LARGE = 500_000_000  # parameters: networks from this size on may run in bf16 on a CPU, and are not traced
 CONTEXT = 600_000_000  # bytes that CUDA takes for itself on a device of which a part is to be used
-# Bytes beside the weights that a picture of 1024² needs: estimates for SDXL in 16 bits. With `full` a batch of four
+# Bytes beside the weights that an image of 1024² needs: estimates for SDXL in 16 bits. With `full` a batch of four
 # goes through the UNet at once; the decoder takes one image at a time, in `8gb` one tile of 512² at a time.
 WORK = {"full": 5e9, "12gb": 3.5e9, "8gb": 1.5e9}
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """How to stay within a device's memory."""
+    """Which networks stay on the device, and how the VAE saves memory."""
 
     mode: str
     """"full", "12gb", "8gb" or "cpu" """
@@ -39,7 +39,7 @@ class Plan:
 
 
 def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted: str = "auto") -> Plan:
-    """What to keep on a GPU.
+    """Chooses what to keep on a GPU, by its memory and the networks' sizes.
 
     "full" keeps everything there; "12gb" one UNet, the text encoders and the VAE, the other student is fetched when
     it is asked for; "8gb" fetches each network before its stage. "auto" takes the first of these that fits into what
@@ -78,7 +78,7 @@ def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted:
 
 
 class Offloader:
-    """Networks that take turns on a device.
+    """Moves networks to the device when they are needed, and others off it.
 
     A network is brought there when it (or one of its children) is called; those that were used longest ago make room.
     All of them stay in the host's memory, mapped from their files where they can be: one that leaves the device is
@@ -111,7 +111,7 @@ class Offloader:
     @torch.inference_mode(False)  # weights must not become inference tensors
     @torch.no_grad()
     def bring(self, name: str) -> None:
-        """Sees to it that a network is on the device."""
+        """Moves a network to the device, unless it is there already."""
         if name in self._there:
             self._there.move_to_end(name)
             return
@@ -127,7 +127,7 @@ class Offloader:
     @torch.inference_mode(False)
     @torch.no_grad()
     def park(self, *names: str) -> None:
-        """Takes networks off the device; without names, all of them."""
+        """Moves networks off the device; without names, all of them."""
         for name in names or tuple(self._there):
             if self._there.pop(name, None) is None:
                 continue
@@ -161,7 +161,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has used: tensors on a GPU, or on a CPU everything that was in memory."""
+    """Peak memory of this process, in bytes: tensors on a GPU; on a CPU its largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -1,4 +1,4 @@
-"""Where things lie: the clone, the embedded model."""
+"""Paths of the clone and of the embedded model."""
 
 from __future__ import annotations
 

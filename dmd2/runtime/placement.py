@@ -1,4 +1,4 @@
-"""Where an engine's networks run and how: within the memory there is, compiled where that pays."""
+"""Decides an engine's device, precision, offload and compilation, by the memory there is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Placement:
-    """What was decided for one engine. The default: everything stays on the device and runs as it is."""
+    """What was decided for one engine. By default nothing is offloaded or compiled."""
 
     plan: Plan = EVERYTHING
     turns: Offloader | None = None
@@ -39,11 +39,11 @@ class Placement:
     """where compiled ones are kept"""
 
     def host(self, device: torch.device) -> torch.device:
-        """Where weights are loaded to."""
+        """The device that weights are loaded to."""
         return device if self.turns is None else torch.device("cpu")
 
     def settle(self, name: str, network: nn.Module) -> None:
-        """Prepares a network that was loaded to `host`."""
+        """Prepares a network that was loaded to `host`: fused or 8-bit layers, offload, as decided."""
         if name.startswith("unet") and self.compiler is not None:
             fuse_projections(network)
         if name.startswith("unet") and self.go_fast:
@@ -53,7 +53,7 @@ class Placement:
 
 
 def count_parameters(folder: Path, subfolders: Sequence[str]) -> dict[str, int]:
-    """How many parameters each network in a folder of weights has. What is not there is left out."""
+    """The number of parameters of each network that is in a folder of weights."""
     files = {name: sorted((folder / name).glob("*.safetensors")) for name in (*SHARED, *subfolders)}
     # The same network in half precision counts once.
     files = {name: [p for p in paths if ".fp16" not in p.name] or paths for name, paths in files.items()}
@@ -110,7 +110,7 @@ def place(
 
     Args:
         parameters: of each network, see `count_parameters`.
-        pixels: of a picture of the usual size.
+        pixels: of an image of the usual size.
         fast: whether the caller will `warm_up`: without that, nothing is compiled.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which floating-point type networks compute in where nobody says: measured, for CPUs differ a hundredfold.
+"""Chooses bf16 or fp32 by a measurement: CPUs differ a hundredfold in how fast they are in bf16.
 
 With AVX512-BF16 or AMX a CPU is twice as fast in bf16 as in fp32; with AVX2 only it takes ten to forty times as
 long, as every operation is emulated. What is measured follows `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA`, which
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Throughput:
-    """GFLOP/s of a convolution and a matrix product, one after the other."""
+    """GFLOP/s of a convolution followed by a matrix product, in each type."""
 
     bf16: float
     fp32: float
@@ -44,7 +44,7 @@ class Throughput:
 
 @lru_cache(maxsize=1)
 def measure_cpu() -> Throughput:
-    """Takes milliseconds where both are fast, and about a second where bf16 is emulated.
+    """Measures this CPU: milliseconds where both are fast, about a second where bf16 is emulated.
 
     The types take turns and the best of three rounds counts, so that what else the machine does falls on both.
     """
@@ -69,7 +69,7 @@ def _work(dtype: torch.dtype) -> Callable[[], object]:
 
 
 def fastest(device: torch.device) -> Literal["bf16", "fp32"]:
-    """What to compute in on `device`, of the types that fp32 weights need no scaling of losses for."""
+    """The faster of bf16 and fp32 on `device`; fp16 is left out, because it needs its losses scaled."""
     if device.type == "cpu":
         return measure_cpu().fastest
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def fastest(device: torch.device) -> Literal["bf16", "fp32"]:
 def resolve_precision(
     wanted: Precision, device: torch.device, recorded: str | None = None
 ) -> Literal["bf16", "fp32"]:
-    """What a run trains in, with a word in the log.
+    """The precision that a run trains in; logs it.
 
     Args:
         wanted: by the recipe; "auto" leaves it to the device.

@@ -1,4 +1,4 @@
-"""Tensors as safetensors files: written whole, and only if there is nothing in them that poisons what they meet."""
+"""Writes tensors as safetensors files: whole, and only if they are finite."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Makes an `OSError` of what safetensors and tokenizers raise for a full disk: "… (os error 28)"."""
+    """Turns what safetensors and tokenizers raise for a full disk ("… (os error 28)") into an `OSError`."""
     try:
         yield
     except Exception as error:

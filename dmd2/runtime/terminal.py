@@ -1,4 +1,4 @@
-"""Words for a terminal or a pipe that may go away at any time."""
+"""Prints to a terminal or pipe that may be closed at any time, without failing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 class Terminal:
-    """A text stream that falls silent where it would fail: a reader that went away never ends a run.
+    """A text stream that drops what it cannot write, so that a closed terminal or pipe never ends a run.
 
     After an error its file descriptor leads to the null device, so that nothing else stumbles over it either,
     Python's own flush at the end included.
@@ -59,14 +59,14 @@ class Terminal:
 
 
 def say(text: str) -> None:
-    """One line on standard output, above the progress bar. Never fails (see `Terminal`)."""
+    """Prints a line on standard output, above the progress bar. Never fails (see `Terminal`)."""
     from tqdm import tqdm
 
     tqdm.write(text, file=Terminal(sys.stdout))
 
 
 def occupy_standard_streams() -> None:
-    """Descriptors 0 to 2 that came closed (`2>&-`) lead nowhere: else the next files opened would be them.
+    """Opens the null device for descriptors 0 to 2 that are closed (`2>&-`): the next files would get them.
 
     What a library in C writes to standard error would then end up in a checkpoint.
     """

@@ -1,1 +1,1 @@
-"""Files of weights whatever the family: the manifest, checksums, whole folders, downloads, what callers name."""
+"""Files of weights of any family: the manifest, checksums, atomic folders, downloads, files that callers name."""

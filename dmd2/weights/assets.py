@@ -1,4 +1,4 @@
-"""Files that others publish and that evaluation needs: fetched once, checked by their sha256 ever after.
+"""Downloads the published files that evaluation needs, and checks their sha256 from the second time on.
 
 The publishers name no checksums. So the sha256 of the first download is recorded in a lock file, `assets.lock.json`
 beside the files, and nothing else is accepted from then on. Keep a copy of the lock file to pin what you have used.
@@ -70,7 +70,7 @@ EDM_STATISTICS = {
 
 
 class Locked(BaseModel):
-    """What a file was at its first download."""
+    """Source, sha256 and size of a file at its first download."""
 
     model_config = ConfigDict(extra="forbid")
     url: str
@@ -84,7 +84,7 @@ class Lock(RootModel[dict[str, Locked]]):
 
 
 def read_lock(path: Path) -> dict[str, Locked]:
-    """Empty if there is no such file yet. Raises UserError if it is damaged."""
+    """Reads `assets.lock.json`; empty if there is none yet. Raises UserError if it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -175,7 +175,7 @@ def obtain_clip(repository: str, folder: Path, revision: str | None = None) -> t
 
 
 def chosen(names: list[str], table: Mapping[str, Asset]) -> dict[str, Asset]:
-    """Those with these names. Raises UserError for an unknown one."""
+    """The assets with these names. Raises UserError for an unknown one."""
     for name in names:
         if name not in table:
             raise UserError(f"{name}: unknown; expected one of {', '.join(table)}")

@@ -1,4 +1,4 @@
-"""Weights that come as a tar, from this machine or over http(s): unpacked once, into a cache."""
+"""Unpacks weights from a tar, on this machine or over http(s), once, into a cache."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _unpack(tar: Path, name: str, folder: Path) -> None:
 
 
 def _check_room(name: str, size: int, free: int) -> None:
-    """Both in bytes."""
+    """Raises UserError if there is less room than needed. Both in bytes."""
     if size > free:
         raise UserError(
             f"{name}: needs {size / 1e9:.1f} GB or more, but the cache's disk has {free / 1e9:.1f} GB free"

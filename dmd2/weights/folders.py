@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Writes folders atomically: they appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Missing(UserError):
 
 
 class Patience:
-    """How long downloads may go on, all of those together that it is given to.
+    """A deadline that several downloads share.
 
     Args:
         seconds: from now on.
@@ -113,7 +113,7 @@ class Patience:
         self._gone = gone or threading.Event()
 
     def left(self, field: str) -> float:
-        """Seconds. Raises UserError once there are none, or nobody waits."""
+        """Seconds left. Raises UserError once there are none, or nobody waits any more."""
         left = self._until - time.monotonic()
         if self._gone.is_set():
             raise UserError(f"{field}: the download was given up: nobody waits for it")
@@ -124,7 +124,7 @@ class Patience:
 
 @dataclass(frozen=True)
 class Guard:
-    """What may be fetched, and how much of it.
+    """Downloads URLs that a caller names: public addresses only, within limits of size and time.
 
     Args:
         most_bytes: of the file.
@@ -139,7 +139,7 @@ class Guard:
     allowed: tuple[Network, ...] = ()
 
     def fetch(self, url: str, file: BinaryIO, field: str, patience: Patience | None = None) -> None:
-        """Writes what an http, https or data URL stands for into `file`.
+        """Downloads an http, https or data URL into `file`.
 
         Args:
             field: what messages call the URL: the input that it was given as.

@@ -20,7 +20,7 @@ DEFAULT = ROOT / "weights" / "emoji"
 
 
 def _inside(name: str) -> str:
-    """A path within the folder of weights. Links are looked at by `read_manifest`, which knows the folder."""
+    """Checks that a path stays within the folder of weights; `read_manifest`, which knows that, checks links."""
     path = PurePosixPath(name)
     if not name or not name.isprintable() or "\\" in name or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{shown(repr(name))}: leads out of the folder; expected a path in it")

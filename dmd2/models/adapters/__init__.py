@@ -1,1 +1,1 @@
-"""What is put on a loaded model: LoRAs and what users call them, ControlNets, T2I-Adapters."""
+"""Adapters, which change what a loaded model generates: LoRAs and how users name them, ControlNet, T2I-Adapter."""

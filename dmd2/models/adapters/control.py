@@ -59,24 +59,24 @@ class ControlModel:
 
     @property
     def unit(self) -> int:
-        """Pixels. Sides of the images that it takes are multiples of it."""
+        """In pixels: the sides of a control image must be multiples of it."""
         if self.is_adapter:
             return int(self.network.config.downscale_factor)
         return int(2 ** (len(self.network.config.conditioning_embedding_out_channels) - 1))
 
     @property
     def channels(self) -> int:
-        """Of the images that it takes: 3, or 1 for grey ones."""
+        """Channels of a control image: 3, or 1 for a grey one."""
         config = self.network.config
         return int(config.in_channels if self.is_adapter else config.conditioning_channels)
 
     def guide(
         self, image: Tensor, timesteps: Sequence[int], scale: float = SCALE, part: float | None = None
     ) -> Control:
-        """What makes the UNet follow an image. See `StableDiffusion.features`.
+        """The function that makes the UNet follow a control image. See `StableDiffusion.features`.
 
         Args:
-            image: uint8 (3, H, W), as large as what is drawn: edges, depth, what the network was trained with.
+            image: uint8 (3, H, W), as large as the generated one: edges, depth, …, as the network was trained.
                 For a network of one channel it is turned grey.
             timesteps: of the steps, descending.
             scale: 0 is no guidance.
@@ -211,7 +211,7 @@ def _check_control_net(path: Path, config: Any, unet: Any) -> None:
 
 
 def _tasks_in(weights: Path) -> int:
-    """Of a ControlNet Union's weights, how many tasks they know; 0 if these are others, or none that can be read."""
+    """The number of tasks of a ControlNet Union; 0 for weights of another kind, and for none that can be read."""
     with suppress(SafetensorError, UserError), safe_open(weight_files(weights)[0], "pt") as file:
         if "task_embedding" in file.keys():  # noqa: SIM118
             return int(file.get_slice("task_embedding").get_shape()[0])

@@ -1,5 +1,4 @@
-"""LoRAs (Hu et al. 2021) and their relatives: small files that change a network's weights, taken in and out without
-reloading it."""
+"""LoRAs (Hu et al. 2021) and their relatives: read from files, added to a network's weights, and taken out again."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ SETTINGS_FILE = "adapter_config.json"
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A file's content, on the CPU."""
+    """The content of one LoRA file, on the CPU."""
 
     name: str
     sha256: str
@@ -67,7 +66,7 @@ Loras = Sequence[tuple[Lora, float]]
 
 
 def settings_beside(path: Path) -> Iterator[Path]:
-    """Where PEFT's settings of a file of tensors may lie, whether they do or not."""
+    """The path where PEFT keeps a LoRA's settings, whether there is such a file or not."""
     yield path.with_suffix(f".{SETTINGS_FILE}")
     yield path.with_name(SETTINGS_FILE)
 
@@ -150,7 +149,7 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
 
 
 def _check_header(path: Path, name: str) -> None:
-    """Before the library parses it: what it costs grows with it."""
+    """Raises UserError for a header that is too large, before the library parses it: the cost grows with its size."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if LARGEST_HEADER < size < path.stat().st_size:
@@ -160,7 +159,7 @@ def _check_header(path: Path, name: str) -> None:
 
 
 def _read(name: str, key: str, file: Any) -> Tensor:
-    """A tensor, on the CPU. Its shape is checked before it is read."""
+    """Reads one tensor of a file, on the CPU. Its shape is checked first."""
     told = f"LoRA {name}: {shown(key, MOST_QUOTED)}"
     shape = file.get_slice(key).get_shape()
     if any(length >= 2**31 for length in shape) or len(shape) > 5:
@@ -303,7 +302,7 @@ class Fused:
         self._used: tuple[tuple[str, float], ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether any weight is not the original one."""
+        """Whether any LoRA is in the weights now."""
         return bool(self._originals)
 
     def check(self, lora: Lora) -> None:
@@ -329,7 +328,7 @@ class Fused:
     @torch.inference_mode(False)  # else torch would not count the changes, as `dmd2.runtime.memory` does
     @torch.no_grad()
     def use(self, loras: Loras) -> None:
-        """These and no others from now on, in this order. An error leaves none of them.
+        """Puts these LoRAs, and no others, on the networks, in this order. After an error there is none.
 
         Raises:
             UserError: see `check`; the changed weights are not finite.
@@ -379,7 +378,7 @@ class Fused:
 
 
 def _aliases(part: str, name: str, network: Any) -> Iterator[str]:
-    """What LoRA files may call a layer."""
+    """The names that LoRA files may have for a layer."""
     yield name
     if part == "unet":
         attends = ["CrossAttn" in block for block in network.config.up_block_types]

@@ -1,4 +1,4 @@
-"""What LoRA files hold for one layer, and the change of its weight that follows: LoRA and its relatives.
+"""The change of one layer's weight from the tensors that a LoRA file holds for it: LoRA and its relatives.
 
 Formulas: LoRA W + s·B·A (Hu et al. 2021, eq. 3); rsLoRA s = α/√r (Kalajdzievski 2023); DoRA m·V/‖V‖, V = W + s·B·A
 (Liu et al. 2024, eq. 5); LoHa (W₁ₐ·W₁ᵦ) ∘ (W₂ₐ·W₂ᵦ) (FedPara, Hyeon-Woo et al. 2022, prop. 1); LoKr W₁ ⊗ W₂ (Yeh et
@@ -28,7 +28,7 @@ _OF = {"down": "LoRA", "up": "LoRA", "mid": "LoRA", "diff": "a difference"}
 
 @dataclass
 class Factors:
-    """One layer's change. Tensors have the names of their files, without the layer."""
+    """A LoRA's tensors for one layer, named as in the file, without the layer."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """LoRA: down (rank, in), up (out, rank), of a convolution down (rank, in, k, k) or, with mid (rank, rank, k, k),
@@ -56,7 +56,7 @@ class Factors:
         return self.tensors.get("lora_magnitude_vector", self.tensors.get("dora_scale"))
 
     def fault(self) -> str:
-        """What is wrong with them whatever the layer, "" for nothing."""
+        """What is wrong with these tensors, whatever the layer; "" if nothing is."""
         kinds = self.kinds
         if len(kinds) > 1:
             return f"is {' and '.join(sorted(kinds))} at once; expected one of them"
@@ -78,11 +78,11 @@ class Factors:
         return "" if not kinds or self._shape else f"its factors do not match: {self.shapes()}"
 
     def shapes(self) -> str:
-        """For messages."""
+        """The tensors' shapes as text, for messages."""
         return ", ".join(f"{name} {list(value.shape)}" for name, value in self.tensors.items())
 
     def fits(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether they can change this weight and this bias. `fault` must have found nothing."""
+        """Whether these tensors fit this weight and this bias. `fault` must have found nothing."""
         if any(bias is None or self.tensors[name].shape != bias.shape for name in self._biases()):
             return False
         if not self.kinds:
@@ -122,7 +122,7 @@ class Factors:
         return ratio * changed - exact
 
     def bias_change(self, bias: Tensor, scale: float = 1.0) -> Tensor:
-        """What to add to the layer's bias, as `change`."""
+        """What to add to the layer's bias; arguments as for `change`."""
         total = torch.zeros_like(bias, dtype=torch.float32)
         for name in self._biases():
             own = self.scaling if name == "bias" else 1.0
@@ -148,7 +148,7 @@ class Factors:
 
     @cached_property
     def _shape(self) -> torch.Size | None:
-        """Of the product, without computing it. Once all tensors are there."""
+        """The product's shape, without computing it. All tensors must be there."""
         try:
             return _product(
                 {name: torch.empty(value.shape, device="meta") for name, value in self.tensors.items()}

@@ -1,4 +1,4 @@
-"""LoRAs by what users call them: a path, a name in the weights' own folder, a URL, a repository of the hub."""
+"""Finds LoRAs by what users call them: a path, a name in the weights' own folder, a URL, a repository of the hub."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EXPECTED = "expected an https URL, a repository of the Hugging Face hub (owner/n
 
 @dataclass(frozen=True)
 class OnHub:
-    """What a repository, or a page about it, names."""
+    """A file or repository of the Hugging Face hub that a user named."""
 
     repository: str
     filename: str | None = None
@@ -55,7 +55,7 @@ class OnHub:
 
 @dataclass
 class LoraFiles:
-    """Finds LoRAs, fetches and remembers them. For several threads.
+    """Finds, downloads and caches LoRAs. Safe for several threads.
 
     A URL is fetched once: for another file, use another URL. The hub is asked for the newest commit each time.
 
@@ -77,7 +77,7 @@ class LoraFiles:
     _readers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(READ_AT_ONCE), init=False)
 
     def find(self, source: str, patience: Patience | None = None) -> Lora:
-        """One LoRA.
+        """Finds and reads one LoRA.
 
         Raises:
             UserError: it cannot be found, fetched or read, or is none; it took longer than `patience` lasts.
@@ -117,7 +117,7 @@ class LoraFiles:
     def find_all(
         self, text: str, scale: float = 1.0, gone: threading.Event | None = None
     ) -> tuple[tuple[Lora, float], ...]:
-        """LoRAs and scales of "SOURCE[:SCALE] SOURCE[:SCALE] …"; `scale` is that of all that name none.
+        """Finds the LoRAs and scales of "SOURCE[:SCALE] SOURCE[:SCALE] …"; `scale` is for those that name none.
 
         Commas part them as spaces do (a URL has %2C for one of its own).
 
@@ -155,7 +155,7 @@ class LoraFiles:
             return read_lora(path, name)
 
     def _cached(self, place: Path, name: str, fetch: Callable[[], None]) -> Lora:
-        """What `fetch` puts at `place`, once. What cannot be read there is fetched again, once, and not kept."""
+        """Reads the LoRA cached at `place`. If it is missing or cannot be read, `fetch` gets it, once."""
         if place.is_file():
             try:
                 return self._load(place, name)
@@ -254,7 +254,7 @@ class LoraFiles:
 
 
 class _Room:
-    """After a download: the oldest files go until what is left is within `KEPT_FILES`."""
+    """Deletes the oldest cached files after a download, until the rest is within `KEPT_FILES`."""
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
@@ -277,7 +277,7 @@ def _drop(place: Path) -> None:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Tells a file from what it was before. None: there is none."""
+    """A file's time of change (in ns) and size, to tell whether it changed. None: there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -286,7 +286,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _in_folder(path: Path, name: str) -> Path | None:
-    """A file; or the usual file, or the only one, of a folder."""
+    """The LoRA's file: `path` itself, or a folder's file of the usual name, or its only one."""
     try:
         if path.is_dir() and (files := sorted(file.name for file in path.glob("*.safetensors"))):
             return path / _only(f"LoRA {name}", files)
@@ -390,5 +390,5 @@ def _only(what: str, names: list[str], folder: str = "") -> str:
 
 
 def cache_folder(environ: Any = os.environ) -> Path:
-    """Where LoRAs are kept: `loras` in `$DMD2_CACHE` (`~/.cache/dmd2`)."""
+    """The folder where LoRAs are cached: `loras` in `$DMD2_CACHE` (`~/.cache/dmd2`)."""
     return Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser() / "loras"

@@ -68,7 +68,7 @@ _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 class Settings(BaseModel):
-    """Those of PEFT's that say what a file's tensors mean. With PEFT's defaults."""
+    """PEFT's settings that say what a file's tensors mean, with PEFT's defaults."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -119,7 +119,7 @@ def read_settings(content: object, where: str) -> Settings:
 
 
 def read_json(text: str, where: str) -> Any:
-    """Raises UserError: no JSON, too long, nested too deeply."""
+    """A JSON object. Raises UserError if it is none, too long, or nested too deeply."""
     if len(text) > LONGEST_SETTINGS:
         raise UserError(f"{where}: longer than {LONGEST_SETTINGS} characters")
     try:

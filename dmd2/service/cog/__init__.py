@@ -1,1 +1,1 @@
-"""Around Cog's server: the bridge from `predict.py`, its schema, the supervisor, the front with its queue."""
+"""Around Cog's server: the bridge from `predict.py`, its schema, the supervisor, the proxy with its queue."""

@@ -1,11 +1,11 @@
-"""From an async generator to a plain one that another thread may iterate.
+"""Turns an async generator into a plain one that another thread may iterate.
 
 Cog 0.23 collects an async generator's outputs and hands them over only when all are there; those of a plain generator
 it hands over one by one, and it iterates one that a coroutine returns in a thread of its own. So a predictor that
-draws for many clients at once and streams is a coroutine that returns a plain generator.
+generates for many clients at once and streams is a coroutine that returns a plain generator.
 
 The price: once the first item is out, Cog has nothing left that it could cancel. The other images of a request,
-which ride in the same batch if that has room for them, are drawn even if nobody waits for them any more.
+which share a batch if that has room for them, are generated even if nobody waits for them any more.
 """
 
 from __future__ import annotations

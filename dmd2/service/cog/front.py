@@ -1,4 +1,4 @@
-"""What stands before Cog's server and does what it does not: a queue, bounds on what strangers send, plain refusals.
+"""A proxy before Cog's server that adds what it lacks: a queue, bounds on what clients send, plain refusals.
 
 Cog 0.23 has no queue and now and then refuses requests although slots are free; refuses explicit nulls; makes folders
 by whatever path an id spells; ends at anybody's `POST /shutdown`; reads bodies of any size; posts to any webhook. So
@@ -76,7 +76,7 @@ class Bounds:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Bounds:
-        """What the variables say.
+        """Bounds from environment variables.
 
         Raises:
             UserError: one of them is no number, or out of range.
@@ -94,7 +94,7 @@ class Bounds:
 
 
 class Upstream(Protocol):
-    """What the front must know of Cog's server; see `dmd2.service.cog.supervisor.Supervisor`."""
+    """Address and state of Cog's server; see `dmd2.service.cog.supervisor.Supervisor`."""
 
     address: tuple[str, int] | None
     health: dict[str, Any]
@@ -109,7 +109,7 @@ class Stalled(Exception):
 
 
 class Refused(Exception):
-    """An answer other than a prediction. `content`: its JSON."""
+    """A request that is answered with an error. `content`: the answer's JSON."""
 
     def __init__(self, status: int, content: object, retry_after: int | None = None) -> None:
         super().__init__(status, content)
@@ -117,7 +117,7 @@ class Refused(Exception):
 
     @classmethod
     def failed(cls, status: int, error: str, retry_after: int | None = None) -> Refused:
-        """In the form of Cog's own refusals."""
+        """An error in the form of Cog's own."""
         return cls(status, {"error": error[:MOST_TEXT], "status": "failed"}, retry_after)
 
     @classmethod
@@ -162,7 +162,7 @@ class Prediction(BaseModel, strict=True):
             raise Refused.failed(400, f"the body is no JSON: {error}") from error
 
     def write(self) -> bytes:
-        """Without nulls at the top and among the inputs: to Cog they are not the same as nothing."""
+        """The body as JSON without nulls, at the top and among the inputs: Cog does not take them for unset."""
         content = self.model_dump(exclude_none=True)
         content["input"] = {name: value for name, value in self.input.items() if value is not None}
         return to_json(content)
@@ -170,7 +170,7 @@ class Prediction(BaseModel, strict=True):
 
 @dataclass(eq=False)
 class Request:
-    """One to make a prediction."""
+    """A request for a prediction."""
 
     method: str
     path: str
@@ -188,7 +188,7 @@ class Request:
 
 
 class Front:
-    """The application. `transport`: instead of a connection to `upstream.address`, for tests."""
+    """The ASGI application. `transport`: instead of a connection to `upstream.address`, for tests."""
 
     def __init__(
         self, upstream: Upstream, bounds: Bounds, transport: httpx2.AsyncBaseTransport | None = None
@@ -246,7 +246,7 @@ class Front:
             raise Refused(404, {"detail": "Not Found"})
 
     async def _health(self) -> dict[str, Any]:
-        """Cog's own word or, where it is busy with large inputs, what the supervisor heard last."""
+        """Cog's health or, while it is busy with large inputs, the health that the supervisor saw last."""
         upstream = self._upstream
         if upstream.stopping():
             return upstream.health | {"status": "DEFUNCT"}
@@ -296,7 +296,7 @@ class Front:
             self._held -= held
 
     async def _read(self, request: Request, receive: Receive, hold: Callable[[int], None]) -> bytes | None:
-        """The whole body; None if its sender is gone."""
+        """Reads the whole body; None if its sender is gone."""
         most = self._bounds.body
         too_large = Refused.failed(413, f"the request is larger than {most // 1_000_000} MB")
         length = request.headers.get("content-length", "0")
@@ -439,7 +439,7 @@ class Front:
         await give(send, {"type": "http.response.body", "body": b""})
 
     async def _ask_short(self, method: str, path: str, send: Send) -> None:
-        """A question that is answered at once."""
+        """Passes a short request on to Cog, and its answer back."""
         try:
             response = await self._client.request(method, self._url(path), timeout=10.0)
         except httpx2.TransportError as error:
@@ -447,7 +447,7 @@ class Front:
         await answer(send, response.status_code, response.content, response.headers.get("content-type", "text/plain"))
 
     def _is_known(self, request: Request) -> bool:
-        """Whether Cog may be at work on it already."""
+        """Whether Cog may be working on the prediction already."""
         return request.id in self._known or any(
             other.id == request.id and other is not request and not other.queued for other in self._requests
         )
@@ -473,13 +473,13 @@ class Front:
 
 
 def understood(body: bytes) -> tuple[bytes, str | None]:
-    """A body as Cog gets it, and its id. Raises `Refused`."""
+    """A request's body in the form that Cog gets, and its id. Raises `Refused`."""
     prediction = Prediction.read(body)
     return prediction.write(), prediction.id
 
 
 def spoken(content: bytes) -> dict[str, Any] | None:
-    """The JSON object in an answer of Cog's; None if it is none."""
+    """Cog's answer as a JSON object; None if it is none."""
     try:
         value = json.loads(content)
     except ValueError:
@@ -488,7 +488,7 @@ def spoken(content: bytes) -> dict[str, Any] | None:
 
 
 def cut(said: dict[str, Any]) -> dict[str, Any]:
-    """Cog's word on what is wrong with an input: it quotes it whatever its length, and then says why."""
+    """Shortens Cog's message on a wrong input, which quotes the input in full before the reason."""
     detail = said.get("detail")
     if not isinstance(detail, list):
         return said
@@ -514,14 +514,14 @@ async def give(send: Send, message: Message) -> None:
 async def answer(
     send: Send, status: int, content: bytes, kind: str = "application/json", more: Headers | None = None
 ) -> None:
-    """A whole answer. With `more` headers its end is left to the caller."""
+    """Sends a whole answer. With `more` headers its end is left to the caller."""
     headers = [(b"content-type", kind.encode("latin-1")), (b"content-length", str(len(content)).encode())]
     await give(send, {"type": "http.response.start", "status": status, "headers": [*headers, *(more or [])]})
     await give(send, {"type": "http.response.body", "body": content, "more_body": more is not None})
 
 
 async def refuse(refusal: Refused, send: Send, receive: Receive | None) -> None:
-    """Says no. `receive`: of a request that was not read to its end, whose sender may not look up before."""
+    """Answers with a refusal. `receive`: of a request not read to its end, drained as its client may read only then."""
     more: Headers = []
     if refusal.retry_after is not None:
         more.append((b"retry-after", str(refusal.retry_after).encode()))
@@ -537,7 +537,7 @@ async def refuse(refusal: Refused, send: Send, receive: Receive | None) -> None:
 
 
 class Connection(H11Protocol):
-    """Ends where no request comes. uvicorn itself sees to that only after an answer, and until the next byte."""
+    """Closes a connection on which no request comes; uvicorn does so after an answer only, until the next byte."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -17,7 +17,7 @@ LONGEST_WAIT = 300
 
 
 class Full(Exception):
-    """As many wait as may."""
+    """The queue is full."""
 
 
 class Gate:
@@ -63,14 +63,14 @@ class Gate:
         return number
 
     async def again(self, number: int) -> None:
-        """Gives a place up that the server did not honour, and waits for another: before all who came later."""
+        """Gives up a place that the server refused, and waits for another, ahead of all who came later."""
         self.inside -= 1
         self._refusals += 1
         self._pause()
         await self._wait(number)
 
     def leave(self) -> None:
-        """Gives a place up that the server did honour."""
+        """Gives up a place after the server has answered."""
         self.inside -= 1
         self._left.append(self._clock())
         self._refusals = 0

@@ -1,4 +1,4 @@
-"""Runs a command that does not outlive whoever started this, whatever ended them: `kill -9`, too.
+"""Runs a command that ends with the process that started this one, even after `kill -9`.
 
 `python leash.py FOLDER COMMAND …`, in a session of its own, with stdin a pipe that the starter holds open. When the
 pipe ends, the whole process group is killed and FOLDER deleted. A SIGTERM is passed on; the exit status is the

@@ -291,7 +291,7 @@ class _Module:
 
 
 def _check(module: _Module, name: str, kind: str, nullable: bool, settings: dict[str, Any]) -> None:
-    """Refuses what Cog refuses or drops because it does not go together."""
+    """Raises for settings of an input that contradict each other, which Cog refuses or drops."""
     values = _VALUES.get(kind, (str,))
     wanted: dict[str, tuple[type, ...]] = {
         "minimum": (int, float),

@@ -34,7 +34,7 @@ LEASH = Path(__file__).with_name("leash.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """All times in seconds; counts are of health checks in a row."""
+    """Times (in seconds) and numbers of health checks in a row after which a server is replaced."""
 
     poll: float = 0.5  # between health checks
     answer: float = 8.0  # for one; Cog itself gives the predictor's healthcheck() 5
@@ -49,7 +49,7 @@ class Limits:
 
 
 class Watch:
-    """Judges one server by its health checks. Knows nothing of processes."""
+    """Decides from a server's health checks whether to replace it. Knows nothing of processes."""
 
     def __init__(self, limits: Limits, began: float) -> None:
         self._limits = limits
@@ -144,7 +144,7 @@ class Supervisor:
         self.noted_ready = False
 
     def run(self) -> int:
-        """Blocks. Must be called on the main thread, for its signals.
+        """Runs until the end. Must be called on the main thread, for its signals.
 
         SIGTERM or SIGINT lets the server finish its predictions, a second one does not.
 
@@ -187,7 +187,7 @@ class Supervisor:
                 return 0
 
     def _serve(self) -> tuple[str, bool, int]:
-        """One server from start to end: why it ended, whether it ever was ready, its exit status."""
+        """Runs one server from start to end: why it ended, whether it ever was ready, its exit status."""
         self._setup_log = ""
         address = self._host, self._port or free_port(self._host)
         if not is_private(self._temporary):  # a cleaner of temporary files may have taken it
@@ -253,7 +253,7 @@ class Supervisor:
             time.sleep(min(left, 0.1))
 
     def note(self, address: tuple[str, int], health: dict[str, Any]) -> None:
-        """What another thread was told by the server at this address: it may have been ready between two checks."""
+        """Takes a status that another thread was told: the server may have been ready between two checks."""
         if address == self.address:
             self.health = health
             self.noted_ready = self.noted_ready or health.get("status") in ("READY", "BUSY")
@@ -287,7 +287,7 @@ def server_environment(folder: Path, environment: Mapping[str, str]) -> dict[str
 
 
 def check_port(host: str, port: int) -> None:
-    """Does nothing if a server could listen there now.
+    """Raises UserError unless a server could listen there now.
 
     Raises:
         UserError: it could not.
@@ -321,7 +321,7 @@ def local_address(host: str) -> str:
 
 
 def ask_health(address: tuple[str, int], timeout: float) -> dict[str, Any] | None:
-    """What `/health-check` answers within `timeout` seconds; None is no answer, or none that makes sense."""
+    """The status from `/health-check` within `timeout` seconds; None: no answer, or none that makes sense."""
     connection = http.client.HTTPConnection(*address, timeout=timeout)
     try:
         connection.request("GET", "/health-check")
@@ -354,7 +354,7 @@ def private_folder() -> Path:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether it still is what `private_folder` made, and no link or another user's."""
+    """Whether a folder is still what `private_folder` made, and no link or another user's."""
     try:
         seen = folder.lstat()
     except FileNotFoundError:
