@@ -521,7 +521,7 @@ async def answer(
 
 
 async def refuse(refusal: Refused, send: Send, receive: Receive | None) -> None:
-    """Answers with a refusal. `receive`: of a request not read to its end, drained as its client may read only then."""
+    """Answers with a refusal. `receive`: a request not read to its end; its client may read only after that."""
     more: Headers = []
     if refusal.retry_after is not None:
         more.append((b"retry-after", str(refusal.retry_after).encode()))
