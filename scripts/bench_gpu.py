@@ -73,7 +73,7 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
 
 
 def ours(engine: Any, size: int, steps: int, batch: int) -> Callable[[], dict[str, float]]:
-    """A call that draws and gives the seconds of its stages. Each has new prompts: none is encoded already."""
+    """A call that generates and returns the seconds of its stages. Each has new prompts: none is encoded already."""
     numbers = itertools.count()
 
     def generate() -> dict[str, float]:
@@ -95,7 +95,7 @@ def load_pipeline(weights: Path, dtype: Any, device: Any) -> Any:
 
 
 def theirs(pipeline: Any, size: int, steps: int, batch: int) -> Callable[[], None]:
-    """A call that draws with diffusers, up to the tensor on the CPU."""
+    """A call that generates with diffusers, up to the tensor on the CPU."""
     import torch
 
     def generate() -> None:

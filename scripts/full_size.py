@@ -94,7 +94,7 @@ def _write(network: nn.Module, folder: Path, filename: str) -> None:
         network.config.save_pretrained(folder)
     else:
         network.save_config(folder)
-    # The same million numbers over and over: drawing 2.6 billion would take minutes.
+    # The same million numbers over and over: generating 2.6 billion would take minutes.
     numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).half()
     tensors = {name: _random(name, value.shape, numbers) for name, value in network.state_dict().items()}
     save_file(tensors, folder / filename)

@@ -31,7 +31,7 @@ def fuzz() -> ModuleType:
 def test_damaged_inputs_end_in_a_result_or_one_clear_line(fuzz: ModuleType) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about damaged EXIF
-        outcomes = {number: fuzz.judged(random.Random(f"7 {number}"))[1] for number in range(150)}
+        outcomes = {number: fuzz.outcome_of(random.Random(f"7 {number}"))[1] for number in range(150)}
     assert {number: what for number, what in outcomes.items() if what.isupper()} == {}
     assert set(outcomes.values()) == {"a result", "one clear line", "a refusal"}
 
@@ -51,7 +51,7 @@ def test_it_notices(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Ex
 
     monkeypatch.setattr(fuzz, "KINDS", {"image": (1, reader)})
     monkeypatch.setattr(fuzz, "LONGEST", 200)
-    assert fuzz.judged(random.Random(0))[:2] == ("image", outcome)
+    assert fuzz.outcome_of(random.Random(0))[:2] == ("image", outcome)
 
 
 def test_it_notices_what_takes_long_or_much(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

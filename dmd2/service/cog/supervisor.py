@@ -58,7 +58,7 @@ class Watch:
         self._silent = self._unhealthy = self._orphaned = 0
         self.ready_since: float | None = None
 
-    def judge(self, status: str | None, has_worker: bool, now: float) -> str | None:
+    def fault(self, status: str | None, has_worker: bool, now: float) -> str | None:
         """Why the server must be replaced, None as long as it need not.
 
         Args:
@@ -228,7 +228,7 @@ class Supervisor:
             health = ask_health(address, self._limits.answer) or {}
             status, now = health.get("status"), time.monotonic()
             has_worker = status != "STARTING" or has_grandchild(server.pid)
-            reason = watch.judge(status, has_worker, now)
+            reason = watch.fault(status, has_worker, now)
             if status is not None:
                 self.health = health
             if now - swept > self._limits.leftover / 60:

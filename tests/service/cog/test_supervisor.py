@@ -94,9 +94,9 @@ def is_running(pid: int) -> bool:
 # Judging
 
 
-def judge_all(*statuses: str | None, has_worker: bool = True, limits: Limits | None = None) -> list[str | None]:
+def faults(*statuses: str | None, has_worker: bool = True, limits: Limits | None = None) -> list[str | None]:
     watch = Watch(limits or Limits(), 0.0)
-    return [watch.judge(status, has_worker, 0.5 * i) for i, status in enumerate(statuses)]
+    return [watch.fault(status, has_worker, 0.5 * i) for i, status in enumerate(statuses)]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def judge_all(*statuses: str | None, has_worker: bool = True, limits: Limits | N
     ],
 )
 def test_what_makes_a_server_be_replaced(statuses: list[str | None], reason: str) -> None:
-    *before, last = judge_all(*statuses)
+    *before, last = faults(*statuses)
     assert before == [None] * len(before)
     assert last is not None and last.startswith(reason)
 
@@ -127,7 +127,7 @@ def test_what_makes_a_server_be_replaced(statuses: list[str | None], reason: str
     ],
 )
 def test_what_does_not(statuses: list[str | None]) -> None:
-    assert set(judge_all(*statuses)) == {None}
+    assert set(faults(*statuses)) == {None}
 
 
 @quietly
@@ -136,19 +136,19 @@ def test_one_bad_answer_is_never_enough(statuses: list[str | None]) -> None:
     kept: list[str | None] = []
     for status in statuses:
         kept += [status, "READY"]
-    assert set(judge_all(*kept)) <= {None}
+    assert set(faults(*kept)) <= {None}
 
 
 def test_starting_for_ever_without_a_worker_is_noticed() -> None:
-    assert judge_all(*["STARTING"] * 6, has_worker=False)[5] == "lost its worker before it was set up"
+    assert faults(*["STARTING"] * 6, has_worker=False)[5] == "lost its worker before it was set up"
     watch = Watch(Limits(), 0.0)
-    assert {watch.judge("STARTING", i % 5 != 0, float(i)) for i in range(100)} == {None}
+    assert {watch.fault("STARTING", i % 5 != 0, float(i)) for i in range(100)} == {None}
 
 
 def test_ready_counts_from_the_first_time() -> None:
     watch = Watch(Limits(), 0.0)
     for now, status in enumerate(["STARTING", "READY", "BUSY", "READY"]):
-        watch.judge(status, True, float(now))
+        watch.fault(status, True, float(now))
     assert watch.ready_since == 1.0
 
 
@@ -160,7 +160,7 @@ def test_a_server_is_replaced_by_what_it_said_in_a_row_and_nothing_else(statuses
         said = [other for other in statuses[: i + 1] if other is not None]
         sick = list(itertools.takewhile(lambda other: other in ("UNHEALTHY", "DEFUNCT"), reversed(said)))
         silent = list(itertools.takewhile(lambda other: other is None, reversed(statuses[: i + 1])))
-        reason = watch.judge(status, True, 0.5 * i)
+        reason = watch.fault(status, True, 0.5 * i)
         if status is None:
             assert (reason is not None) == (bool(said) and len(silent) >= limits.silent)
         else:
