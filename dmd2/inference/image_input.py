@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.files import read_bounded
 
 MOST_BYTES = 32_000_000
 MOST_PIXELS = 50_000_000
@@ -109,14 +110,7 @@ class ImageFile:
         Raises:
             UserError: it cannot be read, has none of the formats, or too many bytes or pixels.
         """
-        if isinstance(file, Path):
-            try:
-                with file.open("rb") as stream:
-                    file = stream.read(MOST_BYTES + 1)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{field}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        if len(file) > MOST_BYTES:
-            raise UserError(f"{field}: larger than {MOST_BYTES // 1_000_000} MB; expected a smaller file")
+        file = read_bounded(file, MOST_BYTES, field)
         formats = tuple(formats)
         with _opened(file, field, formats) as image:
             width, height = image.size

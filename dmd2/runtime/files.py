@@ -78,19 +78,30 @@ def expect_place(path: Path, name: str) -> None:
         raise UserError(f"{name} {shown(path)}: cannot be written ({error.strerror})") from error
 
 
+def read_bounded(file: Path | bytes, most: int, name: str) -> bytes:
+    """The content of a file, or what was its content already, of at most so many bytes. `name`: for messages.
+
+    Raises:
+        UserError: no such file, or a larger one.
+    """
+    if isinstance(file, Path):
+        try:
+            with file.open("rb") as opened:
+                file = opened.read(most + 1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(file) > most:
+        raise UserError(f"{name}: larger than {most // 1_000_000} MB; expected a smaller file")
+    return file
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file (UTF-8, with or without a byte-order mark).
 
     Raises:
         UserError: no such file, larger than `MOST_JSON`, no JSON or nested too deeply, or no object.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MOST_JSON + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path, 500)}: cannot be read ({getattr(error, 'strerror', error)})") from error
-    if len(data) > MOST_JSON:
-        raise UserError(f"{path}: larger than {MOST_JSON // 1_000_000} MB; expected a small JSON file")
+    data = read_bounded(path, MOST_JSON, shown(path, 500))
     try:
         content = json.loads(data.decode("utf-8-sig"), parse_int=_int)
     except RecursionError:
@@ -115,13 +126,7 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: no such file, larger than `MOST_JSON`, or no such text.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MOST_JSON + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if len(data) > MOST_JSON:
-        raise UserError(f"{path}: larger than {MOST_JSON // 1_000_000} MB; expected a smaller text file")
+    data = read_bounded(path, MOST_JSON, shown(path, 500))
     try:
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:

@@ -139,7 +139,7 @@ def test_scenes_are_uniform_over_the_pairs(tiny: EmojiScenes) -> None:
     assert counts.min() > 55 and counts.max() < 145
 
 
-def test_caption_statistics(committed: EmojiScenes) -> None:
+def test_captions_name_emoji_background_and_aliases_as_often_as_documented(committed: EmojiScenes) -> None:
     rng = random.Random(0)
     captions = [
         committed.caption(rng.randrange(len(committed)), rng.randrange(len(BACKGROUNDS)), rng) for _ in range(4000)
@@ -216,7 +216,7 @@ def test_plain_captions_name_both(tiny: EmojiScenes) -> None:
         ("popcorn", "popcorn"),
     ],
 )
-def test_articles(thing: str, said: str) -> None:
+def test_with_article_chooses_a_an_or_none(thing: str, said: str) -> None:
     assert with_article(thing) == said
 
 

@@ -253,7 +253,7 @@ def test_as_many_seeds_as_prompts(engine: Engine) -> None:
             engine.generate(prompts, seeds, "1")
 
 
-def test_devices() -> None:
+def test_resolve_device_takes_auto_cpu_cuda_and_refuses_others() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -256,7 +256,7 @@ def test_only_safetensors_are_read(folder: Path) -> None:
         ("", False),
     ],
 )
-def test_switch(value: str, expected: bool) -> None:
+def test_dmd2_allow_unsafe_is_a_yes_or_a_no(value: str, expected: bool) -> None:
     assert may_be_disabled({"DMD2_ALLOW_UNSAFE": value}) is expected
 
 

@@ -11,7 +11,7 @@ import pytest
 from dmd2.evaluation.samples import read_prompts
 from dmd2.models.edm.folder import _read_config
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.files import atomic_bytes, atomic_path, atomic_text, sha256_file, write_atomically
+from dmd2.runtime.files import atomic_bytes, atomic_path, atomic_text, read_bounded, sha256_file, write_atomically
 from dmd2.runtime.precision import recorded_precision
 from dmd2.weights.assets import read_lock
 
@@ -143,7 +143,7 @@ def test_long_names_fit(tmp_path: Path) -> None:
     assert path.read_text() == "long"
 
 
-def test_sha256_file(tmp_path: Path) -> None:
+def test_sha256_file_hashes_files_larger_than_a_block_and_empty_ones(tmp_path: Path) -> None:
     content = b"0123456789abcdef" * 200_000  # 3 MB: several blocks
     (tmp_path / "file").write_bytes(content)
     assert sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
@@ -185,3 +185,14 @@ def test_files_of_our_own_that_an_editor_saved_with_a_byte_order_mark(tmp_path: 
     assert "JSON" not in str(raised.value)
     (tmp_path / "recipe.json").write_text('{"precision": "bf16"}', encoding="utf-8-sig")
     assert recorded_precision(tmp_path) == "bf16"
+
+
+def test_what_is_read_is_bounded_as_a_file_and_as_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1_000_001))
+    assert read_bounded(path, 1_000_001, "file") == read_bounded(bytes(1_000_001), 1_000_001, "file")
+    for source in (path, path.read_bytes()):
+        with pytest.raises(UserError, match=r"^input: larger than 1 MB; expected a smaller file$"):
+            read_bounded(source, 1_000_000, "input")
+    with pytest.raises(UserError, match=r"^input: cannot be read \(No such file or directory\)$"):
+        read_bounded(tmp_path / "missing", 1, "input")

@@ -45,7 +45,9 @@ def test_damaged_inputs_end_in_a_result_or_one_clear_line(fuzz: ModuleType) -> N
         (UserError("image: damaged"), "one clear line"),
     ],
 )
-def test_it_notices(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str) -> None:
+def test_errors_that_may_not_be_are_noticed(
+    fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str
+) -> None:
     def reader(dice: random.Random, folder: Path) -> object:
         raise error
 

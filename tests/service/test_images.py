@@ -82,7 +82,7 @@ def test_images_are_the_engines_own(service: ImageService, weights: Path) -> Non
 
 
 @pytest.mark.parametrize(("form", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
-def test_formats(service: ImageService, form: Any, kind: str) -> None:
+def test_each_output_format_is_written_with_its_suffix(service: ImageService, form: Any, kind: str) -> None:
     (image,) = generate(service, dataclasses.replace(OWL, output_format=form, num_inference_steps=1))
     assert image.path is not None and image.path.suffix == f".{form}"
     assert opened(image).format == kind

@@ -247,7 +247,7 @@ def test_redirects_are_checked_like_the_first_address(server: Server) -> None:
             fetch(f"http://{server.address}/to/{target}")
 
 
-def test_redirects_end(server: Server) -> None:
+def test_a_chain_of_redirects_ends_at_the_limit(server: Server) -> None:
     with pytest.raises(UserError, match=f"more than {REDIRECTS} redirects"):
         fetch(f"http://{server.address}/round")
     assert len(server.paths) == REDIRECTS + 1
@@ -256,7 +256,7 @@ def test_redirects_end(server: Server) -> None:
 # Limits
 
 
-def test_size(server: Server) -> None:
+def test_a_download_beyond_the_limit_of_size_is_refused(server: Server) -> None:
     assert len(fetch(f"http://{server.address}/image", replace(HERE, most_bytes=1000))) == 1000
     with pytest.raises(UserError, match="image: larger than 0 MB"):
         fetch(f"http://{server.address}/image", replace(HERE, most_bytes=999))
@@ -323,7 +323,7 @@ def test_a_server_that_falls_silent_is_given_up_before_the_deadline(monkeypatch:
             fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/", replace(HERE, seconds=3600))
 
 
-def test_bad_answers(server: Server) -> None:
+def test_errors_of_the_server_are_one_line(server: Server) -> None:
     with pytest.raises(UserError, match="image: the server answers 404"):
         fetch(f"http://{server.address}/nothing")
     with pytest.raises(UserError, match="image: the download failed"):
@@ -350,7 +350,7 @@ def test_a_url_with_a_password_is_refused() -> None:
         fetch("http://me:secret@example.com/x")
 
 
-def test_data_urls() -> None:
+def test_data_urls_are_decoded_or_refused() -> None:
     content = bytes(range(256))
     assert fetch(f"data:image/png;base64,{base64.b64encode(content).decode()}") == content
     assert fetch("DATA:text/plain,a%20b,c") == b"a b,c"

@@ -1,4 +1,4 @@
-"""What the configurations in a folder of weights say, judged before anything large is loaded.
+"""Checks the configurations in a folder of weights before anything large is loaded.
 
 Whatever this project cannot do right is refused by name here, instead of giving wrong images later.
 """
@@ -43,7 +43,7 @@ class Schedule:
 
 
 def read_schedule(folder: Path) -> Schedule:
-    """Of `scheduler_config.json` in a folder. Its sampler is not used, which the log says; its noise levels are.
+    """Reads `scheduler_config.json` in a folder. Its sampler is not used, which the log says; its noise levels are.
 
     Raises:
         UserError: the networks were trained with other levels than Stable Diffusion's, or predict something else.
@@ -80,13 +80,8 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or one of another kind.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: missing; expected a diffusers VAE there")
-    config = read_object(path)
-    name, channels = config.get("_class_name"), config.get("latent_channels", LATENT_CHANNELS)
-    if name not in VAES:
-        raise UserError(f"{path}: describes a {shown(name)}; expected one of {', '.join(VAES)}")
+    path, config = _read_config(folder, "VAE", VAES)
+    channels = config.get("latent_channels", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:
         raise UserError(
             f"{path}: {shown(channels)} latent channels; expected {LATENT_CHANNELS}, as in SDXL and SD 1.5"
@@ -115,13 +110,7 @@ def read_unet_config(folder: Path, *, sdxl: bool = True) -> dict[str, Any]:
     Raises:
         UserError: there is none, or one of another kind.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: missing; expected a diffusers UNet there")
-    config = read_object(path)
-    name = config.get("_class_name", "UNet2DConditionModel")
-    if name != "UNet2DConditionModel":
-        raise UserError(f"{path}: describes a {shown(name)}; expected a UNet2DConditionModel")
+    path, config = _read_config(folder, "UNet", ("UNet2DConditionModel",), default="UNet2DConditionModel")
     given, made = config.get("in_channels", LATENT_CHANNELS), config.get("out_channels", LATENT_CHANNELS)
     if given not in (LATENT_CHANNELS, INPAINTING_CHANNELS) or made != LATENT_CHANNELS:
         known = {5: " (depth)", 7: " (upscaling)", 8: " (InstructPix2Pix)"}.get(given if _is_number(given) else 0, "")
@@ -140,7 +129,19 @@ def read_unet_config(folder: Path, *, sdxl: bool = True) -> dict[str, Any]:
     return config
 
 
-def judge(
+def _read_config(folder: Path, what: str, known: tuple[str, ...], default: str = "") -> tuple[Path, dict[str, Any]]:
+    """Path and content of a network's config.json, whose class must be one of those known."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; expected a diffusers {what} there")
+    config = read_object(path)
+    name = config.get("_class_name", default)
+    if name not in known:
+        raise UserError(f"{path}: describes a {shown(name)}; expected one of {', '.join(known)}")
+    return path, config
+
+
+def check_configs(
     folder: Path, unets: Iterable[str], vae: Path, *, sdxl: bool = True, schedule: Schedule | None = None
 ) -> Schedule:
     """Whether the networks in a folder of SDXL's layout (or SD 1.5's) are of kinds known here, and fit together.

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dmd2.models.adapters.lora import SETTINGS_FILE, Fused, read_lora, settings_of
-from dmd2.models.stable_diffusion.configs import Schedule, judge, read_vae_config
+from dmd2.models.stable_diffusion.configs import Schedule, check_configs, read_vae_config
 from dmd2.models.stable_diffusion.folder import UNET_FILE, load_tokenizer, save_pipeline_configs
 from dmd2.models.stable_diffusion.single_file import SingleFile, check_base
 from dmd2.runtime.errors import UserError
@@ -127,7 +127,7 @@ def _from_folder(source: Path, lora: Path | None, new: Path, vae: Path | None, s
     if schedule is None and not (source / "scheduler").is_dir():
         logger.warning("%s: has no scheduler; taken to predict epsilon", source)
         schedule = PREDICTIONS["epsilon"]
-    schedule = judge(source, ["unet"], folders["vae"], schedule=schedule)
+    schedule = check_configs(source, ["unet"], folders["vae"], schedule=schedule)
     for name in ("tokenizer", "tokenizer_2"):
         if not (source / name).is_dir():
             raise UserError(f"{source / name}: missing; expected an SDXL checkpoint in diffusers' layout")
@@ -161,7 +161,7 @@ def _from_file(
         shutil.copyfile(vae / "config.json", new / "vae" / "config.json")
         _copy_weights(vae / UNET_FILE, new / "vae")
     try:
-        schedule = judge(new, ["unet"], new / "vae", schedule=schedule or file.schedule)
+        schedule = check_configs(new, ["unet"], new / "vae", schedule=schedule or file.schedule)
     except UserError as error:  # says where that came from, not where it is for a moment
         raise UserError(str(error).replace(f"{new}/", f"{base}/")) from None
     for name in ("tokenizer", "tokenizer_2"):

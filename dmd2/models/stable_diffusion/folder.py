@@ -17,7 +17,7 @@ from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.configs import (
     SCHEDULER,
     Schedule,
-    judge,
+    check_configs,
     read_schedule,
     read_unet_config,
     read_vae_config,
@@ -84,7 +84,7 @@ def load_text_to_image(
     wanted = [*subfolders, "scheduler", *tokenizers, *classes, vae]
     with verifying(folder, manifest.files, MANIFEST, wanted) as check:
         try:
-            schedule = judge(folder, subfolders, folder / vae, sdxl=manifest.family == "sdxl")
+            schedule = check_configs(folder, subfolders, folder / vae, sdxl=manifest.family == "sdxl")
         except UserError:
             check(None)  # a damaged file is that first of all
             raise

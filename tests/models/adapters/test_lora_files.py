@@ -116,7 +116,7 @@ def test_a_data_url(files: LoraFiles) -> None:
     assert not files.cache.exists()
 
 
-def test_the_hub(files: LoraFiles, hub: Hub) -> None:
+def test_a_repository_of_the_hub_is_downloaded_once_for_each_commit(files: LoraFiles, hub: Hub) -> None:
     hub.push("me/one", {"README.md": b"hi", "style.safetensors": content(6)})
     for source in ("me/one", "me/one/style.safetensors", "me/one"):
         assert files.find(source).sha256 == sha256(content(6))

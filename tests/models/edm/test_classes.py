@@ -153,7 +153,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return int(end.value.code or 0)
 
 
-def test_generate_classes(
+def test_generate_classes_writes_an_image_each_and_a_labelled_grid(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -187,7 +187,7 @@ def test_generate_classes(
         (["cat", "--size", "32x32"], "width, height: 32x32"),
     ],
 )
-def test_generate_refuses(
+def test_generate_refuses_what_a_class_model_cannot_do_in_one_line(
     student: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -415,7 +415,7 @@ def test_dropout_works_in_training_only() -> None:
 # Condition and codec
 
 
-def test_class_condition() -> None:
+def test_a_class_condition_is_one_hot_and_unconditional_is_zero() -> None:
     cond = ClassCondition.of(torch.tensor([2, -1, 0]), 3)
     assert cond.labels.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]] and cond.labels.dtype == torch.float32
     assert len(cond) == 3 and cond[1:].labels.tolist() == [[0, 0, 0], [1, 0, 0]]

@@ -190,7 +190,9 @@ def test_every_weight_comes_back_to_the_bit(folder: Path, base: Path, file: Path
         (torch.float8_e5m2, torch.float16),
     ],
 )  # fmt: skip
-def test_precisions(folder: Path, base: Path, tmp_path: Path, dtype: torch.dtype, stored: torch.dtype) -> None:
+def test_checkpoints_of_any_precision_keep_their_values(
+    folder: Path, base: Path, tmp_path: Path, dtype: torch.dtype, stored: torch.dtype
+) -> None:
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in in_one_file(folder).items()}
     save_file(cast, tmp_path / "cast.safetensors")
     convert_sdxl(tmp_path / "cast.safetensors", None, tmp_path / "made", base=base)

@@ -35,7 +35,7 @@ from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import fitted
 from dmd2.models.stable_diffusion.codec import LatentCodec
-from dmd2.models.stable_diffusion.configs import Schedule, judge, read_schedule
+from dmd2.models.stable_diffusion.configs import Schedule, check_configs, read_schedule
 from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.loading import build_network
@@ -254,12 +254,12 @@ def test_an_image_of_zero_terminal_snr_is_that_of_diffusers(
 
 @pytest.fixture
 def folder(inpainting: Engine, tmp_path: Path) -> Path:
-    """Configurations only: that is all that is needed to judge."""
+    """Configurations only: that is all that is needed to check them."""
     for config in inpainting.folder.glob("*/*config.json"):
         path = tmp_path / config.relative_to(inpainting.folder)
         path.parent.mkdir(exist_ok=True)
         path.write_text(config.read_text())
-    judge(tmp_path, ["unet"], tmp_path / "vae")
+    check_configs(tmp_path, ["unet"], tmp_path / "vae")
     return tmp_path
 
 
@@ -272,7 +272,7 @@ def folder(inpainting: Engine, tmp_path: Path) -> Path:
         ("unet", {"in_channels": "nine"}, "nine input"),
         ("unet", {"in_channels": None}, "None input"),
         ("unet", {"out_channels": 8}, "8 output channels"),
-        ("unet", {"_class_name": "SD3Transformer2DModel"}, "describes a SD3Transformer2DModel; expected a UNet2D"),
+        ("unet", {"_class_name": "SD3Transformer2DModel"}, "describes a SD3Transformer2DModel; expected one of UNet2D"),
         ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim: 256; expected none"),
         ("unet", {"class_embed_type": "projection"}, "class_embed_type: projection; expected none"),
         ("unet", {"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type: ip_image_proj; expected none"),
@@ -307,7 +307,7 @@ def test_what_a_folder_is_is_known_before_it_is_loaded(
     path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=named) as error:
-        judge(folder, ["unet"], folder / "vae")
+        check_configs(folder, ["unet"], folder / "vae")
     message = str(error.value)
     assert message.startswith(str(folder)) and message.isprintable() and len(message) < 600
 
@@ -376,7 +376,7 @@ def test_configurations_as_they_are_published_are_taken(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (tmp_path / name / file).write_text(json.dumps(config))
-    assert judge(tmp_path, ["unet"], tmp_path / "vae") == Schedule()
+    assert check_configs(tmp_path, ["unet"], tmp_path / "vae") == Schedule()
     unet = build_network(UNet2DConditionModel, tmp_path / "unet" / "config.json")
     assert len(unet.state_dict()) == 1680 and unet.conv_in.weight.shape == (320, 9, 3, 3)
     for kind, name in ((AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"), (CLIPTextModel, "text_encoder_2")):

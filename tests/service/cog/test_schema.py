@@ -188,7 +188,7 @@ def test_the_document_names_the_cog_that_is_installed() -> None:
         ("text: str = Input(description='''two\nlines''')", {"description": "two\nlines"}),
     ],
 )
-def test_inputs(parameter: str, expected: dict[str, Any]) -> None:
+def test_an_input_is_described_as_cog_describes_it(parameter: str, expected: dict[str, Any]) -> None:
     assert expected.items() <= input_of(parameter).items()
 
 
@@ -224,7 +224,7 @@ def test_characters_that_go_escapes_are_escaped() -> None:
         ),
     ],
 )
-def test_outputs(returns: str, expected: dict[str, Any]) -> None:
+def test_what_run_returns_is_described_as_cog_describes_it(returns: str, expected: dict[str, Any]) -> None:
     document = json.loads(openapi_schema(predictor("text: str", f" -> {returns}")))
     assert document["components"]["schemas"]["Output"] == expected | {"title": "Output"}
     assert "x-cog-streaming" not in document["paths"]["/predictions"]["post"]
@@ -373,7 +373,7 @@ def test_sources_that_cog_would_misread_are_refused(source: str, named: str) -> 
         ("@concurrent(max=16)", "async def run", 16),
     ],
 )
-def test_concurrency(above: str, method: str, expected: int) -> None:
+def test_max_concurrency_is_read_from_the_decorator(above: str, method: str, expected: int) -> None:
     assert max_concurrency(predictor("a: int", above=above, method=method)) == expected
 
 

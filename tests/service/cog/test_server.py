@@ -155,7 +155,7 @@ def test_a_tampered_weights_folder_ends_the_start_with_the_name_of_the_file(tmp_
 # Answers
 
 
-def test_json(server: CogServer, engine: Engine) -> None:
+def test_a_json_request_is_answered_with_its_images_and_metrics(server: CogServer, engine: Engine) -> None:
     inputs = OWL | {"num_inference_steps": 4, "num_outputs": 2, "width": 48, "height": 32}
     answer = server.generate(**inputs)
     assert answer.logs == "seed: 5\n"
@@ -278,7 +278,7 @@ def test_put_of_a_finished_prediction_draws_the_same_again(server: CogServer) ->
     assert first.images == second.images
 
 
-def test_upload_url(start: Start, receiver: Receiver, engine: Engine) -> None:
+def test_output_files_are_uploaded_where_upload_url_says(start: Start, receiver: Receiver, engine: Engine) -> None:
     server = start(f"--upload-url={receiver.url}/images")
     server.wait_until_ready()
     answer = server.put("uploaded", **OWL | {"num_outputs": 4}).json()

@@ -217,7 +217,7 @@ def test_a_server_that_keeps_ending_is_given_up(tmp_path: Path, capfd: pytest.Ca
     assert lines[-1] == "entrypoint: the server exited with status 3; 3 times in a row, giving up"
 
 
-def test_pauses_grow(tmp_path: Path) -> None:
+def test_pauses_between_restarts_grow(tmp_path: Path) -> None:
     code = "import time; print(time.time(), file=open('starts', 'a'))"
     assert supervise(tmp_path, code, free_port(), Limits(poll=0.01, pauses=(0.0, 0.5, 1.0))) == 1
     starts = [float(line) for line in (tmp_path / "starts").read_text().split()]

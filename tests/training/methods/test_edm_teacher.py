@@ -81,7 +81,7 @@ def one_step(method: Any, recipe: EdmTeacherRecipe) -> float:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_it_learns(images: ImageSet, optimizer: Literal["adam", "muon"]) -> None:
+def test_a_teacher_learns_with_either_optimizer(images: ImageSet, optimizer: Literal["adam", "muon"]) -> None:
     recipe = replace(RECIPE, optimizer=optimizer, lr={"adam": 2e-3, "muon": 1e-2}[optimizer])
     method = train_edm_teacher(recipe, images, CPU)
     losses = [one_step(method, recipe) for _ in range(15)]
