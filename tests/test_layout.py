@@ -75,3 +75,44 @@ def test_a_folder_is_small_and_says_what_lives_there(folder: Path) -> None:
     entries = [p for p in folder.iterdir() if p.name not in ("__pycache__", "py.typed")]
     assert 2 <= len(entries) <= MOST_ENTRIES, sorted(p.name for p in entries)
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+
+
+def branches(source: str) -> list[str]:
+    """Where code asks which family a model is of: comparisons of `family`, and isinstance of a model's class."""
+    classes = {"StableDiffusion", "StableDiffusionModel", "TextToImage", "LatentCodec", "Edm", "EdmModel", "RgbCodec"}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            asked = {getattr(side, "attr", getattr(side, "id", "")) for side in (node.left, *node.comparators)}
+        elif isinstance(node, ast.Match):
+            asked = {getattr(node.subject, "attr", getattr(node.subject, "id", ""))}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass", "type"):
+            names = [n for argument in node.args for n in ast.walk(argument)]
+            asked = {"family"} if classes & {getattr(n, "id", getattr(n, "attr", "")) for n in names} else set()
+        else:
+            continue
+        if "family" in asked:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in modules() if path.relative_to(PACKAGE).parts[0] != "models"],
+    ids=lambda path: path.relative_to(PACKAGE).as_posix(),
+)
+def test_only_models_ask_which_family_it_is(path: Path) -> None:
+    assert branches(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_branch_on_the_family_is_found() -> None:
+    for source in (
+        "manifest.family != 'edm'",
+        "family in ('sdxl', 'sd15')",
+        "'edm' == self.manifest.family",
+        "isinstance(self.model, StableDiffusion)",
+        "isinstance(model, (int, edm.EdmModel))",
+        "match manifest.family:\n    case 'edm': pass",
+    ):
+        assert len(branches(source)) == 1, source
+    assert branches("family_of(weights).takes_prompts and isinstance(mode, str)") == []

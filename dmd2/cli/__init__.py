@@ -109,16 +109,18 @@ def generate(
     _check_folder(out)
 
     from dmd2.diffusion.sampling import Churn
-    from dmd2.inference.engine import Engine, default_mode
+    from dmd2.inference.engine import Engine
     from dmd2.inference.image_output import save_grid, save_png
     from dmd2.inference.inputs import InputImages
+    from dmd2.inference.mode import default_mode
     from dmd2.models.locate import locate
+    from dmd2.models.model import family_of
     from dmd2.weights.manifest import read_manifest
 
     if weights.is_file():
         weights = locate(weights)
     manifest = read_manifest(weights)
-    if classes is not None and manifest.family != "edm":
+    if classes is not None and family_of(weights).takes_prompts:
         raise UserError(f"--classes {classes}: {weights} draws prompts; expected a class-conditional model")
     steps = steps or default_mode(manifest)
     if previews and steps == "teacher":

@@ -157,7 +157,7 @@ def _is_there(path: Path, config: PairsConfig, pairs: range) -> bool:
 def _generate(teacher: Edm, config: PairsConfig, pairs: range) -> Tensor:
     sigmas = teacher_sigmas(teacher, config.steps)
     noise = seeded_noise(config.seeds(pairs).tolist(), config.shape, teacher.device)
-    start = teacher.start(noise, torch.full((len(pairs),), sigmas[0], device=teacher.device))
+    start = teacher.scale_initial_noise(noise, torch.full((len(pairs),), sigmas[0], device=teacher.device))
     cond = ClassCondition.of(config.labels(pairs).to(teacher.device), config.classes)
     return sample_heun(conditioned(teacher, cond), start, sigmas)
 

@@ -5,6 +5,7 @@ Every network predicts x0 at a noise level σ. eps, v, ᾱ and integer timesteps
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 # What a denoiser is conditioned on. Each family has its own frozen dataclass; samplers and losses pass it through.
 Cond = Any
+
+Predict = Callable[[Tensor, Tensor, Cond], Tensor]
+"""x (B, C, H, W), sigma (B,), condition → x0: what a sampler needs of a `Denoiser`."""
 
 
 class Denoiser(Protocol):
@@ -28,8 +32,8 @@ class Denoiser(Protocol):
         """As a call, and beside x0 the bottleneck activations (B, C', h, w) of the same forward pass."""
         ...
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
-        """What a generator is fed at its first step, from unit noise (B, C, H, W)."""
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What a generator is given at its first step, from unit noise (B, C, H, W)."""
         ...
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
@@ -40,6 +44,11 @@ class Denoiser(Protocol):
 class Codec(Protocol):
     """Pixels to the space that the denoiser works in, and back."""
 
+    channels: int
+    """of x0"""
+    factor: int
+    """pixels per element of x0, along each side"""
+
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) → x0 space, fp32."""
         ...
@@ -49,7 +58,7 @@ class Codec(Protocol):
         ...
 
 
-def cfg_denoise(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
+def cfg_denoise(denoiser: Predict, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6) on x0: u + scale·(c − u), in one batch of 2B.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmd2.diffusion.denoiser import Cond, Denoiser, cfg_denoise
+from dmd2.diffusion.denoiser import Cond, Denoiser, Predict, cfg_denoise
 from dmd2.diffusion.noise import add_noise, karras_sigmas
 from dmd2.runtime.errors import UserError
 
@@ -20,10 +20,14 @@ T = TypeVar("T")
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, H, W), sigma (B,)) → x0 (B, C, H, W): a denoiser with its condition and guidance filled in."""
 
+Callback = Callable[[int, Tensor], object]
+"""Called by a sampler after each step with the number of steps done and that step's x0 (B, C, H, W). What it raises
+ends the sampling: no further step is computed."""
 
-def conditioned(denoiser: Denoiser, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoise:
-    """`denoiser` with its condition filled in, and guided where the scale is not 1."""
-    if guidance_scale == 1.0 or uncond is None:
+
+def conditioned(denoiser: Predict, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoise:
+    """`denoiser` with its condition filled in, and guided where there is an `uncond`. See `cfg_denoise`."""
+    if uncond is None:
         return lambda x, sigma: denoiser(x, sigma, cond)
     return lambda x, sigma: cfg_denoise(denoiser, x, sigma, cond, uncond, guidance_scale)
 
@@ -33,23 +37,26 @@ def sample_few_step(
     start: Callable[[Tensor, Tensor], Tensor],
     noise: Iterable[Tensor],
     sigmas: Sequence[float],
+    callback: Callback | None = None,
 ) -> Tensor:
     """DMD2's sampler (sec. 4.4), with one step or several: denoise to x0, re-noise with fresh noise, repeat.
 
     Args:
         denoise: the student.
-        start: the student's `Denoiser.start`.
-        noise: unit noise (B, C, H, W) for each step, the first to start from; read lazily, so a caller can stop
-            between steps by raising.
+        start: (unit noise, sigma) → x at the first level: the student's `Denoiser.scale_initial_noise`.
+        noise: unit noise (B, C, H, W) for each step, the first to start from.
         sigmas: descending levels, one a step (DMD2: those of t = 999, 749, 499, 249).
+        callback: see `Callback`.
 
     Returns:
         x0 (B, C, H, W), fp32.
     """
     x0: Tensor | None = None
-    for sigma_value, n in zip(sigmas, noise, strict=True):
-        sigma = torch.full((len(n),), sigma_value, dtype=torch.float32, device=n.device)
+    for done, (sigma_value, n) in enumerate(zip(sigmas, noise, strict=True), 1):
+        sigma = _level(sigma_value, n)
         x0 = denoise(start(n, sigma) if x0 is None else add_noise(x0, sigma, n), sigma)
+        if callback is not None:
+            callback(done, x0)
     if x0 is None:
         raise ValueError("sigmas: expected at least one level")
     return x0
@@ -62,21 +69,32 @@ def timesteps_for_strength(levels: Sequence[T], strength: float) -> list[T]:
     on all but 999, and 1 all. A one-step student has nothing but its own level, whatever the strength.
 
     Raises:
-        ValueError: `strength` is not in (0, 1].
+        UserError: `strength` is not in (0, 1].
     """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength}: expected more than 0, at most 1")
+    check_strength(strength)
     return list(levels[-max(1, int(strength * len(levels))) :])
 
 
-def image_to_image(denoise: Denoise, image: Tensor, noise: Iterable[Tensor], sigmas: Sequence[float]) -> Tensor:
+def check_strength(strength: float) -> None:
+    """Raises UserError unless it is in (0, 1]."""
+    if not 0 < strength <= 1:
+        raise UserError(f"prompt_strength: {strength}; expected more than 0, at most 1")
+
+
+def image_to_image(
+    denoise: Denoise,
+    image: Tensor,
+    noise: Iterable[Tensor],
+    sigmas: Sequence[float],
+    callback: Callback | None = None,
+) -> Tensor:
     """`sample_few_step`, begun with an image noised to the first level instead of noise (Meng et al. 2021, SDEdit).
 
     Args:
         image: (B, C, H, W), what the codec makes of the image.
-        noise, sigmas: as for `sample_few_step`; see `timesteps_for_strength`.
+        noise, sigmas, callback: as for `sample_few_step`; see `timesteps_for_strength`.
     """
-    return sample_few_step(denoise, lambda n, sigma: add_noise(image, sigma, n), noise, sigmas)
+    return sample_few_step(denoise, lambda n, sigma: add_noise(image, sigma, n), noise, sigmas, callback)
 
 
 def inpaint(
@@ -86,6 +104,7 @@ def inpaint(
     mask: Tensor,
     noise: Iterable[Tensor],
     sigmas: Sequence[float],
+    callback: Callback | None = None,
 ) -> Tensor:
     """`sample_few_step` where `mask` is true, around an image that is known elsewhere (Lugmayr et al. 2022, eq. 8).
 
@@ -93,31 +112,43 @@ def inpaint(
     that part all the way down, as in diffusers' pipelines for networks that were not trained to paint into images.
 
     Args:
-        start: `Denoiser.start` to begin with noise alone; to begin with the image, what noises it.
+        start: `Denoiser.scale_initial_noise` to begin with noise alone; to begin with the image, what noises it.
         image: (B, C, H, W) in the denoiser's space.
         mask: bool, (B, 1, H, W).
-        noise, sigmas: as for `sample_few_step`.
+        noise, sigmas, callback: as for `sample_few_step`.
 
     Returns:
         x0 (B, C, H, W), fp32; exactly `image` where `mask` is false.
     """
+    first: Tensor | None = None
+    x0 = image
+    for done, (sigma_value, n) in enumerate(zip(sigmas, noise, strict=True), 1):
+        sigma = _level(sigma_value, n)
+        x = start(n, sigma) if first is None else add_noise(x0, sigma, torch.where(mask, n, first))
+        first = n if first is None else first
+        x0 = torch.where(mask, denoise(x, sigma), image)
+        if callback is not None:
+            callback(done, x0)
+    if first is None:
+        raise ValueError("sigmas: expected at least one level")
+    return x0
 
-    def fixed() -> Iterator[Tensor]:
-        first: Tensor | None = None
-        for n in noise:
-            first = n if first is None else first
-            yield torch.where(mask, n, first)
 
-    return sample_few_step(lambda x, sigma: torch.where(mask, denoise(x, sigma), image), start, fixed(), sigmas)
+def _level(sigma: float, x: Tensor) -> Tensor:
+    """One level for a batch: (B,) fp32 on x's device."""
+    return torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
 
 
-def sample_dpm_solver_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+def sample_dpm_solver_2m(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], callback: Callback | None = None
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): the teacher's deterministic sampler.
 
     Args:
         denoise: the (guided) teacher.
         x: (B, C, H, W) start at sigmas[0].
         sigmas: descending levels; the step from the last one goes to 0.
+        callback: see `Callback`.
 
     Returns:
         x0 (B, C, H, W), fp32.
@@ -125,7 +156,9 @@ def sample_dpm_solver_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -
     previous: Tensor | None = None
     levels = torch.tensor(sigmas, dtype=torch.float64)
     for i, sigma_value in enumerate(sigmas):
-        x0 = denoise(x, torch.full((len(x),), sigma_value, dtype=torch.float32, device=x.device))
+        x0 = denoise(x, _level(sigma_value, x))
+        if callback is not None:
+            callback(i + 1, x0)
         if i + 1 == len(sigmas):
             return x0
         h = float((levels[i] / levels[i + 1]).log())  # in λ = −ln σ
@@ -175,6 +208,7 @@ def sample_heun(
     sigmas: Sequence[float],
     noise: Iterable[Tensor] | None = None,
     churn: Churn | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """EDM's second-order sampler (Karras et al. 2022): algorithm 1, or with `churn` algorithm 2, which adds noise.
 
@@ -184,8 +218,9 @@ def sample_heun(
         denoise: the (guided) teacher.
         x: (B, C, H, W) start at sigmas[0]: unit noise times sigmas[0].
         sigmas: descending levels; the step from the last one goes to 0.
-        noise: for algorithm 2, unit noise (B, C, H, W) for each level, whether it is added there or not; read
-            lazily. Not read without `churn`.
+        noise: for algorithm 2, unit noise (B, C, H, W) for each level, whether it is added there or not. Not read
+            without `churn`.
+        callback: see `Callback`.
 
     Returns:
         x0 (B, C, H, W) in x's dtype.
@@ -196,22 +231,25 @@ def sample_heun(
         raise ValueError("noise: expected unit noise for each level, as there is churn")
     dtype, x = x.dtype, x.double()
 
-    def slope(x: Tensor, t: float) -> Tensor:
-        """dx/dt of the probability-flow ODE (eq. 4 with σ(t) = t, s(t) = 1)."""
-        level = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        return (x - denoise(x.to(dtype), level).double()) / t
+    def slope(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """dx/dt of the probability-flow ODE (eq. 4 with σ(t) = t, s(t) = 1), and the x0 that it leads to."""
+        x0 = denoise(x.to(dtype), _level(t, x))
+        return (x - x0.double()) / t, x0
 
     fresh = noise if churn is not None and noise is not None else repeat(None, len(sigmas))
-    for (t, t_next), n in zip(pairwise([*sigmas, 0.0]), fresh, strict=True):
+    for done, ((t, t_next), n) in enumerate(zip(pairwise([*sigmas, 0.0]), fresh, strict=True), 1):
         if churn is not None and n is not None and churn.lowest <= t <= churn.highest:
             t_hat = t + min(churn.amount / len(sigmas), math.sqrt(2) - 1) * t
             x = x + math.sqrt(t_hat**2 - t**2) * churn.noise * n.double()
             t = t_hat
-        d = slope(x, t)
+        d, x0 = slope(x, t)
         ahead = x + (t_next - t) * d
         if t_next != 0:
-            ahead = x + (t_next - t) * (d + slope(ahead, t_next)) / 2
+            d_next, x0 = slope(ahead, t_next)
+            ahead = x + (t_next - t) * (d + d_next) / 2
         x = ahead
+        if callback is not None:
+            callback(done, x0)
     return x.to(dtype)
 
 

@@ -1,6 +1,6 @@
-"""Numbered images to judge: what weights draw for seed + i, or what a data set holds.
+"""Numbered images to evaluate: what weights generate with seed + i, or what a data set holds.
 
-Image i is the same whatever batch, process or order it is drawn in.
+Image i is the same whatever batch, process or order it is generated in.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 
 from dmd2.data.images import ImageSet
-from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import Churn, conditioned, sample_few_step, sample_heun, teacher_sigmas
+from dmd2.diffusion.sampling import Churn
 from dmd2.inference.engine import Engine
-from dmd2.models.edm.folder import heun_steps, load_edm
-from dmd2.models.edm.network import ClassCondition, RgbCodec
+from dmd2.inference.mode import Mode, default_mode
+from dmd2.models.model import family_of
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import read_text, sha256_file
 from dmd2.weights.manifest import MANIFEST, Manifest, read_manifest
 
-TEXT_FAMILIES = "sdxl", "sd15"
 DEFAULT_N = 50_000  # what FID is usually measured with
 
 
@@ -43,108 +41,68 @@ class Images(Protocol):
         """The images with these numbers, uint8 (B, 3, H, W), on any device."""
 
 
-class EdmSamples:
-    """Samples of an EDM network: a teacher's by Heun's method, a student's in its own steps. In fp32.
+class Samples:
+    """What weights generate: image i with seed + i, for prompt i or of class i, modulo their number.
 
-    Image i starts from the noise of seed + i, and is of class i modulo the number of classes.
+    Class-conditional networks run in fp32.
 
     Args:
-        steps: of the teacher's sampler, or which student; None for what the manifest says.
-        churn: of the teacher's sampler. Its noise comes from the same seeds.
+        steps: a mode of the weights, or where they have no student, any number of steps of the teacher's sampler;
+            None for the student with the most steps, else the teacher.
+        prompts: for text-to-image weights.
+        churn: of an EDM teacher's sampler. Its noise comes from the same seeds.
 
     Raises:
         UserError: the weights are broken, or know no such steps.
     """
 
     def __init__(
-        self, folder: Path, n: int, steps: str | None, seed: int, device: torch.device, churn: Churn | None = None
-    ) -> None:
-        manifest = read_manifest(folder)
-        self.churn = churn
-        self.n, self.seed, self.device = n, seed, device
-        self.denoiser = load_edm(folder, device)
-        config = self.denoiser.config
-        self.side = config.resolution
-        self.student, self.sigmas = self._plan(manifest, steps)
-        if self.student and churn is not None:
-            raise UserError("--churn: only of a teacher's sampler; these weights are a student")
-        self.prompts: list[str] | None = None
-        self.labels = [i % config.classes for i in range(n)] if config.classes else None
-        self.metadata: dict[str, Any] = {
-            "family": "edm",
-            "sampler": "few-step" if self.student else "heun",
-            "sigmas": self.sigmas,
-            **({} if churn is None else {"churn": asdict(churn)}),
-            "classes": config.classes,
-            "dtype": "float32",
-            "seeds": [seed, seed + n - 1],
-            "weights_sha256": manifest.files["model.safetensors"],
-        }
-
-    def _plan(self, manifest: Manifest, steps: str | None) -> tuple[bool, list[float]]:
-        """Is it a student, and the levels of its steps."""
-        students = {str(count): student for count, student in manifest.students.items()}
-        if students:
-            chosen = students.get(steps or max(students))
-            if chosen is None or not chosen.sigmas:
-                raise UserError(f"--steps {steps}: this student has {', '.join(students)}")
-            return True, list(chosen.sigmas)
-        count = steps or str(manifest.teacher.steps if manifest.teacher else heun_steps(self.denoiser.config))
-        if count == "teacher" and manifest.teacher:
-            count = str(manifest.teacher.steps)
-        if not count.isdecimal() or not 2 <= int(count) <= 10_000:
-            raise UserError(f"--steps {steps}: expected 2 to 10000 steps of the teacher's sampler")
-        return False, teacher_sigmas(self.denoiser, int(count))
-
-    @torch.inference_mode()
-    def generate(self, rows: list[int]) -> Tensor:
-        config = self.denoiser.config
-        classes = [-1] * len(rows) if self.labels is None else [self.labels[i] for i in rows]
-        denoise = conditioned(self.denoiser, ClassCondition.of(torch.tensor(classes), config.classes).to(self.device))
-        count = len(self.sigmas) if self.student else 1 if self.churn is None else 1 + len(self.sigmas)
-        shape = (count, config.channels, config.resolution, config.resolution)
-        noise = seeded_noise([self.seed + i for i in rows], shape, self.device)
-        if self.student:
-            x0 = sample_few_step(denoise, self.denoiser.start, noise.unbind(1), self.sigmas)
-        else:
-            highest = torch.full((len(rows),), self.sigmas[0], device=self.device)
-            x0 = sample_heun(
-                denoise, self.denoiser.start(noise[:, 0], highest), self.sigmas, noise[:, 1:].unbind(1), self.churn
-            )
-        return RgbCodec().decode(x0)
-
-
-class TextSamples:
-    """What a text-to-image model draws: image i for prompt i, with seed + i; after the last prompt the first again.
-
-    Args:
-        steps: a mode of `Engine`; None for the student with the most steps, or else the teacher.
-
-    Raises:
-        UserError: the weights are broken, or have no such mode.
-    """
-
-    def __init__(
-        self, folder: Path, prompts: list[str], n: int, steps: str | None, seed: int, device: torch.device
+        self,
+        folder: Path,
+        n: int,
+        steps: str | None,
+        seed: int,
+        device: torch.device,
+        prompts: list[str] | None = None,
+        churn: Churn | None = None,
     ) -> None:
         manifest = read_manifest(folder)
         self.n, self.seed, self.side = n, seed, min(manifest.native_size)
-        self.labels: list[int] | None = None
-        self.prompts: list[str] | None = [prompts[i % len(prompts)] for i in range(n)]
-        self.mode = steps or (str(max(manifest.students)) if manifest.students else "teacher")
-        self.engine = Engine(folder, device, modes=(self.mode,))
+        self.mode = _mode(manifest, steps)
+        if self.mode.student and churn is not None:
+            raise UserError("--churn: only of a teacher's sampler; these weights are a student")
+        dtype = torch.float32 if prompts is None else None
+        self.engine = Engine(folder, device, dtype, modes=(self.mode,), churn=churn)
+        self.sigmas = self.mode.sigmas(self.engine.model.denoiser(self.mode.subfolder))
+        classes = self.engine.model.classes
+        self.labels = [i % classes for i in range(n)] if classes else None
+        self.prompts = None if prompts is None else [prompts[i % len(prompts)] for i in range(n)]
+        about: dict[str, Any] = {"sampler": self.mode.name, "size": list(manifest.native_size)}
+        if prompts is None:
+            sampler = "few-step" if self.mode.student else "heun"
+            about = {"sampler": sampler, "sigmas": self.sigmas, "classes": classes}
         self.metadata: dict[str, Any] = {
             "family": manifest.family,
-            "sampler": self.mode,
-            "size": list(manifest.native_size),
+            **about,
+            **({} if churn is None else {"churn": asdict(churn)}),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "seeds": [seed, seed + n - 1],
             "weights_sha256": self.engine.sha256(self.mode),
         }
 
     def generate(self, rows: list[int]) -> Tensor:
-        assert self.prompts is not None
-        return self.engine.generate([self.prompts[i] for i in rows], [self.seed + i for i in rows], self.mode)
+        named = self.prompts or self.labels
+        prompts = [str(named[i]) if named else "" for i in rows]
+        return self.engine.generate(prompts, [self.seed + i for i in rows], self.mode)
+
+
+def _mode(manifest: Manifest, steps: str | None) -> Mode:
+    teacher = manifest.teacher
+    if manifest.students or teacher is None or steps in (None, "teacher"):
+        return Mode.parse(steps or default_mode(manifest), manifest)
+    if not (steps or "").isdecimal() or not 2 <= int(steps or 0) <= 10_000:
+        raise UserError(f"--steps {steps}: expected 2 to 10000 steps of the teacher's sampler")
+    return Mode.of_teacher(manifest, int(steps or 0))
 
 
 class DataSet:
@@ -211,19 +169,17 @@ def open_images(
             if value is not None:
                 raise UserError(f"{option}: expected weights to draw with; {source} has no {MANIFEST}")
         return DataSet(source, n, side)
-    family = read_manifest(source).family
-    if family not in ("edm", *TEXT_FAMILIES):
-        raise UserError(f"{source}: weights of the family {family!r}; expected edm, {' or '.join(TEXT_FAMILIES)}")
-    if family == "edm":
+    family = family_of(source)
+    if churn is not None and not family.takes_churn:
+        raise UserError(f"--churn: only of an EDM teacher's sampler; {source} has another one")
+    if not family.takes_prompts:
         if prompts is not None:
             raise UserError(f"--prompts: {source} draws classes, not prompts")
-        return EdmSamples(source, n or DEFAULT_N, steps, seed, device, churn)
-    if churn is not None:
-        raise UserError(f"--churn: only of an EDM teacher's sampler; {source} is of the family {family!r}")
+        return Samples(source, n or DEFAULT_N, steps, seed, device, churn=churn)
     if prompts is None:
         raise UserError(f"--prompts: missing; {source} draws prompts: expected a text file with one a line")
     lines = read_prompts(prompts)
-    return TextSamples(source, lines, n or len(lines), steps, seed, device)
+    return Samples(source, n or len(lines), steps, seed, device, lines)
 
 
 def read_prompts(path: Path) -> list[str]:

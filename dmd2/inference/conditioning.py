@@ -1,50 +1,50 @@
-"""What images are made from besides prompts: a given image, a mask, a control, LoRAs."""
+"""What a batch of images is made from besides prompts: an image, a mask, a control, LoRAs."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.diffusion.denoiser import Codec
+from dmd2.diffusion.denoiser import Codec, Denoiser
 from dmd2.diffusion.noise import add_noise
-from dmd2.diffusion.sampling import Denoise, image_to_image, inpaint, sample_few_step
+from dmd2.diffusion.sampling import Callback, Denoise, check_strength, image_to_image, inpaint, sample_few_step
 from dmd2.models.adapters.control import SCALE
 from dmd2.models.adapters.lora import Lora
-from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.runtime.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
 class ImageConditioning:
-    """One for all images of a batch. The default is text-to-image."""
+    """An image to begin with, its mask, a control and LoRAs: the same for each image of a batch.
+
+    The default is text-to-image.
+    """
 
     image: Tensor | None = None
-    """uint8 (3, H, W) on the CPU, as large as what is drawn"""
+    """uint8 (3, H, W) on the CPU, of the size that is generated"""
     mask: Tensor | None = None
-    """bool (H, W): what is painted anew. Everywhere else the image keeps its pixels, to the bit"""
+    """bool (H, W): what is generated anew. Everywhere else the image keeps its pixels, to the bit"""
     strength: float = 1.0
-    """in (0, 1]; see `timesteps_for_strength`. 1 begins with noise alone: without a mask nothing of it is left"""
+    """in (0, 1]; see `timesteps_for_strength`. 1 begins with noise alone: without a mask `image` is of no matter"""
     control: Path | None = None
     """folder of a ControlNet or T2I-Adapter"""
     control_image: Tensor | None = None
-    """uint8 (3, H, W) on the CPU, as large as what is drawn"""
+    """uint8 (3, H, W) on the CPU, of the size that is generated"""
     control_scale: float = SCALE
     loras: tuple[tuple[Lora, float], ...] = ()
     """with the scale of each"""
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise UserError(f"prompt_strength: {self.strength}; expected more than 0, at most 1")
+        check_image(self.image, self.mask, self.strength)
         if self.strength < 1 and self.image is None:
             raise UserError("prompt_strength: given without an image; expected the image that it is about")
-        if self.mask is not None and self.image is None:
-            raise UserError("mask: given without an image; expected the image that it is a mask of")
         if (self.control is None) != (self.control_image is None):
             raise UserError("control_image: expected both a control and its image, or neither")
 
@@ -75,38 +75,44 @@ class ImageConditioning:
         return metadata
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raises ValueError unless what is given is as large as what is drawn, `size` (width, height)."""
+        """Raises ValueError unless image, mask and control image are of `size` (width, height)."""
         for image in (*self.images, *(() if self.mask is None else (self.mask,))):
             if tuple(image.shape[-2:]) != (size[1], size[0]):
-                raise ValueError(f"expected {size[0]}x{size[1]}, not a picture of shape {tuple(image.shape)}")
+                raise ValueError(f"expected {size[0]}x{size[1]}, not an image of shape {tuple(image.shape)}")
 
     def sample(
         self,
         denoise: Denoise,
-        start: Callable[[Tensor, Tensor], Tensor],
+        denoiser: Denoiser,
         codec: Codec,
-        noise: Iterable[Tensor],
+        noise: Tensor,
         sigmas: Sequence[float],
-        device: torch.device,
+        callback: Callback | None = None,
         *,
         inpaints: bool = False,
     ) -> Tensor:
-        """x0 (B, C, h, w) by the sampler that fits. Arguments as of `dmd2.diffusion.sampling.sample_few_step`.
+        """x0 (B, C, h, w) by the few-step sampler that fits; see `dmd2.diffusion.sampling`.
 
-        A network that `inpaints` is told what is known at each step (see `known`), and nothing is put back between.
+        Args:
+            denoise: `denoiser` with its condition.
+            noise: unit noise (B, N, C, h, w), one for each of the N `sigmas`.
+            inpaints: the network is told what is known of the image (see `known`): nothing is put back between steps.
         """
-        free = self.mask is None or inpaints
-        if self.image is None or (free and self.strength == 1):
-            return sample_few_step(denoise, start, noise, sigmas)
-        image = codec.encode(self.image[None]).to(device)
-        if free:
-            return image_to_image(denoise, image, noise, sigmas)
+        start, steps = denoiser.scale_initial_noise, noise.unbind(1)
+        masked = self.mask is not None and not inpaints
+        if self.image is None or not (masked or self.strength < 1):
+            return sample_few_step(denoise, start, steps, sigmas, callback)
+        image = codec.encode(self.image[None]).to(noise.device)
+        if not masked:
+            return image_to_image(denoise, image, steps, sigmas, callback)
         if self.strength < 1:
-            return inpaint(denoise, lambda n, s: add_noise(image, s, n), image, self._cells(image), noise, sigmas)
-        return inpaint(denoise, start, image, self._cells(image), noise, sigmas)
+            return inpaint(
+                denoise, lambda n, s: add_noise(image, s, n), image, self._cells(image), steps, sigmas, callback
+            )
+        return inpaint(denoise, start, image, self._cells(image), steps, sigmas, callback)
 
-    def known(self, codec: LatentCodec, size: tuple[int, int]) -> Tensor:
-        """(1, 5, h, w) what a network that inpaints is told of a picture of `size`: see `StableDiffusion.features`.
+    def known(self, codec: Any, size: tuple[int, int]) -> Tensor:
+        """(1, 5, h, w): mask and latents of `size` for a network that inpaints, see `StableDiffusion.features`.
 
         Without a mask all is masked: the image then counts through what is denoised, or not at all.
         """
@@ -118,16 +124,23 @@ class ImageConditioning:
         return torch.cat([F.interpolate(mask[None, None].to(latents), latents.shape[-2:]), latents], dim=1)
 
     def _cells(self, image: Tensor) -> Tensor:
-        """bool (1, 1, h, w): the latents of which any pixel is painted anew."""
+        """bool (1, 1, h, w): the latents of which any pixel is generated anew."""
         assert self.mask is not None
         mask = self.mask[None, None].to(image.device, torch.float32)
         return F.adaptive_max_pool2d(mask, [*image.shape[-2:]]) > 0
 
     def finish(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) with the given pixels put back where nothing was to be painted."""
+        """uint8 (B, 3, H, W) with the given pixels put back where the mask is false."""
         if self.image is None or self.mask is None:
             return images
         return torch.where(self.mask, images, self.image)
+
+
+def check_image(image: object, mask: object, strength: float) -> None:
+    """Raises UserError unless an image, a mask (or None) and a strength go together."""
+    if mask is not None and image is None:
+        raise UserError("mask: given without an image; expected the image that it is a mask of")
+    check_strength(strength)
 
 
 def _sha256(pixels: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Prompts in, images out: loads a folder of weights once and draws with its students or its teacher."""
+"""Prompts in, images out: loads a folder of weights once and generates with its students or its teacher."""
 
 from __future__ import annotations
 
@@ -6,42 +6,29 @@ import logging
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmd2.diffusion.denoiser import Cond
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import (
-    Churn,
-    Denoise,
-    conditioned,
-    sample_dpm_solver_2m,
-    sample_heun,
-    teacher_sigmas,
-    timesteps_for_strength,
-)
+from dmd2.diffusion.sampling import Callback, Churn, conditioned
 from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
-from dmd2.models.edm.classes import ClassToImage, load_class_to_image
-from dmd2.models.edm.network import ClassCondition, Edm
-from dmd2.models.stable_diffusion.adapters import TINY, Adapters
-from dmd2.models.stable_diffusion.folder import TextToImage, load_denoisers, load_text_to_image
-from dmd2.models.stable_diffusion.text import TextCondition
-from dmd2.models.stable_diffusion.unet import StableDiffusion
+from dmd2.inference.mode import Mode
+from dmd2.models.model import Model, family_of, load_model
 from dmd2.runtime.compiled import save_kernels
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.files import read_object
-from dmd2.runtime.memory import LARGE, peak_memory
-from dmd2.runtime.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
-from dmd2.weights.manifest import DEFAULT, Manifest, Student, read_manifest
+from dmd2.runtime.memory import peak_memory
+from dmd2.runtime.placement import prefers_gpu
+from dmd2.weights.manifest import DEFAULT, read_manifest
 
 TEXT_CACHE = 256_000_000
 
-Condition = TextCondition | ClassCondition
 Preview = Callable[[int, list[int], Tensor], object]
 """Is told the number of steps done, which of a call's images these are, and what they look like so far: uint8
 (B, 3, H, W) on the CPU."""
@@ -61,25 +48,21 @@ class Timings:
         return Timings(self.text + other.text, self.denoise + other.denoise, self.decode + other.decode)
 
 
-def go_on() -> None:
-    """What a call that nobody cancels asks between two steps."""
-
-
 @dataclass
 class Engine:
-    """Draws images from one folder of weights: Stable Diffusion's from prompts, EDM's from the classes they name.
+    """Generates images with one folder of weights: Stable Diffusion from prompts, EDM from the classes they name.
 
-    Modes: "1", "4" (any number of steps that the manifest lists) are the students; "teacher" is the teacher with
-    its own sampler and guidance; "teacher-4" is the undistilled teacher, guided, put through the sampler of the
-    4-step student: what distillation must beat. Networks are loaded at their first use.
+    What to generate with is a `Mode`, or its name: "1", "4" (any number of steps that the manifest lists) are the
+    students, "teacher" is the teacher, "teacher-4" the teacher in a student's steps. Networks are loaded at their
+    first use.
 
     Args:
         folder: weights in diffusers' layout with a `dmd2.json`.
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         dtype: of networks; by default see `dmd2.runtime.placement.default_dtype`.
+        modes: to load at once, so that a broken file is an error now and the first image is fast.
         trace: `warm_up` records networks for repeated calls: on a GPU they are compiled (see `dmd2.runtime.placement`
             for the variables that say how), on a CPU small ones are traced, which makes them about 1.3 times as fast.
-        modes: to load at once, so that a broken file is an error now and the first image is fast.
         vae: "kl" decodes with the folder's `vae`, whatever that is; "tiny" with its TAESDXL: a twentieth of the work,
             and less sharp.
         churn: noise that the sampler of an EDM teacher adds, by the images' seeds; None for none.
@@ -89,135 +72,35 @@ class Engine:
     folder: Path = DEFAULT
     device: torch.device | str = "auto"
     dtype: torch.dtype | None = None
-    modes: tuple[str, ...] = ()
+    modes: tuple[str | Mode, ...] = ()
     trace: bool = False
     vae: str = "kl"
     churn: Churn | None = None
     text_cache: int = TEXT_CACHE
-    _encoders: Hashable = field(default=(), init=False)
-    """what LoRAs have made of the text encoders"""
-    _texts: OrderedDict[tuple[str, Hashable], Condition] = field(default_factory=OrderedDict, init=False)
+    _texts: OrderedDict[tuple[str, Hashable], Cond] = field(default_factory=OrderedDict, init=False)
     _text_bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
         self.device = resolve_device(self.device)
         self.manifest = read_manifest(self.folder)
-        subfolders = list(dict.fromkeys(self._plan(mode)[0] for mode in self.modes))
-        parameters = count_parameters(self.folder, subfolders)
-        self.dtype = self.dtype or default_dtype(self.device, parameters)
+        modes = [self._mode(mode) for mode in self.modes]
         if self.churn is not None and (
-            self.manifest.family != "edm" or any(mode != "teacher" for mode in self.modes)
+            not family_of(self.folder).takes_churn or any(mode.levels is not None for mode in modes)
         ):
             raise UserError("--churn: only of an EDM teacher's sampler; expected its weights and --steps teacher")
-        self.placement = Placement()
-        self.model: TextToImage | ClassToImage
-        self._solve: Callable[..., Tensor] = sample_dpm_solver_2m
-        if self.manifest.family == "edm":
-            self.model, self._solve = (
-                load_class_to_image(self.folder, subfolders, self.device, self.dtype),
-                sample_heun,
-            )
-            return
-        width, height = self.manifest.native_size
-        self.placement = place(parameters, self.device, self.dtype, width * height, fast=self.trace)
-        self.trace = self.trace and self.device.type == "cpu" and max(parameters.values(), default=0) < LARGE
-        self.model = load_text_to_image(
-            self.folder,
-            subfolders,
-            self.device,
-            self.dtype,
-            trace=self.trace,
-            placement=self.placement,
-            vae=vae_folder(self.folder, self.vae),
+        subfolders = list(dict.fromkeys(mode.subfolder for mode in modes))
+        self.model: Model = load_model(
+            self.folder, subfolders, self.device, self.dtype, fast=self.trace, vae=self.vae, churn=self.churn
         )
-        self.adapters = Adapters(self.folder, self.model, self.device, self.dtype, self.placement)
-
-    def sha256(self, mode: str) -> str:
-        """The checksum of the UNet that `mode` runs."""
-        prefix = f"{self._plan(mode)[0]}/"
-        return next(
-            (v for k, v in self.manifest.files.items() if k.startswith(prefix) and k.endswith(".safetensors")),
-            "",
-        )
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raises UserError unless width and height (pixels) suit the networks."""
-        if isinstance(self.model, ClassToImage):
-            if size != self.manifest.native_size:
-                native = "x".join(map(str, self.manifest.native_size))
-                raise UserError(
-                    f"width, height: {size[0]}x{size[1]}; these weights draw {native} pixels and no other size"
-                )
-            return
-        factor = self.model.codec.factor
-        for name, side in zip(("width", "height"), size, strict=True):
-            if side < self.size_unit or side % factor:
-                raise UserError(
-                    f"{name}: {side} (size {size[0]}x{size[1]}); expected a multiple of {factor} pixels, "
-                    f"at least {self.size_unit}"
-                )
-
-    @property
-    def draws_prompts(self) -> bool:
-        """Whether these weights are text-to-image; else they draw classes."""
-        return not isinstance(self.model, ClassToImage)
-
-    def check_prompts(self, prompts: list[str]) -> None:
-        """Raises UserError if one is too long, or names nothing that a class-conditional network knows."""
-        for prompt in prompts:
-            if isinstance(self.model, ClassToImage):
-                self.model.encode_text.number(prompt)
-            else:
-                self.model.encode_text.windows(prompt)
-
-    @property
-    def size_unit(self) -> int:
-        """Pixels. Sides that are multiples of it are halved without remainder on their way down the UNet."""
-        if isinstance(self.model, ClassToImage):
-            return self.manifest.native_size[0]
-        config = next(iter(self.model.denoisers.values())).unet.config if self.model.denoisers else None
-        halvings = 0 if config is None else len(config.block_out_channels) - 1
-        return self.model.codec.factor * 2**halvings
-
-    def warm_up(self, modes: tuple[str, ...], sizes: list[tuple[int, int]], batch: int = 2) -> None:
-        """Draws once in each mode and size, so that no later call is the first of its kind.
-
-        With `trace`, this is where networks are recorded. Calls of other modes and sizes run the networks as they
-        are. On a CPU a record serves every batch size, and an image is the same to ±2 of 255 either way. On a GPU
-        networks are compiled for one image and for `batch` images, and other batches are put together from these.
-        """
-        began = time.perf_counter()
-        for mode in modes:
-            denoiser = self._denoiser(self._plan(mode)[0])
-            for size in sizes:  # "0" is a prompt to any family
-                logger.info("warm-up: %s steps at %dx%d (%.0f s so far)", mode, *size, time.perf_counter() - began)
-                with denoiser.recording():
-                    for prompts in self._rehearsal(mode, size, batch):
-                        self.generate(prompts, list(range(len(prompts))), mode, size)
-                # A record's first two runs are slow: torch watches the one and rewrites the record for the other.
-                for _ in range(2):
-                    self.generate(["0"], [0], mode, size)
-        if self.placement.compiler is not None and self.placement.kernels is not None:
-            save_kernels(self.placement.kernels)
-        assert isinstance(self.device, torch.device)
-        seconds, peak = time.perf_counter() - began, peak_memory(self.device) / 1e9
-        logger.info("warm-up: %.1f s; memory: %s, peak %.1f GB", seconds, self.placement.plan.mode, peak)
-
-    def _rehearsal(self, mode: str, size: tuple[int, int], batch: int) -> list[list[str]]:
-        """Batches of prompts to record with."""
-        if self.placement.compiler is None:
-            return [["", "0"]]
-        # Prompts that are new each time: the text encoders are recorded, too, for as many as are new.
-        name = f"{mode} {size}"
-        return [[name], [f"{name} {i}" for i in range(batch)]] if batch > 1 else [[name]]
+        self.dtype = self.model.dtype
 
     @torch.inference_mode()
     def generate(
         self,
         prompts: list[str],
         seeds: list[int],
-        mode: str = "4",
+        mode: str | Mode = "4",
         size: tuple[int, int] | None = None,
         edit: ImageConditioning = TEXT_TO_IMAGE,
     ) -> Tensor:
@@ -229,173 +112,72 @@ class Engine:
         self,
         prompts: list[str],
         seeds: list[int],
-        mode: str = "4",
+        mode: str | Mode = "4",
         size: tuple[int, int] | None = None,
-        check: Callable[[], None] = go_on,
+        check: Callable[[], object] = lambda: None,
         edit: ImageConditioning = TEXT_TO_IMAGE,
         preview: Preview | None = None,
     ) -> tuple[Tensor, Timings]:
         """As `generate`, with the time that each stage took.
 
-        `check` is called before each step of a student; what it raises ends the call. `preview` is called after each
-        of its steps but the last, and takes the time of a decoding.
+        `check` is called before the first step and after each; what it raises ends the call. `preview` is called
+        after each step but the last, and takes the time of a decoding.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"expected as many seeds as prompts, at least one, not {len(prompts)}, {len(seeds)}")
-        subfolder, student = self._plan(mode)
-        self._denoiser(subfolder)
-        size = size or self.manifest.native_size
-        self.check_size(size)
-        self._check_edit(mode, size, edit)
-        began = time.perf_counter()
-        own = None if mode.startswith("teacher") else student
-        if not isinstance(self.model, ClassToImage):
-            self._encoders = self.adapters.use_loras(subfolder, own, edit.loras)
-        conditions: list[Any] = self._conditions(prompts, size)
-        timings = Timings(time.perf_counter() - began, 0.0, 0.0)
-        # Prompts of one window and of several do not fit into one tensor, and padding would change the images.
-        samples: dict[int, Tensor] = {}
-        for length in sorted({c.length for c in conditions}):
-            rows = [i for i, c in enumerate(conditions) if c.length == length]
+        mode, size = self._mode(mode), size or self.manifest.native_size
+        self._check(mode, size, edit)
+        # Encode
+        began = self._clock()
+        texts = self.model.use_loras(mode.subfolder, mode.student, edit.loras)
+        conditions = self._encode(prompts, size, texts)
+        timings = Timings(self._clock() - began, 0.0, 0.0)
+        sigmas = mode.sigmas(self.model.denoiser(mode.subfolder), edit.strength)
+        images = torch.empty(len(prompts), 3, size[1], size[0], dtype=torch.uint8)
+        # Prompts of one token chunk and of several do not fit into one tensor, and padding would change the images.
+        for length in sorted({cond.length for cond in conditions}):
+            rows = [i for i, cond in enumerate(conditions) if cond.length == length]
             cond = conditions[rows[0]].cat(*(conditions[i] for i in rows[1:]))
-            shown = None if preview is None else partial(_of_rows, preview, rows)
-            images, taken = self._generate(cond, [seeds[i] for i in rows], mode, size, check, edit, shown)
-            samples |= dict(zip(rows, images, strict=True))
-            timings += taken
-        return torch.stack([samples[i] for i in range(len(prompts))]), timings
+            # Noise
+            began = self._clock()
+            noise = self._noise([seeds[i] for i in rows], mode, size, len(sigmas))
+            # Sample
+            check()
+            uncond = self._unconditional(mode, cond, size, texts)
+            after_step = self._after_step(len(sigmas), rows, check, preview)
+            x0 = self._sample(mode, cond, uncond, noise, sigmas, size, edit, after_step)
+            sampled = self._clock()
+            # Decode
+            images[rows] = edit.finish(self.model.codec.decode(x0).cpu())
+            timings += Timings(0.0, sampled - began, self._clock() - sampled)
+        return images, timings
 
-    def _check_edit(self, mode: str, size: tuple[int, int], edit: ImageConditioning) -> None:
-        if isinstance(self.model, ClassToImage) and edit is not TEXT_TO_IMAGE:
-            raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
-        if mode == "teacher" and edit.images:
+    def _mode(self, mode: str | Mode) -> Mode:
+        return Mode.parse(mode, self.manifest) if isinstance(mode, str) else mode
+
+    def _check(self, mode: Mode, size: tuple[int, int], edit: ImageConditioning) -> None:
+        """Loads what is needed and not there yet. Raises UserError unless all of it goes together."""
+        self.model.denoiser(mode.subfolder)
+        self.model.check_size(size)
+        if edit is not TEXT_TO_IMAGE:
+            self.model.check_takes_images()
+        if mode.levels is None and edit.images:
             raise UserError("--steps teacher: takes no image and no control; expected a student's steps")
         edit.check_size(size)
         if edit.control is not None:
-            self.adapters.control(edit.control)  # before anything is computed
+            self.model.control(edit.control)
 
-    def _generate(
-        self,
-        cond: Any,
-        seeds: list[int],
-        mode: str,
-        size: tuple[int, int],
-        check: Callable[[], None],
-        edit: ImageConditioning,
-        preview: Callable[[int, Tensor], object] | None,
-    ) -> tuple[Tensor, Timings]:
-        subfolder, student = self._plan(mode)
-        denoiser: Any = self._denoiser(subfolder)
-        codec: Any = self.model.codec
-        timesteps = [] if student is None else timesteps_for_strength(student.timesteps, edit.strength)
-        sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
-        if student is not None and student.sigmas:
-            sigmas = student.sigmas
-        began = time.perf_counter()
-        levels = len(sigmas)
-        if self.churn is not None and mode == "teacher":
-            assert self.manifest.teacher is not None
-            levels = 1 + self.manifest.teacher.steps
-        shape = (max(1, levels), codec.channels, size[1] // codec.factor, size[0] // codec.factor)
-        noise = seeded_noise(seeds, shape, denoiser.device)
+    def _encode(self, prompts: list[str], size: tuple[int, int], texts: Hashable) -> list[Cond]:
+        """A condition of each prompt, remembered for the prompts used last.
 
-        def each_step() -> Iterator[Tensor]:
-            for step_noise in noise.unbind(1):
-                check()
-                yield step_noise
-
-        inpaints = isinstance(denoiser, StableDiffusion) and denoiser.inpaints
-        network: Any = partial(denoiser, known=edit.known(codec, size)) if inpaints else denoiser
-        if mode == "teacher":
-            x0 = self._teach(denoiser, network, cond, self._no_text(cond, size), noise)
-        else:
-            scale = 1.0
-            if mode.startswith("teacher"):
-                assert self.manifest.teacher is not None
-                scale = self.manifest.teacher.guidance_scale
-            if edit.control is not None and edit.control_image is not None:
-                model = self.adapters.control(edit.control)
-                control = model.guide(edit.control_image, timesteps, edit.control_scale)
-                network = partial(network, control=control)
-            uncond = None if scale == 1 else self._no_text(cond, size)
-            denoise = conditioned(network, cond, uncond, scale)
-            if preview is not None:
-                denoise = self._shown(denoise, len(sigmas), preview)
-            x0 = edit.sample(denoise, denoiser.start, codec, each_step(), sigmas, denoiser.device, inpaints=inpaints)
-        denoised = self._clock()
-        images = edit.finish(codec.decode(x0).cpu())
-        return images, Timings(0.0, denoised - began, time.perf_counter() - denoised)
-
-    def _shown(self, denoise: Denoise, steps: int, preview: Callable[[int, Tensor], object]) -> Denoise:
-        done = 0
-        codec: Any = self.model.codec if isinstance(self.model, ClassToImage) else self.adapters.preview
-
-        def shown(x: Tensor, sigma: Tensor) -> Tensor:
-            nonlocal done
-            x0, done = denoise(x, sigma), done + 1
-            if done < steps:
-                preview(done, codec.decode(x0).cpu())
-            return x0
-
-        return shown
-
-    def _no_text(self, cond: Any, size: tuple[int, int]) -> Any:
-        """What guidance leads away from: SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
-        if self.manifest.family != "sd15":
-            return cond.unconditional()
-        empty: Any = self._conditions([""], size)[0]
-        return TextCondition(empty.context.repeat(len(cond), cond.length // empty.length, 1))
-
-    def recover(self) -> None:
-        """After an error: gives back what memory it held. Raises whatever the device raises if it is gone."""
-        assert isinstance(self.device, torch.device)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-
-    def _teach(self, denoiser: StableDiffusion | Edm, network: Any, cond: Any, uncond: Any, noise: Tensor) -> Tensor:
-        assert self.manifest.teacher is not None
-        sigmas = teacher_sigmas(denoiser, self.manifest.teacher.steps)
-        start = denoiser.start(noise[:, 0], torch.full((len(noise),), sigmas[0], device=noise.device))
-        scale = self.manifest.teacher.guidance_scale
-        denoise = conditioned(network, cond, uncond, scale)
-        if self.churn is not None:
-            return sample_heun(denoise, start, sigmas, noise[:, 1:].unbind(1), self.churn)
-        return self._solve(denoise, start, sigmas)
-
-    def _clock(self) -> float:
-        if isinstance(self.device, torch.device) and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def _plan(self, mode: str) -> tuple[str, Student | None]:
-        """mode → (subfolder, the student through whose steps it goes); None for the teacher's own sampler."""
-        valid = modes_of(self.manifest)
-        if mode not in valid:
-            raise UserError(f"--steps {mode}: these weights have {', '.join(valid) or 'no student'}")
-        steps = mode.removeprefix("teacher").removeprefix("-")
-        student = self.manifest.students[int(steps)] if steps else None
-        if mode.startswith("teacher"):
-            assert self.manifest.teacher is not None
-            return self.manifest.teacher.subfolder, student
-        assert student is not None
-        return student.subfolder, student
-
-    def _denoiser(self, subfolder: str) -> StableDiffusion | Edm:
-        if subfolder not in self.model.denoisers:
-            assert isinstance(self.device, torch.device) and self.dtype is not None
-            denoisers: Any = self.model.denoisers
-            denoisers |= load_denoisers(
-                self.folder, [subfolder], self.device, self.dtype, trace=self.trace, placement=self.placement
-            )
-        return self.model.denoisers[subfolder]
-
-    def _conditions(self, prompts: list[str], size: tuple[int, int]) -> list[Condition]:
-        """Text conditions, remembered for the prompts used last. New ones of equal length are encoded together."""
-        now = size, self._encoders
+        New prompts of equally many token chunks are encoded together. `texts` tells apart what LoRAs make of the text
+        encoders.
+        """
+        now = size, texts
         new: dict[int, list[str]] = {}
         for prompt in dict.fromkeys(prompts):
             if (prompt, now) not in self._texts:
-                new.setdefault(self.model.encode_text.windows(prompt), []).append(prompt)
+                new.setdefault(self.model.encode_text.token_chunks(prompt), []).append(prompt)
         for group in new.values():
             encoded = self.model.encode_text(group, size)
             for i, prompt in enumerate(group):
@@ -410,47 +192,123 @@ class Engine:
             self._text_bytes -= _bytes(prompt, oldest)
         return conditions
 
+    def _noise(self, seeds: list[int], mode: Mode, size: tuple[int, int], steps: int) -> Tensor:
+        """Unit noise (B, N, C, h, w) of the size of latents: one for each step of a few-step sampler."""
+        codec = self.model.codec
+        count = self.model.teacher_noises(steps) if mode.levels is None else steps
+        shape = (count, codec.channels, size[1] // codec.factor, size[0] // codec.factor)
+        return seeded_noise(seeds, shape, self.device)
 
-def _bytes(prompt: str, cond: Condition) -> int:
+    def _unconditional(self, mode: Mode, cond: Cond, size: tuple[int, int], texts: Hashable) -> Cond | None:
+        """What guidance leads away from; None where nothing is guided."""
+        if mode.guidance_scale is None:
+            return None
+        return self.model.unconditional(cond, lambda: self._encode([""], size, texts)[0])
+
+    def _after_step(
+        self, steps: int, rows: list[int], check: Callable[[], object], preview: Preview | None
+    ) -> Callback:
+        def after_step(done: int, x0: Tensor) -> None:
+            check()
+            if preview is not None and done < steps:
+                preview(done, rows, self.model.preview_codec.decode(x0).cpu())
+
+        return after_step
+
+    def _sample(
+        self,
+        mode: Mode,
+        cond: Cond,
+        uncond: Cond | None,
+        noise: Tensor,
+        sigmas: list[float],
+        size: tuple[int, int],
+        edit: ImageConditioning,
+        callback: Callback,
+    ) -> Tensor:
+        """x0 (B, C, h, w): the mode's network by the mode's sampler."""
+        denoiser, codec = self.model.denoiser(mode.subfolder), self.model.codec
+        inpaints = self.model.inpaints(mode.subfolder)
+        given: dict[str, Any] = {"known": edit.known(codec, size)} if inpaints else {}
+        if edit.control is not None and edit.control_image is not None:
+            control = self.model.control(edit.control)
+            given["control"] = control.guide(edit.control_image, mode.timesteps(edit.strength), edit.control_scale)
+        denoise = conditioned(partial(denoiser, **given), cond, uncond, mode.guidance_scale or 0.0)
+        if mode.levels is not None:
+            return edit.sample(denoise, denoiser, codec, noise, sigmas, callback, inpaints=inpaints)
+        x = denoiser.scale_initial_noise(noise[:, 0], torch.full((len(noise),), sigmas[0], device=noise.device))
+        return self.model.sample_teacher(denoise, x, noise[:, 1:], sigmas, callback)
+
+    def _clock(self) -> float:
+        if isinstance(self.device, torch.device) and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # What callers may ask for
+
+    def sha256(self, mode: str | Mode) -> str:
+        """The checksum of the network that `mode` runs."""
+        folder = PurePosixPath(self._mode(mode).subfolder)
+        files = self.manifest.files.items()
+        return next((v for k, v in files if k.endswith(".safetensors") and PurePosixPath(k).parent == folder), "")
+
+    @property
+    def size_unit(self) -> int:
+        """See `dmd2.models.model.Model`."""
+        return self.model.size_unit
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises UserError unless width and height (pixels) suit the networks."""
+        self.model.check_size(size)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError if one is too long, or names nothing that a class-conditional network knows."""
+        for prompt in prompts:
+            self.model.encode_text.token_chunks(prompt)
+
+    # Before and after
+
+    def warm_up(self, modes: tuple[str, ...], sizes: list[tuple[int, int]], batch: int = 2) -> None:
+        """Generates once in each mode and size, so that no later call is the first of its kind.
+
+        With `trace`, this is where networks are recorded. Calls of other modes and sizes run the networks as they
+        are. On a CPU a record serves every batch size, and an image is the same to ±2 of 255 either way. On a GPU
+        networks are compiled for one image and for `batch` images, and other batches are put together from these.
+        """
+        began, placement = time.perf_counter(), self.model.placement
+        for mode in modes:
+            denoiser = self.model.denoiser(self._mode(mode).subfolder)
+            for size in sizes:  # "0" is a prompt to any family
+                logger.info("warm-up: %s steps at %dx%d (%.0f s so far)", mode, *size, time.perf_counter() - began)
+                with denoiser.recording():
+                    for prompts in self._rehearsal(mode, size, batch):
+                        self.generate(prompts, list(range(len(prompts))), mode, size)
+                # A record's first two runs are slow: torch watches the one and rewrites the record for the other.
+                for _ in range(2):
+                    self.generate(["0"], [0], mode, size)
+        if placement.compiler is not None and placement.kernels is not None:
+            save_kernels(placement.kernels)
+        seconds, peak = time.perf_counter() - began, peak_memory(self.model.device) / 1e9
+        logger.info("warm-up: %.1f s; memory: %s, peak %.1f GB", seconds, placement.plan.mode, peak)
+
+    def _rehearsal(self, mode: str, size: tuple[int, int], batch: int) -> list[list[str]]:
+        """Batches of prompts to record with."""
+        if self.model.placement.compiler is None:
+            return [["", "0"]]
+        # Prompts that are new each time: the text encoders are recorded, too, for as many as are new.
+        name = f"{mode} {size}"
+        return [[name], [f"{name} {i}" for i in range(batch)]] if batch > 1 else [[name]]
+
+    def recover(self) -> None:
+        """After an error: gives back what memory it held. Raises whatever the device raises if it is gone."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+            torch.cuda.empty_cache()
+
+
+def _bytes(prompt: str, cond: Cond) -> int:
     tensors = [getattr(cond, f.name) for f in fields(cond)]
     return sys.getsizeof(prompt) + sum(0 if tensor is None else tensor.nbytes for tensor in tensors)
-
-
-def _of_rows(preview: Preview, rows: list[int], done: int, images: Tensor) -> None:
-    preview(done, rows, images)
-
-
-def vae_folder(folder: Path, vae: str) -> str:
-    """The subfolder of the VAE "kl" or "tiny". Raises UserError if there is none."""
-    if vae not in ("kl", "tiny"):
-        raise UserError(f"vae: {vae}; expected kl or tiny")
-    if vae == "kl" or (folder / TINY).is_dir():
-        return "vae" if vae == "kl" else TINY
-    config = folder / "vae" / "config.json"
-    if config.is_file() and read_object(config).get("_class_name") == "AutoencoderTiny":
-        return "vae"
-    raise UserError(f"vae: tiny, but {folder} has no {TINY}; get it by scripts/download-weights --vae kl,tiny")
-
-
-def modes_of(manifest: Manifest) -> list[str]:
-    """What `Engine` can draw with: step counts of students, the teacher, the teacher in a student's steps."""
-    modes = [str(steps) for steps in sorted(manifest.students)]
-    if manifest.teacher is not None:
-        modes += ["teacher", *(f"teacher-{steps}" for steps in sorted(manifest.students, reverse=True))]
-    return modes
-
-
-def default_mode(manifest: Manifest) -> str:
-    """The student with the most steps, else the teacher.
-
-    Raises:
-        UserError: there is neither.
-    """
-    if manifest.students:
-        return str(max(manifest.students))
-    if manifest.teacher is None:
-        raise UserError(f"weights {manifest.name}: have neither a student nor a teacher to draw with")
-    return "teacher"
 
 
 def resolve_device(name: torch.device | str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Images that callers give: read with limits, made as large as what is drawn, turned into an `ImageConditioning`."""
+"""Images that callers give: read with limits, resized, turned into an `ImageConditioning`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
+from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning, check_image
 from dmd2.inference.image_input import LIGHT, ImageFile, Role, resized
 from dmd2.models.adapters.lora import Lora
 from dmd2.runtime.errors import UserError
@@ -24,7 +24,7 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def fitted_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """bool (H, W), true where the mask is light: that is painted anew. Fitted as the image it belongs to."""
+    """bool (H, W), true where the mask is light: that is generated anew. Fitted as the image it belongs to."""
     grey = resized(image.convert("L"), size, method=Image.Resampling.BILINEAR)
     return torch.from_numpy(numpy.array(grey)) >= LIGHT
 
@@ -53,8 +53,7 @@ class InputImages:
         Raises:
             UserError: one cannot be read, or they do not go together.
         """
-        if mask is not None and image is None:
-            raise UserError("mask: given without an image; expected the image that it is a mask of")
+        check_image(image, mask, strength)
         read = [
             None if file is None else ImageFile.read(file, name, role)
             for name, role, file in (
@@ -63,12 +62,10 @@ class InputImages:
                 ("control_image", Role.CONTROL, control_image),
             )
         ]
-        if not 0 < strength <= 1:
-            raise UserError(f"prompt_strength: {strength}; expected more than 0, at most 1")
         return cls(read[0], read[1], 1.0 if image is None else strength, read[2], control_scale)
 
     def size(self, asked: tuple[int, int] | None, native: tuple[int, int], unit: int) -> tuple[int, int]:
-        """Width and height to draw: what is asked for, else about `native`'s pixels in the given image's ratio."""
+        """Width and height: what is asked for, else about `native`'s pixels in the given image's ratio."""
         image = self.image or self.control_image
         if asked is not None or image is None:
             return asked or native

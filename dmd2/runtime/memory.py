@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dmd2.runtime.errors import UserError
 
 MODES = ("auto", "full", "12gb", "8gb", "cpu")
-LARGE = 500_000_000  # parameters: networks from this size on may run in bf16 on a CPU, and are not traced
+LARGE_MODEL_PARAMS = 500_000_000  # from here on a CPU may run a network in bf16, and does not trace it
 CONTEXT = 600_000_000  # bytes that CUDA takes for itself on a device of which a part is to be used
 # Bytes beside the weights that an image of 1024² needs: estimates for SDXL in 16 bits. With `full` a batch of four
 # goes through the UNet at once; the decoder takes one image at a time, in `8gb` one tile of 512² at a time.

@@ -15,7 +15,7 @@ from dmd2.runtime import precision
 from dmd2.runtime.compiled import Compiler, cache_path, fuse_projections, has_fp8, quantize_linears, restore_kernels
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.loading import parameters_in
-from dmd2.runtime.memory import LARGE, MODES, Offloader, Plan, free_memory, host_memory, plan
+from dmd2.runtime.memory import LARGE_MODEL_PARAMS, MODES, Offloader, Plan, free_memory, host_memory, plan
 
 EVERYTHING = Plan("full")
 DTYPES = {"fp16": torch.float16} | precision.DTYPES
@@ -65,8 +65,8 @@ def default_dtype(
 ) -> torch.dtype:
     """What `DMD2_DTYPE` says; else fp16 on a GPU, on a CPU fp32.
 
-    If a network is `LARGE`, a CPU uses bf16 where it is faster (see `precision`), or where fp32 would not
-    fit: SDXL takes 14 GB of it. Which of fp16 and bf16 is faster on a GPU, `scripts/bench gpu` measures.
+    If a network has `LARGE_MODEL_PARAMS`, a CPU uses bf16 where it is faster (see `precision`), or where fp32 would
+    not fit: SDXL takes 14 GB of it. Which of fp16 and bf16 is faster on a GPU, `scripts/bench gpu` measures.
 
     Raises:
         UserError: the variable's value is not valid.
@@ -76,7 +76,7 @@ def default_dtype(
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.float16
-    if max(parameters.values(), default=0) < LARGE:
+    if max(parameters.values(), default=0) < LARGE_MODEL_PARAMS:
         return torch.float32
     speeds, needed = precision.measure_cpu(), 4 * sum(parameters.values())
     name = speeds.fastest

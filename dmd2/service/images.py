@@ -201,7 +201,7 @@ class ImageService:
             except UserError as error:
                 raise UserError(f"DMD2_SIZES: {error}") from None
         for control in self.controls.values():
-            self.engine.adapters.control(control)
+            self.engine.model.control(control)
         if safety.is_dir():
             assert self.engine.dtype is not None
             self._safety = SafetyChecker.load(safety, self.engine.device, self.engine.dtype)
@@ -305,8 +305,7 @@ class ImageService:
 
     def _read(self, request: ImageRequest) -> tuple[tuple[int, int], int, int, ImageConditioning]:
         """As `settle`, and the images that the caller gives, read and fitted."""
-        if not self.engine.draws_prompts:
-            raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
+        self.engine.model.check_takes_images()
         given = InputImages.read(
             request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
         )

@@ -89,7 +89,7 @@ def distil(
         net = denoiser(module or student, compile=False)
         noise = seeded_noise(seeds, (len(sigmas), 4, side, side), device)
         denoise = conditioned(net, loaded.encode_text(captions, size))
-        return loaded.codec.decode(sample_few_step(denoise, net.start, noise.unbind(1), sigmas))
+        return loaded.codec.decode(sample_few_step(denoise, net.scale_initial_noise, noise.unbind(1), sigmas))
 
     def export(ema_model: nn.Module | None, out: Path) -> None:
         subfolder = "unet" if len(sigmas) == 4 else f"unet_{len(sigmas)}step"

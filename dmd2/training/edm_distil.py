@@ -91,7 +91,9 @@ def distil_edm(recipe: EdmDistilRecipe, sources: EdmSources, device: torch.devic
     @torch.no_grad()
     def generate(ema_model: nn.Module | None, noise: Tensor, cond: ClassCondition) -> Tensor:
         denoiser = Edm(ema_model or student)  # type: ignore[arg-type]
-        x0 = sample_few_step(conditioned(denoiser, cond), denoiser.start, noise.unbind(1), recipe.sigmas)
+        x0 = sample_few_step(
+            conditioned(denoiser, cond), denoiser.scale_initial_noise, noise.unbind(1), recipe.sigmas
+        )
         return RgbCodec().decode(x0)
 
     def sample(ema_model: nn.Module | None) -> Tensor:

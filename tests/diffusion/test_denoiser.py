@@ -37,7 +37,7 @@ class Toy:
     def features(self, x: Tensor, sigma: Tensor, cond: Shift) -> tuple[Tensor, Tensor]:
         return self(x, sigma, cond), x
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise * sigma[:, None, None, None]
 
     def loss_weight(self, sigma: Tensor) -> Tensor:

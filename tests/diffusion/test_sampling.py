@@ -15,6 +15,8 @@ from dmd2.diffusion.noise import karras_sigmas, sd_sigmas, seeded_noise
 from dmd2.diffusion.sampling import (
     Churn,
     conditioned,
+    image_to_image,
+    inpaint,
     sample_dpm_solver_2m,
     sample_few_step,
     sample_heun,
@@ -78,7 +80,7 @@ def test_few_step_gives_the_latents_of_diffusers_pipeline(
     denoiser = StableDiffusion(unet, prediction_type)
     cond = TextEncoder([tokenizer, tokenizer], [first, second])(PROMPTS, (64, 64))
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
-    ours = sample_few_step(conditioned(denoiser, cond), denoiser.start, noise, sigmas)
+    ours = sample_few_step(conditioned(denoiser, cond), denoiser.scale_initial_noise, noise, sigmas)
     assert ours.dtype == torch.float32 and ours.shape == theirs.shape
     assert float(theirs.std()) > 0.1  # there is something to compare
     assert float((ours - theirs).abs().max()) < 1e-3
@@ -312,3 +314,46 @@ def test_churn_is_one_number_or_four() -> None:
     for text in ("", "x", "-1", "nan", "inf", "1,2", "1,3,2,1", "1,0,50,nan", "1,0,50,1,1"):
         with pytest.raises(UserError, match=r"--churn .*: expected S_churn or S_churn,S_tmin,S_tmax,S_noise"):
             Churn.parse(text)
+
+
+SAMPLERS: dict[str, Any] = {
+    "few-step": lambda denoise, noise, sigmas, call: sample_few_step(denoise, start, noise, sigmas, call),
+    "image": lambda denoise, noise, sigmas, call: image_to_image(denoise, 1 + noise[0], noise, sigmas, call),
+    "inpaint": lambda denoise, noise, sigmas, call: inpaint(
+        denoise, start, 1 + noise[0], torch.ones(1, 1, 4, 4, dtype=torch.bool), noise, sigmas, call
+    ),
+    "dpm": lambda denoise, noise, sigmas, call: sample_dpm_solver_2m(denoise, noise[0], sigmas, call),
+    "heun": lambda denoise, noise, sigmas, call: sample_heun(denoise, noise[0], sigmas, callback=call),
+    "churn": lambda denoise, noise, sigmas, call: sample_heun(denoise, noise[0], sigmas, noise, Churn(2.0), call),
+}
+
+
+def start(n: Tensor, sigma: Tensor) -> Tensor:
+    return 3 * n
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_callback_sees_each_step_s_x0_changes_nothing_and_may_end_it(name: str) -> None:
+    noise, sigmas = list(seeded_noise([0, 1], (3, 2, 4, 4)).unbind(1)), [3.0, 1.0, 0.5]
+    answers: list[Tensor] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        answers.append((x / 2).tanh())
+        return answers[-1]
+
+    told: list[tuple[int, Tensor]] = []
+    found = SAMPLERS[name](denoise, noise, sigmas, lambda *step: told.append((len(answers), *step)))
+    assert [step for _, step, _ in told] == [1, 2, 3]
+    assert all(torch.equal(x0, answers[calls - 1]) for calls, _, x0 in told)
+    assert torch.allclose(told[-1][2], found, atol=1e-6)
+    assert torch.equal(SAMPLERS[name](denoise, noise, sigmas, None), found)
+    calls = told[1][0]
+    answers.clear()
+
+    def stop(done: int, x0: Tensor) -> None:
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        SAMPLERS[name](denoise, noise, sigmas, stop)
+    assert len(answers) == calls  # nothing is computed after that

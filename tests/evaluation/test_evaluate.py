@@ -26,7 +26,7 @@ from dmd2.diffusion.sampling import Churn, sample_heun, teacher_sigmas
 from dmd2.evaluation.evaluate import CLASSIFIER, Place, Settings, collect, evaluate, reference_statistics
 from dmd2.evaluation.frechet import frechet_distance
 from dmd2.evaluation.metrics import Inception, SmallFeatures, moments, prdc, resized
-from dmd2.evaluation.samples import DataSet, EdmSamples, TextSamples, open_images
+from dmd2.evaluation.samples import DataSet, Samples, open_images
 from dmd2.inference.engine import Engine
 from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, EdmConfig, EdmNetwork, RgbCodec
@@ -102,7 +102,7 @@ def scores(settings: Settings) -> dict[str, float]:
 
 
 def test_a_teacher_is_sampled_by_heun_with_its_seeds_and_classes(folder: Path) -> None:
-    samples = EdmSamples(folder / "teacher", 25, "3", 7, CPU)
+    samples = Samples(folder / "teacher", 25, "3", 7, CPU)
     assert samples.labels == [i % 10 for i in range(25)] and samples.metadata["seeds"] == [7, 31]
     denoiser = load_edm(folder / "teacher", CPU)
     rows = [13, 2]
@@ -115,25 +115,25 @@ def test_a_teacher_is_sampled_by_heun_with_its_seeds_and_classes(folder: Path) -
     alone = samples.generate([2])  # kernels for another batch size round in another way
     assert (alone.int() - expected[1:].int()).abs().max() <= 2
     assert samples.metadata["sampler"] == "heun" and samples.metadata["sigmas"] == sigmas
-    assert len(EdmSamples(folder / "teacher", 1, None, 0, CPU).sigmas) == 18
+    assert len(Samples(folder / "teacher", 1, None, 0, CPU).sigmas) == 18
 
 
 def test_a_teacher_may_be_sampled_with_churn(folder: Path) -> None:
-    plain = EdmSamples(folder / "teacher", 4, "3", 7, CPU)
-    samples = EdmSamples(folder / "teacher", 4, "3", 7, CPU, Churn(2.0, 0.05, 50.0, 1.003))
+    plain = Samples(folder / "teacher", 4, "3", 7, CPU)
+    samples = Samples(folder / "teacher", 4, "3", 7, CPU, churn=Churn(2.0, 0.05, 50.0, 1.003))
     assert samples.metadata["churn"] == {"amount": 2.0, "lowest": 0.05, "highest": 50.0, "noise": 1.003}
     rows = [0, 1]
     assert not torch.equal(samples.generate(rows), plain.generate(rows)) and torch.equal(
         samples.generate(rows), samples.generate(rows)
     )
-    none = EdmSamples(folder / "teacher", 4, "3", 7, CPU, Churn(0.0))
+    none = Samples(folder / "teacher", 4, "3", 7, CPU, churn=Churn(0.0))
     assert (none.generate(rows).int() - plain.generate(rows).int()).abs().max() <= 2
     with pytest.raises(UserError, match="--churn: only of a teacher's sampler"):
-        EdmSamples(folder / "student", 4, None, 7, CPU, Churn(2.0))
+        Samples(folder / "student", 4, None, 7, CPU, churn=Churn(2.0))
 
 
 def test_a_student_is_sampled_in_one_step_from_sigma_80(folder: Path) -> None:
-    samples = EdmSamples(folder / "student", 12, None, 5, CPU)
+    samples = Samples(folder / "student", 12, None, 5, CPU)
     denoiser = load_edm(folder / "student", CPU)
     noise = seeded_noise([5 + 11], (3, 32, 32))
     with torch.inference_mode():
@@ -143,17 +143,17 @@ def test_a_student_is_sampled_in_one_step_from_sigma_80(folder: Path) -> None:
         samples.generate([11]), Engine(folder / "student", CPU, torch.float32).generate(["1"], [16], "1")
     )
     assert samples.metadata["sampler"] == "few-step" and samples.metadata["sigmas"] == [80.0]
-    with pytest.raises(UserError, match="--steps 4: this student has 1"):
-        EdmSamples(folder / "student", 12, "4", 5, CPU)
+    with pytest.raises(UserError, match="--steps 4: these weights have 1"):
+        Samples(folder / "student", 12, "4", 5, CPU)
     with pytest.raises(UserError, match="--steps many: expected 2 to 10000"):
-        EdmSamples(folder / "teacher", 12, "many", 5, CPU)
-    assert EdmSamples(folder / "classless", 3, "2", 0, CPU).generate([0, 1]).shape == (2, 3, 32, 32)
+        Samples(folder / "teacher", 12, "many", 5, CPU)
+    assert Samples(folder / "classless", 3, "2", 0, CPU).generate([0, 1]).shape == (2, 3, 32, 32)
 
 
 def test_text_is_drawn_prompt_by_prompt(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red apple\n\n  an owl \n")
     found = open_images(weights, 3, tmp_path / "prompts.txt", "1", 4, CPU)
-    assert isinstance(found, TextSamples) and found.prompts == ["a red apple", "an owl", "a red apple"]
+    assert isinstance(found, Samples) and found.prompts == ["a red apple", "an owl", "a red apple"]
     expected = Engine(weights, CPU).generate(["an owl", "a red apple"], [5, 6], "1")
     assert torch.equal(found.generate([1, 2]), expected)
     assert open_images(weights, None, tmp_path / "prompts.txt", "1", 4, CPU).n == 2  # as many as there are prompts
@@ -194,7 +194,7 @@ def test_scores_are_those_of_the_samples(folder: Path) -> None:
     unused = folder / "ref.zip"  # no metric here compares
     assert scores(small(folder, "student", "accuracy", reference=unused)) == {"accuracy": found["accuracy"]}
     classifier = SmallFeatures(CLASSIFIER)
-    drawn = EdmSamples(folder / "student", 20, None, 0, CPU).generate(list(range(20)))
+    drawn = Samples(folder / "student", 20, None, 0, CPU).generate(list(range(20)))
     fake, answers = classifier(drawn, answers=True)
     real, _ = classifier(some_images(40, 32))
     assert answers is not None
@@ -342,7 +342,7 @@ def test_two_processes_find_what_one_does(folder: Path, tmp_path: Path) -> None:
 
 
 def test_each_process_needs_an_image(folder: Path) -> None:
-    samples = EdmSamples(folder / "student", 21, None, 0, CPU)
+    samples = Samples(folder / "student", 21, None, 0, CPU)
     with pytest.raises(UserError, match="-n 21: fewer images than processes"):
         collect(samples, lambda images, rows: {}, 8, Place(0, 22, CPU), "test")
 

@@ -251,7 +251,7 @@ def test_previews_show_each_step_but_the_last(engine: Engine, folder: Path) -> N
     assert torch.equal(images, engine.generate(PROMPTS, SEEDS, "4"))
     assert [(step, rows) for step, rows, _ in shown] == [(1, [0, 1]), (2, [0, 1]), (3, [0, 1])]
     assert all(image.shape == (2, 3, SIDE, SIDE) and image.dtype == torch.uint8 for *_, image in shown)
-    assert type(engine.adapters.preview.vae).__name__ == "AutoencoderTiny"  # quick
+    assert type(engine.model.preview_codec.vae).__name__ == "AutoencoderTiny"  # quick
     assert type(engine.model.codec.vae).__name__ == "AutoencoderKL"
     shown.clear()
     engine.generate_timed(["an owl"], [0], "1", preview=lambda *told: shown.append(told))

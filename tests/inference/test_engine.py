@@ -68,12 +68,12 @@ def test_each_mode_is_its_sampler_over_its_network(engine: Engine, mode: str) ->
     if mode == "teacher":
         sigmas = teacher_sigmas(denoiser, 3)
         noise = seeded_noise([9], (1, 4, 16, 16))[:, 0]
-        x0 = sample_dpm_solver_2m(cfg_denoise, denoiser.start(noise, torch.tensor([sigmas[0]])), sigmas)
+        x0 = sample_dpm_solver_2m(cfg_denoise, denoiser.scale_initial_noise(noise, torch.tensor([sigmas[0]])), sigmas)
     else:
         timesteps = {"1": [399], "4": [999, 749, 499, 249]}[steps]
         levels = [float(denoiser.sigmas[t]) for t in timesteps]
         x0 = sample_few_step(
-            cfg_denoise, denoiser.start, seeded_noise([9], (len(levels), 4, 16, 16)).unbind(1), levels
+            cfg_denoise, denoiser.scale_initial_noise, seeded_noise([9], (len(levels), 4, 16, 16)).unbind(1), levels
         )
     assert difference(engine.generate(["an owl"], [9], mode), engine.model.codec.decode(x0)) <= 2
 
@@ -97,7 +97,7 @@ def test_texts_are_remembered_and_forgotten(weights: Path, monkeypatch: pytest.M
     encode = engine.model.encode_text
 
     class Counting:
-        windows = encode.windows
+        token_chunks = encode.token_chunks
 
         def __call__(self, prompts: list[str], size: tuple[int, int]) -> object:
             encoded.append(prompts)
@@ -199,6 +199,28 @@ def test_a_call_can_be_stopped_before_each_step(engine: Engine) -> None:
         engine.generate_timed(["an owl"], [0], "4", check=check)
     assert len(calls) == 3
     assert engine.generate(["an owl"], [0], "4").shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("mode", ["4", "teacher-4", "teacher"])
+def test_nothing_is_computed_for_a_call_that_was_cancelled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Cancelled after the second step, whatever the sampler: no third step, no preview or image of it."""
+    denoiser = engine.model.denoiser("unet_teacher" if "teacher" in mode else "unet")
+    calls: list[int] = []
+    decoded: list[int] = []
+    network, decode = denoiser._network, engine.model.codec.decode
+    monkeypatch.setattr(denoiser, "_network", lambda *inputs: calls.append(1) or network(*inputs))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(engine.model.codec, "decode", lambda x: decoded.append(1) or decode(x))  # type: ignore[func-returns-value]
+
+    def check() -> None:
+        if len(calls) == 2:
+            raise InterruptedError
+
+    previews: list[int] = []
+    with pytest.raises(InterruptedError):
+        engine.generate_timed(["an owl"], [0], mode, check=check, preview=lambda *told: previews.append(told[0]))
+    assert len(calls) == 2 and previews == [1] and decoded == [1]
 
 
 @pytest.mark.parametrize("mode", ["2", "", "teacher-2", "teacher-", "four", "01"])

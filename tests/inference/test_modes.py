@@ -71,7 +71,7 @@ def test_text_to_image_is_that_of_diffusers(unet: Any, codec: LatentCodec, text_
         theirs = pipe(PROMPTS, latents=drawn[0].clone(), timesteps=STUDENTS[steps], **SETTINGS).images
     denoiser, denoise = student(unet, text_models)
     sigmas = [float(denoiser.sigmas[t]) for t in STUDENTS[steps]]
-    check(sample_few_step(denoise, denoiser.start, drawn, sigmas), theirs)
+    check(sample_few_step(denoise, denoiser.scale_initial_noise, drawn, sigmas), theirs)
 
 
 @pytest.mark.parametrize(("steps", "strength", "left"), [(4, 0.6, 2), (4, 0.99, 3), (4, 0.25, 1), (1, 0.5, 1)])
@@ -116,7 +116,7 @@ def test_inpainting_is_that_of_diffusers(
     denoiser, denoise = student(unet, text_models)
     latents = codec.encode(fitted(image, (SIDE, SIDE))[None]).expand(2, -1, -1, -1)
     mask = fitted_mask(hole(), (SIDE, SIDE))[::8, ::8][None, None]
-    start = denoiser.start if strength == 1 else lambda n, sigma: add_noise(latents, sigma, n)
+    start = denoiser.scale_initial_noise if strength == 1 else lambda n, sigma: add_noise(latents, sigma, n)
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
     ours = inpaint(denoise, start, latents, mask, drawn, sigmas)
     check(ours, theirs)

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-import dmd2.inference.engine
+import dmd2.models.stable_diffusion.model
 import dmd2.runtime.compiled
 from dmd2.emoji.architecture import build_unet
 from dmd2.inference.engine import Engine
@@ -383,7 +383,7 @@ def test_an_engine_draws_the_same_with_compiled_networks(
     placement = Placement(Plan("full"), compiler=Compiler(CPU, backend="eager"), kernels=kernels)
     prompts = [f"an owl {i}" for i in range(5)]
     expected = Engine(weights, "cpu", modes=("1", "4")).generate(prompts, [*range(5)], "4")
-    monkeypatch.setattr(dmd2.inference.engine, "place", lambda *args, **kwargs: placement)
+    monkeypatch.setattr(dmd2.models.stable_diffusion.model, "place", lambda *args, **kwargs: placement)
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"kernels", None))
     engine = Engine(weights, "cpu", modes=("1", "4"), trace=True)
     with caplog.at_level(logging.INFO):

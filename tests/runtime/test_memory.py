@@ -17,7 +17,7 @@ import dmd2.runtime.placement
 from dmd2.inference.engine import Engine
 from dmd2.models.stable_diffusion.folder import load_text_to_image
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.memory import LARGE, Offloader, Plan, peak_memory, plan, save_memory
+from dmd2.runtime.memory import LARGE_MODEL_PARAMS, Offloader, Plan, peak_memory, plan, save_memory
 from dmd2.runtime.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
 from dmd2.runtime.precision import DTYPES, Throughput
 
@@ -221,7 +221,7 @@ def test_large_networks_run_on_a_cpu_in_what_is_faster_there(faster: str, monkey
     monkeypatch.setattr("dmd2.runtime.precision.measure_cpu", lambda: speeds)
     monkeypatch.setattr("dmd2.runtime.placement.host_memory", lambda: 24 * 10**9)
     assert default_dtype(CPU, small) == default_dtype(CPU, {}) == torch.float32
-    assert default_dtype(CPU, large) == default_dtype(CPU, {"unet": LARGE}) == DTYPES[faster]
+    assert default_dtype(CPU, large) == default_dtype(CPU, {"unet": LARGE_MODEL_PARAMS}) == DTYPES[faster]
     monkeypatch.setattr("dmd2.runtime.placement.host_memory", lambda: 10**10)  # fp32 would take 10.6 GB
     assert default_dtype(CPU, large) == torch.bfloat16
     assert default_dtype(GPU, small) == default_dtype(GPU, large) == torch.float16

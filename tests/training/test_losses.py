@@ -196,7 +196,7 @@ class Linear(nn.Module):
         self.seen.append((x, sigma))
         return self.weight * x, (self.weight * x).repeat(1, 32, 1, 1)
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise * sigma[:, None, None, None]
 
     def loss_weight(self, sigma: Tensor) -> Tensor:

@@ -383,7 +383,7 @@ class Edm:
         """As `StableDiffusion.recording`; there is nothing to record."""
         return nullcontext()
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """σ·n: at σ_max = 80 the image below it is lost."""
         return per_image(sigma, noise) * noise
 

@@ -129,7 +129,7 @@ class TextEncoder:
         ids_row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=device)
         return TextCondition(context, pooled, ids_row.expand(len(prompts), -1)).masked(keep)
 
-    def windows(self, prompt: str) -> int:
+    def token_chunks(self, prompt: str) -> int:
         """How many windows the prompt fills. Prompts of unequal numbers do not go into one batch.
 
         Raises:

@@ -150,7 +150,7 @@ class StableDiffusion:
             return x - sigma * output
         return x / variance - sigma / variance.sqrt() * output
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """√(1+σ²)·n: the UNet then sees unit noise, whatever the timestep (DMD2's SDXL students)."""
         return noise * (1 + per_image(sigma, noise) ** 2).sqrt()
 

@@ -65,7 +65,7 @@ def dmd_phases(
         loss, logs = generator.loss(batch)
         pairs = pairs_of(batch)
         sigma = torch.full((len(pairs.noise),), settings.sigma, device=pairs.noise.device)
-        drawn = networks.student(networks.student.start(pairs.noise, sigma), sigma, pairs.cond)
+        drawn = networks.student(networks.student.scale_initial_noise(pairs.noise, sigma), sigma, pairs.cond)
         regression = distance(drawn, pairs.target)  # DMD eq. 9
         return loss + settings.regression_weight * regression, logs | {"regression": regression.detach()}
 

@@ -84,7 +84,7 @@ def train_edm_teacher(recipe: EdmTeacherRecipe, images: ImageSet, device: torch.
         denoiser = Edm(_edm(ema_model or network))
         noise, cond = preview.inputs(device)
         sigmas = teacher_sigmas(denoiser, heun_steps(config))
-        x = denoiser.start(noise[:, 0], torch.full((len(noise),), sigmas[0], device=device))
+        x = denoiser.scale_initial_noise(noise[:, 0], torch.full((len(noise),), sigmas[0], device=device))
         return preview.grid(codec.decode(sample_heun(conditioned(denoiser, cond), x, sigmas)))
 
     def export(ema_model: nn.Module | None, out: Path) -> None:

@@ -75,7 +75,7 @@ def train_teacher(
         denoise = conditioned(net, cond, cond.unconditional(), recipe.guidance_scale)
         sigmas = teacher_sigmas(net, recipe.sample_steps)
         noise = seeded_noise(seeds, (4, size[0] // codec.factor, size[1] // codec.factor), device)
-        x = net.start(noise, torch.full((len(noise),), sigmas[0], device=device))
+        x = net.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=device))
         return codec.decode(sample_dpm_solver_2m(denoise, x, sigmas))
 
     def export(ema_model: nn.Module | None, out: Path) -> None:

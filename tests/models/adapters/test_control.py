@@ -78,7 +78,9 @@ def generate(unet: Any, model: ControlModel | None, cond: TextCondition, steps: 
     image = fitted(photograph(), (SIDE, SIDE))
     control = None if model is None else model.guide(image, timesteps, **settings)
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
-    return sample_few_step(lambda x, s: denoiser(x, s, cond, control), denoiser.start, noise(steps), sigmas)
+    return sample_few_step(
+        lambda x, s: denoiser(x, s, cond, control), denoiser.scale_initial_noise, noise(steps), sigmas
+    )
 
 
 def check(ours: Tensor, theirs: Tensor, plain: Tensor) -> None:

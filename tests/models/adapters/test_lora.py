@@ -131,7 +131,7 @@ def generate(unet: Any, text_models: Texts, loras: list[tuple[Lora, float]]) -> 
         denoiser = StableDiffusion(unet)
         cond = TextEncoder([tokenizer, tokenizer], [first, second])(PROMPTS, (SIDE, SIDE))
         sigmas = [float(denoiser.sigmas[t]) for t in STUDENTS[4]]
-        return sample_few_step(conditioned(denoiser, cond), denoiser.start, noise(4), sigmas)
+        return sample_few_step(conditioned(denoiser, cond), denoiser.scale_initial_noise, noise(4), sigmas)
     finally:
         unets.use([])
         texts.use([])

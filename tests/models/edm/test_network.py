@@ -315,7 +315,7 @@ def test_preconditioning_keeps_variances_and_weighs_levels_alike() -> None:
     assert torch.allclose(x0, c_skip[:, None, None, None] * x, rtol=1e-6)
     c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
     assert torch.allclose(denoiser.loss_weight(sigma) * c_out**2, torch.ones(3))
-    assert torch.equal(denoiser.start(x, sigma)[2], 80 * x[2])
+    assert torch.equal(denoiser.scale_initial_noise(x, sigma)[2], 80 * x[2])
     assert len(denoiser.sigmas) == 1000 and denoiser.sigmas.dtype == torch.float32
     assert float(denoiser.sigmas[0]) == pytest.approx(0.002) and float(denoiser.sigmas[-1]) == pytest.approx(80)
 

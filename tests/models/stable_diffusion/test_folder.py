@@ -24,7 +24,8 @@ import dmd2.models.stable_diffusion.folder
 import dmd2.weights.folders
 from dmd2.diffusion.noise import seeded_noise, zero_snr_sigmas
 from dmd2.emoji.architecture import build_unet
-from dmd2.inference.engine import Engine, default_mode
+from dmd2.inference.engine import Engine
+from dmd2.inference.mode import default_mode
 from dmd2.models.stable_diffusion.folder import (
     UNET_FILE,
     load_text_to_image,

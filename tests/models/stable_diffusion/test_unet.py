@@ -144,7 +144,7 @@ def test_a_generator_starts_from_unit_noise_whatever_its_level(unet: Any) -> Non
     denoiser = StableDiffusion(unet)
     noise = generate(3, 4, 16, 16)
     sigma = denoiser.sigmas[torch.tensor([399, 749, 999])]
-    start = denoiser.start(noise, sigma)
+    start = denoiser.scale_initial_noise(noise, sigma)
     seen = start / (1 + sigma[:, None, None, None] ** 2).sqrt()  # what the UNet is given
     assert torch.allclose(seen, noise, atol=1e-6)
 

@@ -68,7 +68,7 @@ class Ring:
     def features(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise * (1 + images(sigma) ** 2).sqrt()
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Net(nn.Module):
         v = unpoints(self.out(hidden), x)
         return x / variance - images(sigma) / variance.sqrt() * v, unpoints(hidden, x)
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise * (1 + images(sigma) ** 2).sqrt()
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def distilled(ring: Ring, seed: int, timestep: int, iterations: int) -> tuple[Te
     @torch.no_grad()
     def generate() -> Tensor:
         noise = torch.randn(1, 250, 2, 4, 4, generator=generator(12345))
-        return points(sample_few_step(conditioned(student, None), student.start, noise, sigmas))
+        return points(sample_few_step(conditioned(student, None), student.scale_initial_noise, noise, sigmas))
 
     before = generate()
     loop = LoopSettings(iterations=iterations, batch_size=16, warmup=20)
@@ -203,7 +203,7 @@ class Recorder:
     def features(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise * (1 + images(sigma) ** 2).sqrt()
 
     def loss_weight(self, sigma: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ class Shift(nn.Module):
     def features(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise * sigma[:, None, None, None]
 
     def loss_weight(self, sigma: Tensor) -> Tensor:

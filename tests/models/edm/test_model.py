@@ -15,11 +15,14 @@ from torch import Tensor
 import dmd2.cli
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import Churn, sample_heun, teacher_sigmas
-from dmd2.inference.engine import Engine, default_mode, modes_of
-from dmd2.models.edm.classes import ClassEncoder
+from dmd2.inference.conditioning import ImageConditioning
+from dmd2.inference.engine import Engine
+from dmd2.inference.mode import default_mode, modes_of
 from dmd2.models.edm.folder import load_edm, save_edm
+from dmd2.models.edm.model import ClassEncoder
 from dmd2.models.edm.network import ClassCondition, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import UserError
+from dmd2.runtime.files import sha256_file
 from dmd2.service.images import ImageRequest, ImageService, OutputImage
 from dmd2.weights.manifest import read_manifest
 
@@ -99,6 +102,25 @@ def test_the_student_draws_in_one_step(student: Path) -> None:
     found = Engine(student, "cpu").generate(["cat", "2"], [5, 6], "1")
     assert torch.equal(found, RgbCodec().decode(x0))
     assert found[0].float().std() > 5
+
+
+def test_an_image_names_the_checksum_of_its_weights(student: Path, teacher: Path) -> None:
+    for folder, mode in ((student, "1"), (teacher, "teacher")):
+        assert Engine(folder, "cpu").sha256(mode) == sha256_file(folder / "model.safetensors")
+
+
+def test_what_is_given_beside_a_class_is_refused(student: Path) -> None:
+    engine = Engine(student, "cpu")
+    edit = ImageConditioning(image=torch.zeros(3, 16, 16, dtype=torch.uint8), strength=0.5)
+    with pytest.raises(UserError, match="image, control_image, lora_weights: these weights draw classes"):
+        engine.generate(["cat"], [0], "1", edit=edit)
+    with pytest.raises(UserError, match="these weights draw classes"):
+        engine.model.control(student)
+
+
+def test_fp16_is_bf16(student: Path) -> None:
+    """In fp16 these networks overflow."""
+    assert Engine(student, "cpu", torch.float16).dtype == torch.bfloat16
 
 
 def test_the_teacher_draws_by_heun(teacher: Path) -> None:

@@ -1,0 +1,174 @@
+"""What every loaded model answers, whatever its family, and the one table of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dmd2.diffusion.denoiser import Codec, Cond
+from dmd2.diffusion.sampling import Callback, Churn, Denoise
+from dmd2.models.adapters.control import ControlModel
+from dmd2.models.adapters.lora import Loras
+from dmd2.models.edm.model import EdmModel
+from dmd2.models.stable_diffusion.model import StableDiffusionModel
+from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.placement import Placement
+from dmd2.weights.manifest import MANIFEST, Manifest, Student, read_manifest
+
+
+class PromptEncoder(Protocol):
+    """Prompts to what a family's networks are conditioned on."""
+
+    def __call__(self, prompts: list[str], size: tuple[int, int]) -> Cond:
+        """B prompts, of equally many token chunks, for images of `size` (width, height) in pixels."""
+        ...
+
+    def token_chunks(self, prompt: str) -> int:
+        """How many windows of the text encoder the prompt fills. Prompts of unequal numbers do not go into one batch.
+
+        Raises:
+            UserError: it is too long, or names nothing that the networks know.
+        """
+        ...
+
+
+class Model(Protocol):
+    """A folder of weights, loaded: all that the engine, the service and the evaluation ask of a family."""
+
+    takes_prompts: bool
+    """text-to-image; otherwise a prompt names a class"""
+    takes_churn: bool
+    """the teacher's sampler can add noise, see `Churn`"""
+
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """How many classes the networks know; 0 for none."""
+        ...
+
+    @property
+    def placement(self) -> Placement: ...
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def preview_codec(self) -> Codec:
+        """The codec for images that are not finished: quick rather than sharp."""
+        ...
+
+    @property
+    def encode_text(self) -> PromptEncoder: ...
+    @property
+    def denoisers(self) -> Mapping[str, Any]:
+        """By subfolder: those that were loaded so far."""
+        ...
+
+    def denoiser(self, subfolder: str) -> Any:
+        """The `Denoiser` in a subfolder, loaded at its first use. Raises UserError if it is missing or damaged."""
+        ...
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that suit every stage as a unit of width and height."""
+        ...
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises UserError unless width and height (pixels) suit the networks."""
+        ...
+
+    def check_takes_images(self) -> None:
+        """Raises UserError unless images, masks, controls and LoRAs can be given beside a prompt."""
+        ...
+
+    def unconditional(self, cond: Any, empty: Callable[[], Cond]) -> Cond:
+        """What guidance leads away from, for the batch of `cond`; `empty` encodes the empty prompt."""
+        ...
+
+    def teacher_noises(self, steps: int) -> int:
+        """How many unit noises `sample_teacher` takes for so many steps, the first to start from."""
+        ...
+
+    def sample_teacher(
+        self, denoise: Denoise, x: Tensor, noise: Tensor, sigmas: list[float], callback: Callback | None = None
+    ) -> Tensor:
+        """x0 (B, C, h, w) by the teacher's own sampler.
+
+        Args:
+            x: (B, C, h, w), the first unit noise, scaled to sigmas[0].
+            noise: (B, teacher_noises - 1, C, h, w), further unit noise.
+            sigmas: descending, one a step.
+        """
+        ...
+
+    def inpaints(self, subfolder: str) -> bool:
+        """Whether the network must be told the mask and what is known of the image (`known`)."""
+        ...
+
+    def use_loras(self, subfolder: str, student: Student | None, loras: Loras) -> Hashable:
+        """Has the network in `subfolder` and the text encoders carry these LoRAs, and the student's own, from now on.
+
+        Returns:
+            What tells apart the text encoders' states.
+
+        Raises:
+            UserError: a LoRA was made for another model. None is in use then.
+        """
+        ...
+
+    def control(self, folder: Path) -> ControlModel:
+        """A ControlNet or T2I-Adapter, loaded at its first use. Raises UserError if it is missing or damaged."""
+        ...
+
+
+FAMILIES: dict[str, type[StableDiffusionModel] | type[EdmModel]] = {
+    "sdxl": StableDiffusionModel,
+    "sd15": StableDiffusionModel,
+    "edm": EdmModel,
+}
+
+
+def family_of(folder: Path) -> type[StableDiffusionModel] | type[EdmModel]:
+    """The class of the model in a folder of weights; nothing is loaded.
+
+    Raises:
+        UserError: the manifest is missing or wrong, or names another family.
+    """
+    name = read_manifest(folder).family
+    if name not in FAMILIES:
+        raise UserError(f"{folder / MANIFEST}: family: {shown(name)}; expected {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def load_model(
+    folder: Path,
+    subfolders: list[str],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    fast: bool = False,
+    vae: str = "kl",
+    churn: Churn | None = None,
+) -> Model:
+    """Loads what is in a folder of weights, frozen, and of its denoisers those in `subfolders`.
+
+    Args:
+        dtype: of networks; None for what suits the device and the family.
+        fast: prepare networks for repeated calls, within their `recording()`.
+        vae: "kl" for the folder's `vae`, "tiny" for its TAESDXL.
+        churn: of the teacher's sampler, where the family `takes_churn`.
+
+    Raises:
+        UserError: a file is missing, damaged or not what the manifest says.
+    """
+    return family_of(folder)(folder, subfolders, device, dtype, fast=fast, vae=vae, churn=churn)

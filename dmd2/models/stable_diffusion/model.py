@@ -1,0 +1,190 @@
+"""A loaded Stable Diffusion model (SD 1.5, SDXL), with what images may ask for besides: LoRAs, controls, previews."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.diffusion.denoiser import Cond
+from dmd2.diffusion.sampling import Callback, Churn, Denoise, sample_dpm_solver_2m
+from dmd2.models.adapters.control import ControlModel, load_control
+from dmd2.models.adapters.lora import Fused, Loras, read_lora
+from dmd2.models.stable_diffusion.codec import LatentCodec
+from dmd2.models.stable_diffusion.folder import load_denoisers, load_text_to_image, load_vae
+from dmd2.models.stable_diffusion.text import TextCondition
+from dmd2.models.stable_diffusion.unet import StableDiffusion
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.files import read_object
+from dmd2.runtime.memory import LARGE_MODEL_PARAMS
+from dmd2.runtime.placement import count_parameters, default_dtype, place
+from dmd2.weights.manifest import Student, read_manifest, verify
+
+TINY = "vae_tiny"
+
+
+class StableDiffusionModel:
+    """See `dmd2.models.model.Model` and `load_model`. For the thread that owns the device."""
+
+    takes_prompts = True
+    takes_churn = False
+    classes = 0
+
+    def __init__(
+        self,
+        folder: Path,
+        subfolders: list[str],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        fast: bool,
+        vae: str,
+        churn: Churn | None,
+    ) -> None:
+        manifest = read_manifest(folder)
+        parameters = count_parameters(folder, subfolders)
+        width, height = manifest.native_size
+        self.device, self.dtype = device, dtype or default_dtype(device, parameters)
+        self.placement = place(parameters, device, self.dtype, width * height, fast=fast)
+        small = max(parameters.values(), default=0) < LARGE_MODEL_PARAMS
+        self._folder, self._trace = folder, fast and small and device.type == "cpu"
+        loaded = load_text_to_image(
+            folder,
+            subfolders,
+            device,
+            self.dtype,
+            trace=self._trace,
+            placement=self.placement,
+            vae=vae_folder(folder, vae),
+        )
+        self.manifest, self.codec, self.encode_text = manifest, loaded.codec, loaded.encode_text
+        self.denoisers: dict[str, StableDiffusion] = loaded.denoisers
+        self._fused: dict[str, Fused] = {}
+        self._controls: dict[Path, ControlModel] = {}
+        self._own: dict[str, Loras] = {}
+        self._preview: LatentCodec | None = None
+
+    def denoiser(self, subfolder: str) -> StableDiffusion:
+        if subfolder not in self.denoisers:
+            self.denoisers |= load_denoisers(
+                self._folder,
+                [subfolder],
+                self.device,
+                self.dtype,
+                trace=self._trace,
+                placement=self.placement,
+            )
+        return self.denoisers[subfolder]
+
+    # Bounds
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels. Sides that are multiples of it are halved without remainder on their way down the UNet."""
+        config = next(iter(self.denoisers.values())).unet.config if self.denoisers else None
+        halvings = 0 if config is None else len(config.block_out_channels) - 1
+        return self.codec.factor * 2**halvings
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        for name, side in zip(("width", "height"), size, strict=True):
+            if side < self.size_unit or side % self.codec.factor:
+                raise UserError(
+                    f"{name}: {side} (size {size[0]}x{size[1]}); expected a multiple of {self.codec.factor} pixels, "
+                    f"at least {self.size_unit}"
+                )
+
+    def check_takes_images(self) -> None:
+        """Images, masks, controls and LoRAs are welcome."""
+
+    # Conditions and sampling
+
+    def unconditional(self, cond: TextCondition, empty: Callable[[], Cond]) -> TextCondition:
+        """SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
+        if self.manifest.family != "sd15":
+            return cond.unconditional()
+        one = empty()
+        return TextCondition(one.context.repeat(len(cond), cond.length // one.length, 1))
+
+    def teacher_noises(self, steps: int) -> int:
+        return 1
+
+    def sample_teacher(
+        self, denoise: Denoise, x: Tensor, noise: Tensor, sigmas: list[float], callback: Callback | None = None
+    ) -> Tensor:
+        return sample_dpm_solver_2m(denoise, x, sigmas, callback)
+
+    # Adapters
+
+    def inpaints(self, subfolder: str) -> bool:
+        return self.denoiser(subfolder).inpaints
+
+    def use_loras(self, subfolder: str, student: Student | None, loras: Loras) -> Hashable:
+        denoiser = self.denoiser(subfolder)
+        loras = (*self._students_own(student), *loras)
+        if not loras and not any(self._fused.values()):
+            return ()
+        if loras and self.placement.go_fast:
+            raise UserError("LoRA: these networks run in 8-bit floats, which cannot be changed; unset DMD2_GO_FAST")
+        encoders = dict(zip(("text_encoder", "text_encoder_2"), self.encode_text.encoders, strict=False))
+        for lora, _ in loras:
+            for part, layer in lora.layers:
+                if part not in ("unet", *encoders):
+                    raise UserError(f"LoRA {lora.name}: made for another model: this one has no {part} ({layer})")
+        of_text = [(lora, scale) for lora, scale in loras if lora.changes_text]
+        self._fuse("text", encoders, of_text)
+        try:
+            self._fuse(subfolder, {"unet": denoiser.unet}, loras)
+        finally:
+            denoiser.weights_changed = bool(self._fused[subfolder])
+        return tuple((lora.sha256, scale) for lora, scale in of_text)
+
+    def _fuse(self, name: str, parts: dict[str, nn.Module], loras: Loras) -> None:
+        if name not in self._fused:
+            self._fused[name] = Fused(parts)
+        self._fused[name].use(loras)
+
+    def _students_own(self, student: Student | None) -> Loras:
+        if student is None or not student.lora:
+            return ()
+        if student.lora not in self._own:
+            verify(self._folder, self.manifest, {student.lora.split("/")[0]})
+            self._own[student.lora] = ((read_lora(self._folder / student.lora), student.lora_scale),)
+        return self._own[student.lora]
+
+    def control(self, folder: Path) -> ControlModel:
+        if folder not in self._controls:
+            if self._folder in folder.parents:
+                verify(self._folder, self.manifest, {folder.relative_to(self._folder).parts[0]})
+            unets = [denoiser.unet.config for denoiser in self.denoisers.values()]
+            host = self.placement.host(self.device)
+            loaded = load_control(folder, host, self.dtype, unets[0] if unets else None)
+            if self.placement.turns is not None:
+                self.placement.turns.add(f"control {folder}", loaded.network)
+            self._controls[folder] = ControlModel(loaded.network, self.device, loaded.task)
+        return self._controls[folder]
+
+    @property
+    def preview_codec(self) -> LatentCodec:
+        """TAESDXL where the weights have it beside another VAE, else the VAE itself."""
+        if self._preview is None:
+            self._preview = self.codec
+            if (self._folder / TINY).is_dir():
+                verify(self._folder, self.manifest, {TINY})
+                vae: Any = load_vae(self._folder / TINY, self.device, self.dtype)
+                self._preview = LatentCodec(vae, device=self.device)
+        return self._preview
+
+
+def vae_folder(folder: Path, vae: str) -> str:
+    """The subfolder of the VAE "kl" or "tiny". Raises UserError if there is none."""
+    if vae not in ("kl", "tiny"):
+        raise UserError(f"vae: {vae}; expected kl or tiny")
+    if vae == "kl" or (folder / TINY).is_dir():
+        return "vae" if vae == "kl" else TINY
+    config = folder / "vae" / "config.json"
+    if config.is_file() and read_object(config).get("_class_name") == "AutoencoderTiny":
+        return "vae"
+    raise UserError(f"vae: tiny, but {folder} has no {TINY}; get it by scripts/download-weights --vae kl,tiny")
