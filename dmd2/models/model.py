@@ -146,7 +146,7 @@ def family_of(folder: Path) -> type[StableDiffusionModel] | type[EdmModel]:
     """
     name = read_manifest(folder).family
     if name not in FAMILIES:
-        raise UserError(f"{folder / MANIFEST}: family: {shown(name)}; expected {', '.join(FAMILIES)}")
+        raise UserError(f"{folder / MANIFEST}: family: {shown(name)}; expected sdxl, sd15 or edm")
     return FAMILIES[name]
 
 

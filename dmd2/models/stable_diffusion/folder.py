@@ -75,7 +75,7 @@ def load_text_to_image(
     manifest, placement = read_manifest(folder), placement or Placement()
     classes = {"text_encoder": "CLIPTextModel"}
     if manifest.family not in ("sdxl", "sd15"):
-        raise UserError(f"{folder / MANIFEST}: family: {shown(manifest.family)}; expected sdxl, sd15 or edm")
+        raise UserError(f"{folder / MANIFEST}: family: {shown(manifest.family)}; expected sdxl or sd15")
     if manifest.family == "sdxl":
         classes["text_encoder_2"] = "CLIPTextModelWithProjection"
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in classes]
