@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
-from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, LCMScheduler, T2IAdapter, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,7 @@ from dmd2.emoji.architecture import build_unet
 from dmd2.weights.manifest import Manifest, Student, write_manifest
 
 SIDE = 64
+SIZE = (SIDE, SIDE)
 PROMPTS = ["a red apple on a blue background", "an owl"]
 SEEDS = [1, 2]
 STUDENTS = {4: [999, 749, 499, 249], 1: [399]}
@@ -56,6 +58,23 @@ def build_vae(seed: int = 1) -> Any:
             force_upcast=False,
         )
     )
+
+
+def build_adapter() -> Any:
+    """A T2I-Adapter for the UNet of `build_sdxl_unet`."""
+    torch.manual_seed(7)
+    settings: dict[str, Any] = {"num_res_blocks": 1, "downscale_factor": 16, "adapter_type": "full_adapter_xl"}
+    return frozen(T2IAdapter(channels=[32, 32, 64, 64], **settings))
+
+
+def pixels(images: Any) -> Tensor:
+    """diffusers' "np" images as uint8 (B, 3, H, W)."""
+    return torch.from_numpy((images * 255).round().astype(numpy.uint8)).permute(0, 3, 1, 2)
+
+
+def difference(a: Tensor, b: Tensor) -> int:
+    """The largest difference of two uint8 images."""
+    return int((a.int() - b.int()).abs().max())
 
 
 def pipeline(kind: Any, text_models: tuple[Any, Any, Any], unet: Any, vae: Any, **others: Any) -> Any:

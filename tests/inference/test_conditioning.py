@@ -9,10 +9,9 @@ from typing import Any
 
 import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img as img2img_module
 import diffusers.schedulers.scheduling_lcm as scheduling_lcm
-import numpy
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionXLImg2ImgPipeline, T2IAdapter
+from diffusers import AutoencoderTiny, StableDiffusionXLImg2ImgPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,18 +29,20 @@ from tests.tiny_sdxl import (
     PROMPTS,
     SEEDS,
     SIDE,
+    SIZE,
     STUDENTS,
+    build_adapter,
     build_sdxl_unet,
     build_vae,
+    difference,
     frozen,
     noise,
     noise_for_diffusers,
     photograph,
     pipeline,
+    pixels,
     save_sdxl,
 )
-
-SIZE = (SIDE, SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text_models: tuple[Any, Any
     """SDXL in small, with a T2I-Adapter and a small VAE. Not to be changed: copy it."""
     path = tmp_path_factory.mktemp("sdxl") / "sdxl"
     save_sdxl(path, text_models, build_vae(), four=build_sdxl_unet(0), one=build_sdxl_unet(3))
-    torch.manual_seed(7)
-    T2IAdapter(
-        channels=[32, 32, 64, 64], num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl"
-    ).save_pretrained(path / "control" / "canny")
+    build_adapter().save_pretrained(path / "control" / "canny")
     torch.manual_seed(8)
     channels: dict[str, Any] = {
         "encoder_block_out_channels": (16,) * 4,
@@ -83,10 +81,6 @@ def lora(engine: Engine, folder: Path, state: dict[str, Tensor] | None = None) -
     return read_lora(path)
 
 
-def difference(a: Tensor, b: Tensor) -> int:
-    return int((a.int() - b.int()).abs().max())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("seeded", [True, False], ids=["batch", "alone"])
 def test_an_edited_image_is_that_of_diffusers(
@@ -99,7 +93,7 @@ def test_an_edited_image_is_that_of_diffusers(
         settings: dict[str, Any] = {"image": [photograph()] * len(prompts), "strength": 0.6, "guidance_scale": 1.0}
         theirs = pipe(prompts, timesteps=STUDENTS[4], output_type="np", **settings).images
     ours = engine.generate(prompts, seeds, "4", SIZE, ImageConditioning(image=image, strength=0.6))
-    expected = torch.from_numpy((theirs * 255).round().astype(numpy.uint8)).permute(0, 3, 1, 2)
+    expected = pixels(theirs)
     assert expected.float().std() > 5
     assert difference(ours, expected) <= 2
 

@@ -34,7 +34,10 @@ from dmd2.service.images import SLOTS, WAITING, ImageRequest, ImageService, Outp
 from dmd2.weights.guard import Guard
 from dmd2.weights.manifest import MANIFEST
 from tests.models.adapters.test_lora import ATTENTION, kohya_style
-from tests.tiny_sdxl import photograph
+from tests.tiny_sdxl import (
+    difference,
+    photograph,
+)
 
 PATIENCE = 120.0  # seconds, for what takes few on any machine
 OWL = ImageRequest("an owl", seed=5, output_format="png")
@@ -62,10 +65,6 @@ def opened(image: OutputImage) -> Image.Image:
 
 def pixels(image: OutputImage) -> Tensor:
     return torch.from_numpy(numpy.array(opened(image))).permute(2, 0, 1)
-
-
-def difference(a: Tensor, b: Tensor) -> int:
-    return int((a.int() - b.int()).abs().max())
 
 
 def test_images_are_the_engines_own(service: ImageService, weights: Path) -> None:

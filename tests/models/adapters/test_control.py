@@ -31,6 +31,7 @@ from tests.tiny_sdxl import (
     PROMPTS,
     SIDE,
     STUDENTS,
+    build_adapter,
     build_sdxl_unet,
     build_vae,
     frozen,
@@ -60,11 +61,7 @@ def control_net(unet: Any) -> ControlModel:
 
 @pytest.fixture(scope="module")
 def adapter() -> ControlModel:
-    torch.manual_seed(7)
-    network = T2IAdapter(
-        channels=[32, 32, 64, 64], num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl"
-    )
-    return ControlModel(frozen(network), torch.device("cpu"))
+    return ControlModel(build_adapter(), torch.device("cpu"))
 
 
 def condition(text_models: Texts) -> TextCondition:

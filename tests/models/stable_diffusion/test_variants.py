@@ -45,28 +45,21 @@ from tests.tiny_sdxl import (
     SCHEDULE,
     SEEDS,
     SIDE,
+    SIZE,
     STUDENTS,
     build_sdxl_unet,
     build_vae,
+    difference,
     frozen,
     noise,
     noise_for_diffusers,
     photograph,
     pipeline,
+    pixels,
     save_sdxl,
 )
 
-SIZE = (SIDE, SIDE)
 MEAN, STD = [-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299]  # Playground 2.5's
-
-
-def pixels(images: Any) -> Tensor:
-    """diffusers' "np" images as uint8 (B, 3, H, W)."""
-    return torch.from_numpy((images * 255).round().astype(numpy.uint8)).permute(0, 3, 1, 2)
-
-
-def difference(a: Tensor, b: Tensor) -> int:
-    return int((a.int() - b.int()).abs().max())
 
 
 def playground_vae() -> Any:
