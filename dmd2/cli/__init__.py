@@ -12,11 +12,12 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.paths import ROOT
 
 if TYPE_CHECKING:
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 
 BEGAN = time.perf_counter()
 DEFAULT_WEIGHTS = ROOT / "weights" / "emoji"
+
+
+class Verb(TyperCommand):
+    """Knows the flag of a field: `num_outputs` is --num-outputs; an argument has the name that its usage shows."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InvalidInput as error:
+            for parameter in self.params:
+                name = max(parameter.opts, key=len)
+                if parameter.param_type_name == "argument":
+                    name = (getattr(parameter, "metavar", None) or name.upper()).removesuffix("...")
+                if error.field in (parameter.name, name.lstrip("-").replace("-", "_")):
+                    raise error.named(name) from error
+            raise
+
 
 app = typer.Typer(
     help="Few-step diffusion: distil, sample, serve.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -46,7 +64,7 @@ def _convert() -> None:
     """Turn published weights into a folder that dmd2 reads."""
 
 
-@app.command()
+@app.command(cls=Verb)
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; one image for each.")
@@ -164,7 +182,7 @@ def generate(
         print(json.dumps({"grid": str(grid)}) if as_json else grid)
 
 
-@app.command()
+@app.command(cls=Verb)
 def train(
     recipe: Annotated[
         str | None,
@@ -242,7 +260,7 @@ def train(
     say(f"done: {folder}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def pairs(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of an EDM teacher.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pairs, or one to continue.")],
@@ -261,7 +279,7 @@ def pairs(
     say(f"done: {count} pairs in {out}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def evaluate(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of weights; or images: zip, folder.")],
     metric: Annotated[str, typer.Option(help="Some of fid,kid,is,prdc,accuracy,clip,patch-fid.")] = "fid",
@@ -290,7 +308,7 @@ def evaluate(
     from dmd2.runtime.files import atomic_text, expect_place
 
     if out is not None:
-        expect_place(out, "--out")
+        expect_place(out, "out")
     metrics = tuple(dict.fromkeys(name for name in metric.split(",") if name))
     noise = None if churn is None else Churn.parse(churn)
     networks = (features, inception or INCEPTION, classifier or CLASSIFIER, clip)
@@ -302,7 +320,7 @@ def evaluate(
         print(text, end="")
 
 
-@app.command()
+@app.command(cls=Verb)
 def ref_stats(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Images: a zip or a folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.npz", help="File to write.")],
@@ -321,7 +339,7 @@ def ref_stats(
     print(f"{out}: {count} images, {features} features")
 
 
-@app.command()
+@app.command(cls=Verb)
 def cog(
     port: Annotated[int, typer.Option(help="To listen on.")] = 5000,
     host: Annotated[str, typer.Option(help="To listen on; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
@@ -352,7 +370,7 @@ def cog(
     os.execve(sys.executable, [sys.executable, str(entrypoint), "--host", host], environment)
 
 
-@convert.command()
+@convert.command(cls=Verb)
 def edm(
     source: Annotated[Path, typer.Argument(metavar="FILE.pkl", help="One of EDM's published pickles.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder: safetensors, a config, a dmd2.json.")],
@@ -364,7 +382,7 @@ def edm(
     print(f"{out}: {config.architecture}, {config.resolution}x{config.resolution}, {config.classes} classes")
 
 
-@convert.command()
+@convert.command(cls=Verb)
 def sdxl(
     paths: Annotated[
         list[Path],

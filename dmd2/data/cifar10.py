@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import DataError, UserError
 from dmd2.runtime.files import atomic_path
 from dmd2.weights.assets import Asset
 
@@ -54,9 +54,9 @@ def convert_cifar10(archive: Path, out: Path) -> dict[str, Path]:
         else:
             splits = _from_files(files)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"{archive}: not a whole tar ({str(error) or type(error).__name__})") from error
+        raise DataError(f"not a whole tar ({str(error) or type(error).__name__})", archive) from error
     except UserError as error:
-        raise UserError(f"{archive}: {error}") from None
+        raise DataError(f"{error}", archive) from None
     out.mkdir(parents=True, exist_ok=True)
     paths = {split: out / f"cifar10-32x32-{split}.zip" for split in splits}
     for split, items in splits.items():
@@ -70,7 +70,7 @@ def check_md5(archive: Path) -> None:
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != MD5:
-        raise UserError(f"{archive}: md5 is {found}, but {MD5} was published: damaged, or another file")
+        raise DataError(f"md5 is {found}, but {MD5} was published: damaged, or another file", archive)
 
 
 def _from_pickles(files: dict[str, bytes], names: list[str]) -> list[Item]:
@@ -99,12 +99,12 @@ def read_batch(content: bytes, name: str) -> tuple[np.ndarray[Any, np.dtype[np.u
     except UserError:
         raise
     except Exception as error:  # of any kind: unpickling raises many for bytes that it does not understand
-        raise UserError(f"{name}: not one of CIFAR-10's batches ({type(error).__name__}: {error})") from error
+        raise DataError(f"not one of CIFAR-10's batches ({type(error).__name__}: {error})", name) from error
     fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == (len(data), 3 * SIDE * SIDE)
     if not fits or not isinstance(labels, list) or len(labels) != len(data):
-        raise UserError(f"{name}: expected uint8 images of {3 * SIDE * SIDE} values and a label for each")
+        raise DataError(f"expected uint8 images of {3 * SIDE * SIDE} values and a label for each", name)
     if any(type(label) is not int or not 0 <= label < len(CLASSES) for label in labels):
-        raise UserError(f"{name}: expected labels 0 to {len(CLASSES) - 1}")
+        raise DataError(f"expected labels 0 to {len(CLASSES) - 1}", name)
     return np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)), labels
 
 

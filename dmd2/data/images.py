@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmd2.inference.image_input import MOST_BYTES, ImageFile, Role
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import DataError, InvalidInput, shown
 
 LABELS_FILE = "dataset.json"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -68,7 +68,7 @@ class ImageSet:
         self.path, self.fit = path, fit
         self._files = _folder(path) if path.is_dir() else _zip(path)
         if not self._files.names:
-            raise UserError(f"{path}: holds no images; expected {', '.join(sorted(SUFFIXES))} files")
+            raise DataError(f"holds no images; expected {', '.join(sorted(SUFFIXES))} files", path)
         self.resolution = resolution or self._decode(self._files.names[0], None).shape[1]
         self.labels = self._labels(classes)
         """int64 (N,), or None where there are none"""
@@ -114,13 +114,13 @@ class ImageSet:
         try:
             data = self._files.read(name)
         except _BROKEN as error:
-            raise UserError(f"{self.path}: {shown(name)}: unreadable ({_reason(error)})") from error
+            raise DataError(f"{shown(name)}: unreadable ({_reason(error)})", self.path) from error
         image = ImageFile.read(data, f"{self.path}: {shown(name)}", Role.TRAINING, FORMATS)
         pixels = np.array(image.decode((resolution, resolution) if self.fit and resolution else None))
         height, width, _ = pixels.shape
         if height != width or resolution not in (None, width):
             side = f"{resolution}x{resolution}" if resolution else "square"
-            raise UserError(f"{self.path}: {shown(name)} is {width}x{height} pixels; expected {side}")
+            raise DataError(f"{shown(name)} is {width}x{height} pixels; expected {side}", self.path)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def _labels(self, classes: int) -> Tensor | None:
@@ -129,31 +129,31 @@ class ImageSet:
             # Bytes: so it is UTF-8 with or without a byte-order mark, UTF-16 or UTF-32.
             content: Any = json.loads(self._files.labels or b"{}")
         except RecursionError:
-            raise UserError(f'{where}: nested too deeply; expected {{"labels": [["NAME", CLASS], …]}}') from None
+            raise DataError('nested too deeply; expected {"labels": [["NAME", CLASS], …]}', where) from None
         except ValueError as error:
-            raise UserError(f"{where}: not JSON ({shown(error)})") from error
+            raise DataError(f"not JSON ({shown(error)})", where) from error
         entries = content.get("labels") if isinstance(content, dict) else None
         if entries is None:
             if classes:
                 what = "missing" if self._files.labels is None else "holds no labels"
-                raise UserError(f"{where}: {what}; a model of {classes} classes needs the class of every image")
+                raise DataError(f"{what}; a model of {classes} classes needs the class of every image", where)
             return None
         try:
             by_name = {_plain(str(name)): label for name, label in entries}
         except (TypeError, ValueError):
-            raise UserError(f'{where}: labels: expected [["NAME", CLASS], …]') from None
+            raise DataError('labels: expected [["NAME", CLASS], …]', where) from None
         root = PurePosixPath(self._files.labels_name).parent
         labels = []
         for name in self._files.plain:
             inner = PurePosixPath(name)
             key = inner.relative_to(root).as_posix() if inner.is_relative_to(root) else name
             if key not in by_name:
-                raise UserError(f"{where}: no label for {shown(key)}")
+                raise DataError(f"no label for {shown(key)}", where)
             label, most = by_name[key], classes or MOST_CLASSES
             whole = isinstance(label, int | float) and not isinstance(label, bool) and label == label // 1
             if not whole or not 0 <= label < most:
                 said = shown(json.dumps(label), 50)
-                raise UserError(f"{where}: {shown(key)} is of class {said}; expected a whole number, 0 to {most - 1}")
+                raise DataError(f"{shown(key)} is of class {said}; expected a whole number, 0 to {most - 1}", where)
             labels.append(int(label))
         return torch.tensor(labels)
 
@@ -186,7 +186,7 @@ def _listed(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, str] | Non
 
 def _zip(path: Path) -> _Files:
     if not path.is_file():
-        raise UserError(f"--data {path}: no such file or folder; expected a zip or a folder of images")
+        raise InvalidInput("data", "no such file or folder; expected a zip or a folder of images", path)
     try:
         archive = zipfile.ZipFile(path)
         images, labels = _listed(archive.namelist())
@@ -197,7 +197,7 @@ def _zip(path: Path) -> _Files:
 
         content = None if labels is None else read(labels[1], MOST_LABELS)
     except _BROKEN as error:
-        raise UserError(f"{path}: not a whole zip file ({_reason(error)})") from error
+        raise DataError(f"not a whole zip file ({_reason(error)})", path) from error
     return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
 
 
@@ -211,7 +211,7 @@ def _folder(path: Path) -> _Files:
     try:
         content = None if labels is None else read(labels[1], MOST_LABELS)
     except OSError as error:
-        raise UserError(f"{path}: {LABELS_FILE}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{LABELS_FILE}: cannot be read ({error.strerror})", path) from error
     return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
 
 

@@ -28,7 +28,7 @@ from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import WEIGHTS_FILE, load_edm
 from dmd2.models.edm.network import ClassCondition, Edm
-from dmd2.runtime.errors import UserError, first_error
+from dmd2.runtime.errors import DataError, InvalidInput, first_error
 from dmd2.runtime.files import atomic_text
 from dmd2.runtime.locks import locked
 from dmd2.runtime.tensors import save_tensors
@@ -109,14 +109,14 @@ def make_pairs(
         UserError: the weights are no teacher; `out` holds other pairs; a shard in it is broken.
     """
     if not 1 <= count <= MOST:
-        raise UserError(f"-n {count}: expected 1 to {MOST}")
+        raise InvalidInput("count", f"expected 1 to {MOST}", count)
     if not 2 <= steps <= 1000:  # of a single level, there is only the lowest
-        raise UserError(f"--steps {steps}: expected 2 to 1000")
+        raise InvalidInput("steps", "expected 2 to 1000", steps)
     if batch < 1:
-        raise UserError(f"--batch {batch}: expected at least 1")
+        raise InvalidInput("batch", "expected at least 1", batch)
     teacher = load_edm(weights, device, compile=compile)
     if teacher.config.sigmas:
-        raise UserError(f"{weights}: a student of {len(teacher.config.sigmas)} steps; expected a teacher")
+        raise DataError(f"a student of {len(teacher.config.sigmas)} steps; expected a teacher", weights)
     network = teacher.config
     config = PairsConfig(
         teacher=teacher_sha256(weights),
@@ -170,7 +170,7 @@ def teacher_sha256(weights: Path) -> str:
     """
     files = read_manifest(weights).files
     if WEIGHTS_FILE not in files:
-        raise UserError(f"{weights}: its manifest does not list {WEIGHTS_FILE}; expected weights of an EDM network")
+        raise DataError(f"its manifest does not list {WEIGHTS_FILE}; expected weights of an EDM network", weights)
     return files[WEIGHTS_FILE]
 
 
@@ -181,42 +181,42 @@ def _begin(out: Path, config: PairsConfig) -> None:
         for field in PairsConfig.model_fields:
             old, new = getattr(there, field), getattr(config, field)
             if old != new:
-                raise UserError(f"{out}: holds other pairs, whose {field} is {old}, not {new}; name another folder")
+                raise DataError(f"holds other pairs, whose {field} is {old}, not {new}; name another folder", out)
         return
     # Hidden: what a process that was killed while writing the first file may have left.
     if out.exists() and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
-        raise UserError(f"{out}: exists already and holds no pairs; expected a new or empty folder")
+        raise DataError("exists already and holds no pairs; expected a new or empty folder", out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be made a folder ({error.strerror})") from error
+        raise DataError(f"cannot be made a folder ({error.strerror})", out) from error
     atomic_text(out / PAIRS_FILE, config.model_dump_json(indent=2) + "\n")
 
 
 def _read_config(folder: Path) -> PairsConfig:
     path = folder / PAIRS_FILE
     if not path.is_file():
-        raise UserError(f"{folder}: holds no {PAIRS_FILE}; `dmd2 pairs` makes such a folder")
+        raise DataError(f"holds no {PAIRS_FILE}; `dmd2 pairs` makes such a folder", folder)
     try:
         return PairsConfig.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except ValidationError as error:
-        raise UserError(f"{path}: {first_error(error)}") from None
+        raise DataError(f"{first_error(error)}", path) from None
 
 
 def _load(path: Path, config: PairsConfig, pairs: range) -> dict[str, Tensor]:
     """A shard, mapped into memory: pages are read when they are looked at."""
     if not path.is_file():
-        raise UserError(f"{path}: missing; `dmd2 pairs` with the same arguments makes what lacks")
+        raise DataError("missing; `dmd2 pairs` with the same arguments makes what lacks", path)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: truncated or damaged ({error}); delete it and run `dmd2 pairs` again") from None
+        raise DataError(f"truncated or damaged ({error}); delete it and run `dmd2 pairs` again", path) from None
     expected = {"images": (len(pairs), *config.shape), "labels": (len(pairs),), "seeds": (len(pairs),)}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
-        raise UserError(f"{path}: holds {found}; expected {expected}")
+        raise DataError(f"holds {found}; expected {expected}", path)
     if not torch.equal(tensors["seeds"], config.seeds(pairs)):
-        raise UserError(f"{path}: holds other seeds than {config.first_seed + pairs.start} and on")
+        raise DataError(f"holds other seeds than {config.first_seed + pairs.start} and on", path)
     return tensors
 
 
@@ -246,9 +246,7 @@ class Pairs:
         self.config = config = _read_config(folder)
         wanted = teacher_sha256(teacher)
         if config.teacher != wanted:
-            raise UserError(
-                f"{folder}: made by another teacher, with sha256 {config.teacher}; {teacher} has {wanted}"
-            )
+            raise DataError(f"made by another teacher, with sha256 {config.teacher}; {teacher} has {wanted}", folder)
         shards = [_load(folder / name, config, pairs) for name, pairs in config.shards()]
         self._images = [shard["images"] for shard in shards]
         self._seeds = torch.cat([shard["seeds"] for shard in shards])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmd2.diffusion.denoiser import Cond, Denoiser, Predict, cfg_denoise
 from dmd2.diffusion.noise import add_noise, karras_sigmas
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, shown
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ def timesteps_for_strength(levels: Sequence[T], strength: float) -> list[T]:
 def check_strength(strength: float) -> None:
     """Raises UserError unless it is in (0, 1]."""
     if not 0 < strength <= 1:
-        raise UserError(f"prompt_strength: {strength}; expected more than 0, at most 1")
+        raise InvalidInput("prompt_strength", f"{strength}; expected more than 0, at most 1")
 
 
 def image_to_image(
@@ -198,7 +198,7 @@ class Churn:
         found = Churn(*values) if len(values) in (1, 4) else Churn(math.nan)
         if not (0 <= found.amount < math.inf and 0 <= found.lowest <= found.highest and 0 <= found.noise < math.inf):
             expected = "S_churn or S_churn,S_tmin,S_tmax,S_noise, such as 40,0.05,50,1.003"
-            raise UserError(f"--churn {text[:100]}: expected {expected}")
+            raise InvalidInput("churn", f"expected {expected}", shown(text, 100))
         return found
 
 

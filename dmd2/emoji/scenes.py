@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import DataError
 
 Split = Literal["seen", "held-out", "all", "every"]
 
@@ -321,10 +321,10 @@ def _read(path: Path) -> tuple[Sequence[dict[str, Any]], Tensor]:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(archive)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as a zip ({error}); {expected}") from error
+        raise DataError(f"cannot be read as a zip ({error}); {expected}", path) from error
     except (KeyError, TypeError, ValueError) as error:
         reason = error.args[0] if error.args else error
-        raise UserError(f"{path}: {reason}; {expected}") from error
+        raise DataError(f"{reason}; {expected}", path) from error
 
 
 def _read_archive(archive: zipfile.ZipFile) -> tuple[list[dict[str, Any]], Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import WeightsError, shown
 from dmd2.runtime.tensors import save_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,16 +39,16 @@ def load_classifier_file(
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable {kind} classifier ({error})") from error
+        raise WeightsError(f"not a readable {kind} classifier ({error})", path) from error
     if metadata.get("format") != _format(kind):
-        raise UserError(f"{path}: not an {kind} classifier (no {_format(kind)!r} in its metadata)")
+        raise WeightsError(f"not an {kind} classifier (no {_format(kind)!r} in its metadata)", path)
     try:
         config = json.loads(metadata["config"])
         model = build(config)
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         why = " ".join(str(error).split())  # torch lists tensors that do not fit line by line
-        raise UserError(f"{path}: not a readable {kind} classifier ({shown(why)})") from error
+        raise WeightsError(f"not a readable {kind} classifier ({shown(why)})", path) from error
     return model, config
 
 

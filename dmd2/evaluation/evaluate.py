@@ -45,7 +45,7 @@ from dmd2.evaluation.metrics import (
 )
 from dmd2.evaluation.samples import DataSet, Images, open_images
 from dmd2.inference.engine import resolve_device
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_path, expect_place, sha256_file
 from dmd2.runtime.paths import ROOT
 from dmd2.runtime.terminal import Terminal
@@ -161,10 +161,10 @@ def reference_statistics(
         UserError: something is missing or does not fit.
     """
     if out.suffix != ".npz":
-        raise UserError(f"{out}: expected a name that ends in .npz")
+        raise InvalidInput("out", "expected a name that ends in .npz", out)
     settings = Settings(data, ("fid",), out, None, features, inception, classifier, resize=resize, batch=batch)
     _check(settings)
-    expect_place(out, "OUT.npz")
+    expect_place(out, "out")
     with process_group(device) as place:
         networks = _load_networks(settings, place.device)
         images = DataSet(data, side=resize)
@@ -208,7 +208,7 @@ def collect(images: Images, measure: Measure, batch: int, place: Place, what: st
     """
     n = images.n
     if n < place.world:
-        raise UserError(f"-n {n}: fewer images than processes ({place.world})")
+        raise InvalidInput("n", f"fewer images than processes ({place.world})", n)
     batch = min(batch, n // place.world)  # at least one batch for each process
     batches = [list(range(start, min(start + batch, n))) for start in range(0, n, batch)]
     kept: dict[str, Tensor] = {}
@@ -272,14 +272,14 @@ class _Reference:
             self.metadata["sha256"] = sha256_file(path)
             return
         if not path.exists():
-            raise UserError(f"--ref {path}: no such file or folder; expected images (zip, folder) or an .npz")
+            raise InvalidInput("ref", "no such file or folder; expected images (zip, folder) or an .npz", path)
         wanted = {name for name in settings.metrics if name in REFERENCED}
         passes = [(wanted - {"patch-fid"}, settings.resize), (wanted & {"patch-fid"}, images.side)]
         for metrics, side in passes:
             if metrics:
                 data = DataSet(path, side=side)
                 if data.n < max(METRICS[name] for name in metrics):
-                    raise UserError(f"--ref {path}: {data.n} images are too few for {', '.join(sorted(metrics))}")
+                    raise InvalidInput("ref", f"{data.n} images are too few for {', '.join(sorted(metrics))}", path)
                 measure = _measure(replace(settings, metrics=tuple(metrics)), Networks(networks.extractor), data)
                 self.rows |= collect(data, measure, settings.batch, place, "reference")
                 self.metadata |= {"n": data.n, **data.metadata}
@@ -295,21 +295,23 @@ def _read_statistics(path: Path, extractor: Extractor) -> tuple[Tensor, Tensor]:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"--ref {path}: not a readable .npz ({error})") from error
+        raise InvalidInput("ref", f"not a readable .npz ({error})", path) from error
     if not {"mu", "sigma"} <= arrays.keys():
-        raise UserError(f"--ref {path}: holds {', '.join(arrays) or 'nothing'}; expected mu and sigma")
+        raise InvalidInput("ref", f"holds {', '.join(arrays) or 'nothing'}; expected mu and sigma", path)
     mean, covariance = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
     width = extractor.width
     if mean.shape != (width,) or covariance.shape != (width, width):
-        raise UserError(
-            f"--ref {path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}; "
-            f"{extractor.name} features need ({width},) and ({width}, {width})"
+        raise InvalidInput(
+            "ref",
+            f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}; "
+            f"{extractor.name} features need ({width},) and ({width}, {width})",
+            path,
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise UserError(f"--ref {path}: mu or sigma is not finite")
+        raise InvalidInput("ref", "mu or sigma is not finite", path)
     made_by = str(arrays.get("features_sha256", extractor.sha256))
     if made_by != extractor.sha256:
-        raise UserError(f"--ref {path}: statistics of another network's features (its sha256 is {made_by})")
+        raise InvalidInput("ref", f"statistics of another network's features (its sha256 is {made_by})", path)
     return mean, covariance
 
 
@@ -349,31 +351,33 @@ def _check(settings: Settings) -> None:
     """Raises UserError for settings that cannot work, before anything is loaded."""
     for metric in settings.metrics:
         if metric not in METRICS:
-            raise UserError(f"--metric {metric}: unknown; expected some of {', '.join(METRICS)}")
+            raise InvalidInput("metric", f"unknown; expected some of {', '.join(METRICS)}", metric)
         if settings.n is not None and settings.n < METRICS[metric]:
-            raise UserError(f"-n {settings.n}: too few for {metric}; expected at least {METRICS[metric]}")
+            raise InvalidInput("n", f"too few for {metric}; expected at least {METRICS[metric]}", settings.n)
     if settings.features not in ("inception", "small"):
-        raise UserError(f"--features {settings.features}: expected inception or small")
+        raise InvalidInput("features", "expected inception or small", settings.features)
     if not settings.metrics:
-        raise UserError(f"--metric: empty; expected some of {', '.join(METRICS)}")
+        raise InvalidInput("metric", f"empty; expected some of {', '.join(METRICS)}")
     if settings.n is not None and settings.n > MOST:
-        raise UserError(f"-n {settings.n}: expected at most {MOST}")
+        raise InvalidInput("n", f"expected at most {MOST}", settings.n)
     if settings.batch < 1:
-        raise UserError(f"--batch {settings.batch}: expected at least 1")
+        raise InvalidInput("batch", "expected at least 1", settings.batch)
     if not 0 <= settings.seed < 2**62:
-        raise UserError(f"--seed {settings.seed}: expected 0 to 2^62 - 1")
+        raise InvalidInput("seed", "expected 0 to 2^62 - 1", settings.seed)
     if settings.resize is not None and not 1 <= settings.resize <= 8192:
-        raise UserError(f"--resize {settings.resize}: expected 1 to 8192 pixels")
+        raise InvalidInput("resize", "expected 1 to 8192 pixels", settings.resize)
     compared = [metric for metric in settings.metrics if metric in REFERENCED]
     if compared and settings.reference is None:
-        raise UserError(f"--ref: missing; needed for {', '.join(compared)}: images (zip, folder), or for fid an .npz")
+        raise InvalidInput(
+            "ref", f"missing; needed for {', '.join(compared)}: images (zip, folder), or for fid an .npz"
+        )
     if settings.reference and settings.reference.suffix == ".npz" and compared != ["fid"][: len(compared)]:
         needy = ", ".join(metric for metric in compared if metric != "fid")
-        raise UserError(f"--ref {settings.reference}: mean and covariance only; {needy}: need images (zip, folder)")
+        raise InvalidInput("ref", f"mean and covariance only; {needy}: need images (zip, folder)", settings.reference)
     if "patch-fid" in settings.metrics and settings.features != "inception":
-        raise UserError("--metric patch-fid: is of Inception's features only; expected --features inception")
+        raise InvalidInput("metric", "is of Inception's features only; expected features of inception", "patch-fid")
     if "clip" in settings.metrics and settings.clip is None:
-        raise UserError("--clip: missing; --metric clip needs a folder with a CLIP model")
+        raise InvalidInput("clip", "missing; the metric clip needs a folder with a CLIP model")
 
 
 def _load_networks(settings: Settings, device: torch.device) -> Networks:
@@ -392,14 +396,16 @@ def _check_images(settings: Settings, images: Images, networks: Networks) -> Non
         if images.n < METRICS[metric]:
             raise UserError(f"{settings.weights}: {images.n} images are too few for {metric}")
     if networks.clip and images.prompts is None:
-        raise UserError(f"--metric clip: {settings.weights} has no prompts; expected a text-to-image model")
+        raise InvalidInput("metric", f"{settings.weights} has no prompts; expected a text-to-image model", "clip")
     if networks.classifier:
         known = networks.classifier.classes
         if images.labels is None:
-            raise UserError(f"--metric accuracy: {settings.weights} has no labels; expected one class for each image")
+            raise InvalidInput(
+                "metric", f"{settings.weights} has no labels; expected one class for each image", "accuracy"
+            )
         if max(images.labels) >= len(known):
             found = f"class {max(images.labels)}"
-            raise UserError(f"--metric accuracy: {settings.classifier} knows {len(known)} classes, not {found}")
+            raise InvalidInput("metric", f"{settings.classifier} knows {len(known)} classes, not {found}", "accuracy")
 
 
 # What is written down

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmd2.evaluation.image_classifier import load_image_classifier
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import read_object, sha256_file
 
 INCEPTION_FEATURES = 2048
@@ -67,7 +67,7 @@ def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, f
     try:
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError:
-        raise UserError("--metric kid: torchmetrics is not installed; pip install 'dmd2[train]'") from None
+        raise InvalidInput("metric", "torchmetrics is not installed; pip install 'dmd2[train]'", "kid") from None
 
     size = min(KID_SUBSET, len(real), len(fake))
     with _quiet_and_seeded(seed):
@@ -191,15 +191,17 @@ class Inception:
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         if not path.is_file():
-            raise UserError(
-                f"--inception {path}: no such file; scripts/download-metrics fetches it. "
-                "Without it: --features small (FD-small, which is not FID)"
+            raise InvalidInput(
+                "inception",
+                "no such file; scripts/download-metrics fetches it. "
+                "Without it: features small (FD-small, which is not FID)",
+                path,
             )
         self.path, self.device = path, torch.device(device)
         try:
             self.net = torch.jit.load(path, map_location=self.device).eval()
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"--inception {path}: not a TorchScript file, or damaged ({_first(error)})") from error
+            raise InvalidInput("inception", f"not a TorchScript file, or damaged ({_first(error)})", path) from error
         self.sha256 = sha256_file(path)
 
     @torch.inference_mode()
@@ -207,14 +209,14 @@ class Inception:
         features = self._run(images, "return_features")
         if features.shape != (len(images), self.width):
             expected = (len(images), self.width)
-            raise UserError(f"--inception {self.path}: gives features {tuple(features.shape)}; expected {expected}")
+            raise InvalidInput("inception", f"gives features {tuple(features.shape)}; expected {expected}", self.path)
         return features, self._log_probabilities(images) if answers else None
 
     def _log_probabilities(self, images: Tensor) -> Tensor:
         given = self._run(images, "no_output_bias")
         if given.ndim != 2 or len(given) != len(images):
             expected = f"({len(images)}, classes)"
-            raise UserError(f"--inception {self.path}: gives answers {tuple(given.shape)}; expected {expected}")
+            raise InvalidInput("inception", f"gives answers {tuple(given.shape)}; expected {expected}", self.path)
         # The published script ends in a softmax; one that gives logits serves as well.
         if given.min() >= 0 and torch.allclose(given.sum(1), torch.ones_like(given[:, 0]), atol=1e-3):
             return given.clamp_min(1e-30).log()
@@ -226,7 +228,7 @@ class Inception:
         except (RuntimeError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise UserError(f"--inception {self.path}: cannot be called with {option} ({_first(error)})") from error
+            raise InvalidInput("inception", f"cannot be called with {option} ({_first(error)})", self.path) from error
 
 
 class SmallFeatures:
@@ -251,7 +253,7 @@ class SmallFeatures:
         if images.shape[1:] != (3, side, side):
             found = f"{images.shape[-1]}x{images.shape[-2]}"
             raise UserError(
-                f"{self.path}: takes images of {side}x{side} pixels, not {found}; --resize {side} makes them so"
+                f"{self.path}: takes images of {side}x{side} pixels, not {found}; resizing to {side} makes them so"
             )
         x = images.to(self.device).float() / 127.5 - 1
         features = self.net.features(x.contiguous(memory_format=torch.channels_last))
@@ -275,12 +277,12 @@ class ClipScore:
         disable_progress_bar()
         path = folder / "config.json"
         if not path.is_file():
-            raise UserError(f"--clip {folder}: holds no CLIP model; scripts/download-metrics --clip fetches one")
+            raise InvalidInput("clip", "holds no CLIP model; scripts/download-metrics --clip fetches one", folder)
         self.path, self.device = folder, torch.device(device)
         try:
             kind = read_object(path).get("model_type")
             if kind != "clip":
-                raise UserError(f"--clip {folder}: is a model of the type {kind!r}; expected 'clip'")
+                raise InvalidInput("clip", f"is a model of the type {kind!r}; expected 'clip'", folder)
             model, info = CLIPModel.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -289,9 +291,9 @@ class ClipScore:
         except UserError:
             raise
         except Exception as error:  # transformers raises many kinds for damaged files
-            raise UserError(f"--clip {folder}: damaged, or no CLIP model ({_first(error)})") from error
+            raise InvalidInput("clip", f"damaged, or no CLIP model ({_first(error)})", folder) from error
         if info["missing_keys"]:  # transformers has made up their values
-            raise UserError(f"--clip {folder}: lacks {min(info['missing_keys'])}: no CLIP model, or damaged")
+            raise InvalidInput("clip", f"lacks {min(info['missing_keys'])}: no CLIP model, or damaged", folder)
         self.net: Any = model.requires_grad_(False).eval().to(self.device)
         self.sha256 = {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
 

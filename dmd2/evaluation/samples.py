@@ -18,7 +18,7 @@ from dmd2.diffusion.sampling import Churn
 from dmd2.inference.engine import Engine
 from dmd2.inference.mode import Mode, default_mode
 from dmd2.models.model import family_of
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import read_text, sha256_file
 from dmd2.weights.manifest import MANIFEST, Manifest, read_manifest
 
@@ -70,7 +70,7 @@ class Samples:
         self.n, self.seed, self.side = n, seed, min(manifest.native_size)
         self.mode = _mode(manifest, steps)
         if self.mode.student and churn is not None:
-            raise UserError("--churn: only of a teacher's sampler; these weights are a student")
+            raise InvalidInput("churn", "only of a teacher's sampler; these weights are a student")
         dtype = torch.float32 if prompts is None else None
         self.engine = Engine(folder, device, dtype, modes=(self.mode,), churn=churn)
         self.sigmas = self.mode.sigmas(self.engine.model.denoiser(self.mode.subfolder))
@@ -101,7 +101,7 @@ def _mode(manifest: Manifest, steps: str | None) -> Mode:
     if manifest.students or teacher is None or steps in (None, "teacher"):
         return Mode.parse(steps or default_mode(manifest), manifest)
     if not (steps or "").isdecimal() or not 2 <= int(steps or 0) <= 10_000:
-        raise UserError(f"--steps {steps}: expected 2 to 10000 steps of the teacher's sampler")
+        raise InvalidInput("steps", "expected 2 to 10000 steps of the teacher's sampler", steps)
     return Mode.of_teacher(manifest, int(steps or 0))
 
 
@@ -122,7 +122,7 @@ class DataSet:
             raise UserError(f"{path}: no such file or folder; expected weights, or images in a zip or a folder")
         self._set = ImageSet(path, side, fit=side is not None, in_memory=False)
         if n is not None and n > len(self._set):
-            raise UserError(f"-n {n}: {path} holds {len(self._set)} images")
+            raise InvalidInput("n", f"{path} holds {len(self._set)} images", n)
         self.n, self.side = n or len(self._set), self._set.resolution
         self.labels: list[int] | None = None if self._set.labels is None else self._set.labels[: self.n].tolist()
         self.prompts: list[str] | None = None
@@ -165,19 +165,19 @@ def open_images(
         UserError: it is none of these, or an option does not fit it.
     """
     if not (source / MANIFEST).is_file():
-        for option, value in (("--steps", steps), ("--prompts", prompts), ("--churn", churn)):
+        for option, value in (("steps", steps), ("prompts", prompts), ("churn", churn)):
             if value is not None:
-                raise UserError(f"{option}: expected weights to draw with; {source} has no {MANIFEST}")
+                raise InvalidInput(option, f"expected weights to draw with; {source} has no {MANIFEST}")
         return DataSet(source, n, side)
     family = family_of(source)
     if churn is not None and not family.takes_churn:
-        raise UserError(f"--churn: only of an EDM teacher's sampler; {source} has another one")
+        raise InvalidInput("churn", f"only of an EDM teacher's sampler; {source} has another one")
     if not family.takes_prompts:
         if prompts is not None:
-            raise UserError(f"--prompts: {source} draws classes, not prompts")
+            raise InvalidInput("prompts", f"{source} draws classes, not prompts")
         return Samples(source, n or DEFAULT_N, steps, seed, device, churn=churn)
     if prompts is None:
-        raise UserError(f"--prompts: missing; {source} draws prompts: expected a text file with one a line")
+        raise InvalidInput("prompts", f"missing; {source} draws prompts: expected a text file with one a line")
     lines = read_prompts(prompts)
     return Samples(source, n or len(lines), steps, seed, device, lines)
 
@@ -189,8 +189,8 @@ def read_prompts(path: Path) -> list[str]:
             line.strip() for line in read_text(path).split("\n")
         ]  # not splitlines(), which cuts within some prompts
     except UserError as error:
-        raise UserError(f"--prompts {error}") from error
+        raise InvalidInput("prompts", str(error)) from error
     prompts = [line for line in lines if line]
     if not prompts:
-        raise UserError(f"--prompts {path}: is empty; expected one prompt a line")
+        raise InvalidInput("prompts", "is empty; expected one prompt a line", path)
     return prompts

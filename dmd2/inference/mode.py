@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dmd2.diffusion.denoiser import Denoiser
 from dmd2.diffusion.sampling import teacher_sigmas, timesteps_for_strength
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.weights.manifest import Manifest, Student
 
 
@@ -33,7 +33,7 @@ class Mode:
             if mode.name == name:
                 return mode
         valid = ", ".join(modes_of(manifest)) or "no student"
-        raise UserError(f"--steps {name}: these weights have {valid}")
+        raise InvalidInput("steps", f"these weights have {valid}", name)
 
     @classmethod
     def all(cls, manifest: Manifest) -> list[Mode]:

@@ -1,10 +1,18 @@
-"""Errors meant for the user's eyes, and how much of what strangers wrote they may hold."""
+"""Errors meant for the user's eyes, and how much of what strangers wrote they may hold.
+
+UserError (a ValueError)    bad input, of whatever kind
+  · InvalidInput            of one field: the command line says which flag that is, a service answers 422
+  · WeightsError            weights are missing, damaged or not what they say
+  · DataError               so are images, pairs or captions
+  · TrainingDiverged        a run no longer learns
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +34,38 @@ class UserError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(message))
+
+
+class InvalidInput(UserError):
+    """What a caller gave for `field` is not valid: "FIELD: message", or "FIELD given: message" if that is told."""
+
+    def __init__(self, field: str, message: str, given: object = None) -> None:
+        self.field = field
+        super().__init__(f"{field}: {message}" if given is None else f"{field} {given}: {message}")
+
+    def named(self, name: str) -> UserError:
+        """The same, with the name that the field has for whoever is told."""
+        return UserError(name + str(self).removeprefix(self.field))
+
+
+class _AtPath(UserError):
+    """What is wrong with a file or folder: "PATH: message"."""
+
+    def __init__(self, message: str, path: Path | str | None = None) -> None:
+        self.path = path
+        super().__init__(message if path is None else f"{path}: {message}")
+
+
+class WeightsError(_AtPath):
+    """Weights are missing, damaged or not what they say."""
+
+
+class DataError(_AtPath):
+    """Training data, references or pairs are missing, damaged or not what they say."""
+
+
+class TrainingDiverged(UserError):
+    """A run that no longer learns. What it had learned until its last checkpoint is kept."""
 
 
 def one_line(text: object, most: int = MOST) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import InvalidInput, UserError, shown
 
 MOST_JSON = 16_000_000
 """bytes of a JSON file that is read, at most"""
@@ -63,19 +63,19 @@ def expect_place(path: Path, name: str) -> None:
     """Makes the folder of a file that is going to be written, so that long work does not fail at its end.
 
     Args:
-        name: what the user calls it, such as "--out".
+        name: the field that says so, such as "out".
 
     Raises:
         UserError: `path` is a folder, its folder cannot be made, or nothing can be written there.
     """
     if path.is_dir():
-        raise UserError(f"{name} {shown(path)}: is a folder; expected the name of a file")
+        raise InvalidInput(name, "is a folder; expected the name of a file", shown(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"{name} {shown(path)}: cannot be written ({error.strerror})") from error
+        raise InvalidInput(name, f"cannot be written ({error.strerror})", shown(path)) from error
 
 
 def read_bounded(file: Path | bytes, most: int, name: str) -> bytes:

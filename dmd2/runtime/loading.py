@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import WeightsError, shown
 from dmd2.runtime.files import read_object
 
 # diffusers up to 0.16 named the attention of VAEs differently. Files of that time are still about.
@@ -62,7 +62,7 @@ def check_network(kind: Any, path: Path, *, half: bool = False) -> None:
                 shapes |= {key: part.get_shape() for key, part in slices.items()}
                 floats |= {key: part.get_dtype().startswith(("F", "BF")) for key, part in slices.items()}
         except SafetensorError as error:
-            raise UserError(f"{file}: not a whole safetensors file ({shown(error)})") from None
+            raise WeightsError(f"not a whole safetensors file ({shown(error)})", file) from None
     expect_floats(network, files[0], {name: floats[key] for name, key in fit(network, files[0], shapes).items()})
 
 
@@ -71,7 +71,7 @@ def _described(
 ) -> tuple[Any, list[Path]]:
     config = path.with_name("config.json")
     if not config.is_file():
-        raise UserError(f"{config}: missing; expected a {kind.__name__} there")
+        raise WeightsError(f"missing; expected a {kind.__name__} there", config)
     files = weight_files(path, half=half)
     return build_network(kind, config, settings), files
 
@@ -94,18 +94,18 @@ def weight_files(path: Path, *, half: bool = False) -> list[Path]:
             return _shards(file) if name.endswith(".json") else [file]
     others = [p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".msgpack")]
     there = f", as safetensors; {shown(min(others))} is not read" if others else ""
-    raise UserError(f"{path}: missing; expected weights there{there}")
+    raise WeightsError(f"missing; expected weights there{there}", path)
 
 
 def _shards(index: Path) -> list[Path]:
     of_keys = read_object(index).get("weight_map")
     names = set(of_keys.values()) if isinstance(of_keys, dict) and _are_names(of_keys.values()) else set()
     if not 1 <= len(names) <= MOST_SHARDS:
-        raise UserError(f"{index}: expected a weight_map from tensors to up to {MOST_SHARDS} files beside it")
+        raise WeightsError(f"expected a weight_map from tensors to up to {MOST_SHARDS} files beside it", index)
     files = [index.with_name(name) for name in sorted(names)]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: missing; {index.name} lists it")
+            raise WeightsError(f"missing; {index.name} lists it", file)
     return files
 
 
@@ -144,7 +144,7 @@ def build_network(kind: Any, config: Path, settings: Mapping[str, Any] | None = 
                 return kind(kind.config_class.from_dict(settings))
             return kind.from_config(settings)
     except Exception as error:  # of any kind: what the libraries raise for wrong types and values
-        raise UserError(f"{config}: describes no {kind.__name__} ({shown(error)})") from error
+        raise WeightsError(f"describes no {kind.__name__} ({shown(error)})", config) from error
 
 
 def _check_types(config: Path, settings: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
@@ -170,7 +170,7 @@ def _check_types(config: Path, settings: Mapping[str, Any], parameters: Mapping[
             case _:
                 continue
         if not fine:
-            raise UserError(f"{config}: {name}: {shown(value)}; expected {expected}")
+            raise WeightsError(f"{name}: {shown(value)}; expected {expected}", config)
 
 
 def _check_counts(config: Path, settings: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ def _check_counts(config: Path, settings: Mapping[str, Any]) -> None:
             flat.append(item)
         largest = MOST_LAYERS if "layers" in name or "blocks" in name else MOST_CHANNELS
         if len(flat) > MOST_LAYERS or any(isinstance(n, int) and abs(n) > largest for n in flat):
-            raise UserError(f"{config}: {shown(name)}: {shown(value)}; expected numbers of at most {largest}")
+            raise WeightsError(f"{shown(name)}: {shown(value)}; expected numbers of at most {largest}", config)
 
 
 def _read(network: nn.Module, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ def _read(network: nn.Module, files: Sequence[Path], device: torch.device, dtype
             keys = fit(network, files[0], {key: file.get_slice(key).get_shape() for key, file in where.items()})
             tensors = {name: _placed(where[key].get_tensor(key), device, dtype) for name, key in keys.items()}
     except SafetensorError as error:
-        raise UserError(f"{files[0]}: not a whole safetensors file ({shown(error)})") from None
+        raise WeightsError(f"not a whole safetensors file ({shown(error)})", files[0]) from None
     expect_floats(network, files[0], {name: tensor.is_floating_point() for name, tensor in tensors.items()})
     return tensors
 
@@ -203,7 +203,7 @@ def expect_floats(network: nn.Module, path: Path, floats: Mapping[str, bool]) ->
     """Raises UserError where a file has integers (of whatever quantization) for a network's floats."""
     for name, wanted in network.state_dict().items():
         if wanted.is_floating_point() and not floats[name]:
-            raise UserError(f"{path}: {name}: integers; expected floats (quantized weights are not read)")
+            raise WeightsError(f"{name}: integers; expected floats (quantized weights are not read)", path)
 
 
 def fit(network: nn.Module, path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -241,7 +241,7 @@ def _check(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tupl
         sizes = [f"{name} as {_size(found[name])} instead of {_size(wanted[name])}" for name in wrong]
         faults.append(f"has {_some(sizes)}")
     if faults:
-        raise UserError(f"{path}: not the network that its config.json describes: {'; '.join(faults)}")
+        raise WeightsError(f"not the network that its config.json describes: {'; '.join(faults)}", path)
 
 
 def _some(names: list[str]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import TrainingDiverged, UserError, shown
 from dmd2.runtime.files import atomic_path
 from dmd2.runtime.terminal import say
 from dmd2.training.recipes.kinds import LoopSettings
@@ -30,7 +30,7 @@ from dmd2.training.run.checkpoints import (
     check_recipe,
     first_not_finite,
 )
-from dmd2.training.run.divergence import Guard, TrainingDiverged
+from dmd2.training.run.divergence import Guard
 from dmd2.training.run.folder import open_run
 from dmd2.training.run.logs import RunLogs
 from dmd2.training.run.signals import stop_signals

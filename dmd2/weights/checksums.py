@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import WeightsError
 from dmd2.runtime.files import sha256_file
 
 
@@ -52,8 +52,7 @@ def _compare(path: Path, expected: str, hashed: Future[str], source: str) -> Non
     try:
         found = hashed.result()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise UserError(f"{path}: missing; {source} lists it with sha256 {expected}") from None
+        raise WeightsError(f"missing; {source} lists it with sha256 {expected}", path) from None
     if found != expected:
-        raise UserError(
-            f"{path}: sha256 is {found}, but {source} says {expected}: the file is damaged or was changed"
-        )
+        told = f"sha256 is {found}, but {source} says {expected}: the file is damaged or was changed"
+        raise WeightsError(told, path)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dmd2.runtime.errors import UserError, first_error, shown
+from dmd2.runtime.errors import InvalidInput, WeightsError, first_error, shown
 from dmd2.runtime.files import atomic_text, read_object, sha256_file
 from dmd2.runtime.paths import ROOT
 from dmd2.weights.checksums import verifying
@@ -107,13 +107,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"--weights {folder}: no such folder")
+        raise InvalidInput("weights", "no such folder", folder)
     if not path.is_file():
-        raise UserError(f"{path}: missing; expected a folder of weights with a {MANIFEST}")
+        raise WeightsError(f"missing; expected a folder of weights with a {MANIFEST}", path)
     try:
         manifest = Manifest.model_validate(read_object(path))
     except ValidationError as error:
-        raise UserError(f"{path}: {first_error(error)}") from None
+        raise WeightsError(f"{first_error(error)}", path) from None
     _check_links(folder, manifest)
     return manifest
 
@@ -129,9 +129,8 @@ def _check_links(folder: Path, manifest: Manifest) -> None:
     for field, name in named.items():
         real = os.path.realpath(folder / name)
         if os.path.commonpath([top, real]) != top:
-            raise UserError(
-                f"{folder / MANIFEST}: {shown(field)}: a link that leads out of the folder, to {shown(real)}"
-            )
+            told = f"{shown(field)}: a link that leads out of the folder, to {shown(real)}"
+            raise WeightsError(told, folder / MANIFEST)
 
 
 def verify(folder: Path, manifest: Manifest, subfolders: set[str] | None = None) -> None:

@@ -286,6 +286,15 @@ def test_a_random_seed_is_told(
     assert len(list((Path.cwd() / "outputs").iterdir())) == 2
 
 
+def test_every_field_has_the_name_of_its_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(monkeypatch, capsys, "evaluate", ".", "-n", "0", "--metric", "accuracy")
+    assert line.startswith("dmd2: -n 0: too few")
+    assert "dmd2: OUT.npz out.txt: " in refused(monkeypatch, capsys, "ref-stats", ".", "out.txt")
+    assert "dmd2: WEIGHTS nothing: no such" in refused(monkeypatch, capsys, "pairs", "nothing", "out")
+
+
 # As a process of its own
 
 
@@ -398,8 +407,8 @@ def test_generate_with_previews(
         (["--image", "nothing.png"], "image: cannot be read (No such file or directory)"),
         (["--image", "text.png"], "image: no image; expected PNG, JPEG, WEBP"),
         (["--mask", "mask.png"], "mask: given without an image"),
-        (["--image", "given.png", "--prompt-strength", "0"], "prompt_strength: 0.0; expected more than 0, at most 1"),
-        (["--image", "given.png", "--prompt-strength", "nan"], "prompt_strength: nan; expected more than 0"),
+        (["--image", "given.png", "--prompt-strength", "0"], "--prompt-strength: 0.0; expected more than 0, at most 1"),
+        (["--image", "given.png", "--prompt-strength", "nan"], "--prompt-strength: nan; expected more than 0"),
         (["--image", "given.png", "--steps", "teacher"], "--steps teacher: takes no image"),
         (["--lora", "nothing.safetensors"], "LoRA nothing.safetensors: expected an https URL"),
         (["--lora", "text.png"], "LoRA text.png: cannot be read as safetensors"),

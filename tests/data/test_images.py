@@ -223,7 +223,7 @@ def test_broken_sets_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "flipped.zip").write_bytes(content[:start] + b"XXXXXX" + content[start + 6 :])
     with pytest.raises(UserError, match=r"img00000000\.png: unreadable"):
         ImageSet(tmp_path / "flipped.zip")
-    with pytest.raises(UserError, match=r"--data .*: no such file or folder"):
+    with pytest.raises(UserError, match=r"^data .*: no such file or folder"):
         ImageSet(tmp_path / "absent.zip")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):

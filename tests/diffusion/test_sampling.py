@@ -312,7 +312,7 @@ def test_churn_is_one_number_or_four() -> None:
     assert Churn.parse("40") == Churn(40.0)
     assert Churn.parse("40,0.05,50,1.003") == Churn(40.0, 0.05, 50.0, 1.003)
     for text in ("", "x", "-1", "nan", "inf", "1,2", "1,3,2,1", "1,0,50,nan", "1,0,50,1,1"):
-        with pytest.raises(UserError, match=r"--churn .*: expected S_churn or S_churn,S_tmin,S_tmax,S_noise"):
+        with pytest.raises(UserError, match=r"^churn .*: expected S_churn or S_churn,S_tmin,S_tmax,S_noise"):
             Churn.parse(text)
 
 

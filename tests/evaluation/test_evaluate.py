@@ -128,7 +128,7 @@ def test_a_teacher_may_be_sampled_with_churn(folder: Path) -> None:
     )
     none = Samples(folder / "teacher", 4, "3", 7, CPU, churn=Churn(0.0))
     assert (none.generate(rows).int() - plain.generate(rows).int()).abs().max() <= 2
-    with pytest.raises(UserError, match="--churn: only of a teacher's sampler"):
+    with pytest.raises(UserError, match="churn: only of a teacher's sampler"):
         Samples(folder / "student", 4, None, 7, CPU, churn=Churn(2.0))
 
 
@@ -143,9 +143,9 @@ def test_a_student_is_sampled_in_one_step_from_sigma_80(folder: Path) -> None:
         samples.generate([11]), Engine(folder / "student", CPU, torch.float32).generate(["1"], [16], "1")
     )
     assert samples.metadata["sampler"] == "few-step" and samples.metadata["sigmas"] == [80.0]
-    with pytest.raises(UserError, match="--steps 4: these weights have 1"):
+    with pytest.raises(UserError, match="steps 4: these weights have 1"):
         Samples(folder / "student", 12, "4", 5, CPU)
-    with pytest.raises(UserError, match="--steps many: expected 2 to 10000"):
+    with pytest.raises(UserError, match="steps many: expected 2 to 10000"):
         Samples(folder / "teacher", 12, "many", 5, CPU)
     assert Samples(folder / "classless", 3, "2", 0, CPU).generate([0, 1]).shape == (2, 3, 32, 32)
 
@@ -343,7 +343,7 @@ def test_two_processes_find_what_one_does(folder: Path, tmp_path: Path) -> None:
 
 def test_each_process_needs_an_image(folder: Path) -> None:
     samples = Samples(folder / "student", 21, None, 0, CPU)
-    with pytest.raises(UserError, match="-n 21: fewer images than processes"):
+    with pytest.raises(UserError, match="n 21: fewer images than processes"):
         collect(samples, lambda images, rows: {}, 8, Place(0, 22, CPU), "test")
 
 
@@ -360,26 +360,26 @@ def refused(settings: Settings, *words: str) -> None:
 
 
 def test_options_that_do_not_fit_are_one_line(folder: Path) -> None:
-    refused(small(folder, "student", "fid", "fvd"), "--metric fvd", "patch-fid")
-    refused(small(folder, "student"), "--metric: empty")
-    refused(small(folder, "student", "prdc", n=5), "-n 5", "prdc", "at least 6")
-    refused(small(folder, "student", "fid", reference=None), "--ref: missing", "fid")
-    refused(small(folder, "student", "fid", features="large"), "--features large", "inception or small")
-    refused(small(folder, "student", "patch-fid", reference=folder / "ref.zip"), "patch-fid", "--features inception")
-    refused(small(folder, "student", "clip"), "--clip: missing")
-    refused(small(folder, "student", "fid", batch=0), "--batch 0")
-    refused(small(folder, "student", "fid", seed=-1), "--seed -1")
-    refused(small(folder, "student", "fid", resize=0), "--resize 0")
-    refused(small(folder, "student", "fid", prompts=folder / "x"), "--prompts", "classes, not prompts")
-    refused(small(folder, "ref.zip", "fid", steps="1"), "--steps", "has no dmd2.json")
-    refused(small(folder, "unlabelled.zip", "fid"), "-n 20", "12 images")
+    refused(small(folder, "student", "fid", "fvd"), "metric fvd", "patch-fid")
+    refused(small(folder, "student"), "metric: empty")
+    refused(small(folder, "student", "prdc", n=5), "n 5", "prdc", "at least 6")
+    refused(small(folder, "student", "fid", reference=None), "ref: missing", "fid")
+    refused(small(folder, "student", "fid", features="large"), "features large", "inception or small")
+    refused(small(folder, "student", "patch-fid", reference=folder / "ref.zip"), "patch-fid", "features of inception")
+    refused(small(folder, "student", "clip"), "clip: missing")
+    refused(small(folder, "student", "fid", batch=0), "batch 0")
+    refused(small(folder, "student", "fid", seed=-1), "seed -1")
+    refused(small(folder, "student", "fid", resize=0), "resize 0")
+    refused(small(folder, "student", "fid", prompts=folder / "x"), "prompts", "classes, not prompts")
+    refused(small(folder, "ref.zip", "fid", steps="1"), "steps", "has no dmd2.json")
+    refused(small(folder, "unlabelled.zip", "fid"), "n 20", "12 images")
 
 
 def test_weights_that_do_not_fit_are_one_line(folder: Path, weights: Path, tmp_path: Path) -> None:
     refused(small(folder, "nothing", "fid"), "nothing: no such file or folder")
     refused(small(folder, "classless", "accuracy"), "classless has no labels")
     refused(small(folder, "unlabelled.zip", "accuracy", n=None), "unlabelled.zip has no labels")
-    refused(small(folder, ".", "fid", weights=weights), "--prompts: missing")
+    refused(small(folder, ".", "fid", weights=weights), "prompts: missing")
     (tmp_path / "empty.txt").write_text("\n \n")
     refused(small(folder, ".", "fid", weights=weights, prompts=tmp_path / "empty.txt"), "empty.txt: is empty")
     edm_folder(tmp_path / "many", classes=20)
@@ -411,7 +411,7 @@ def test_references_that_do_not_fit_are_one_line(folder: Path, tmp_path: Path) -
     refused(small(folder, "student", "fid", "prdc", "kid", reference=path), "prdc, kid", "need images")
     refused(small(folder, "student", "fid", reference=tmp_path / "none.npz"), "none.npz", "No such file")
     refused(
-        small(folder, "student", "fid", reference=tmp_path / "none.zip"), "--ref", "none.zip: no such file or folder"
+        small(folder, "student", "fid", reference=tmp_path / "none.zip"), "ref", "none.zip: no such file or folder"
     )
     zipped(tmp_path / "few.zip", some_images(5, 32))
     refused(small(folder, "student", "prdc", reference=tmp_path / "few.zip"), "5 images are too few for prdc")
@@ -451,5 +451,5 @@ def test_where_the_result_cannot_be_written_is_known_before_anything_is_computed
 
 
 def test_more_images_than_fit_anywhere_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="-n 10000001: expected at most 10000000"):
+    with pytest.raises(UserError, match="n 10000001: expected at most 10000000"):
         evaluate(small(folder, "student", "accuracy", n=10_000_001))

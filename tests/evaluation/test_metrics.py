@@ -226,7 +226,7 @@ def test_the_committed_classifier_is_small_and_known() -> None:
     torch.testing.assert_close(answers.exp().sum(1), torch.ones(3))
     alone, _ = classifier(images[1:2])
     torch.testing.assert_close(alone, features[1:2])
-    with pytest.raises(UserError, match=r"32x32 pixels, not 16x16; --resize 32"):
+    with pytest.raises(UserError, match=r"32x32 pixels, not 16x16; resizing to 32"):
         classifier(samples(1, 16))
 
 

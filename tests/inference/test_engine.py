@@ -227,7 +227,7 @@ def test_nothing_is_computed_for_a_call_that_was_cancelled(
 def test_an_unknown_mode_lists_the_valid_ones(engine: Engine, weights: Path, mode: str) -> None:
     with pytest.raises(UserError) as error:
         engine.generate(["an owl"], [0], mode)
-    assert str(error.value) == f"--steps {mode}: these weights have 1, 4, teacher, teacher-4, teacher-1"
+    assert str(error.value) == f"steps {mode}: these weights have 1, 4, teacher, teacher-4, teacher-1"
     with pytest.raises(UserError, match="these weights have"):
         Engine(weights, "cpu", modes=("1", mode))
 
@@ -238,7 +238,7 @@ def test_weights_without_a_teacher_offer_none(weights: Path, tmp_path: Path) -> 
     (copy / MANIFEST).write_text(json.dumps(manifest | {"teacher": None}))
     with pytest.raises(UserError) as error:
         Engine(copy, "cpu", modes=("teacher",))
-    assert str(error.value) == "--steps teacher: these weights have 1, 4"
+    assert str(error.value) == "steps teacher: these weights have 1, 4"
 
 
 def test_only_the_modes_asked_for_are_loaded_at_once(weights: Path) -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import io
 import logging
+import re
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmd2.runtime.errors import MOST, MOST_TRACE, BriefFormatter, UserError, one_line, told_briefly
+from dmd2.runtime.errors import (
+    MOST,
+    MOST_TRACE,
+    BriefFormatter,
+    DataError,
+    InvalidInput,
+    UserError,
+    WeightsError,
+    one_line,
+    told_briefly,
+)
+from dmd2.runtime.paths import ROOT
 from dmd2.service.cog.bridge import begun, in_this_context
 
 
@@ -78,3 +92,29 @@ def test_log_lines_are_brief() -> None:
     except KeyError:
         logger.exception("failed")
     assert len(stream.getvalue()) < len(line) + MOST_TRACE + 100 and "Traceback" in stream.getvalue()
+
+
+def test_an_invalid_input_knows_its_field_and_takes_the_name_that_the_edge_gives_it() -> None:
+    error = InvalidInput("num_outputs", "expected 1 to 4", 9)
+    assert (error.field, str(error)) == ("num_outputs", "num_outputs 9: expected 1 to 4")
+    assert str(error.named("--num-outputs")) == "--num-outputs 9: expected 1 to 4"
+    assert str(InvalidInput("prompt", "empty")) == "prompt: empty"
+
+
+def test_errors_about_files_say_which() -> None:
+    for kind in (WeightsError, DataError):
+        error = kind("missing", Path("a/b"))
+        assert (error.path, str(error)) == (Path("a/b"), "a/b: missing") and isinstance(error, UserError)
+        assert (kind("none").path, str(kind("none"))) == (None, "none")
+
+
+def test_the_library_names_no_flags() -> None:
+    """Flags belong to the command line: elsewhere an error names a field, and whoever shows it knows the flag."""
+    edges = ("cli", "training", "service")
+    for file in (ROOT / "dmd2").rglob("*.py"):
+        if file.relative_to(ROOT / "dmd2").parts[0] in edges or file.name == "engine.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise):
+                texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                assert not [t for t in texts if re.match(r"-{1,2}[a-z][a-z-]* ?\Z|-{1,2}[a-z][a-z-]*[: ]", t)], file

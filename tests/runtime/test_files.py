@@ -164,7 +164,7 @@ def test_no_text_is_one_clear_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     for content in (b"\xff\xfea", b"caf\xe9", b"\xff" * 1_000_000):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"--prompts .*prompts\.txt: cannot be read as text in UTF-8") as raised:
+        with pytest.raises(UserError, match=r"^prompts: .*prompts\.txt: cannot be read as text in UTF-8") as raised:
             read_prompts(path)
         assert len(str(raised.value)) < 500 + len(str(path))
     for content in (b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"):

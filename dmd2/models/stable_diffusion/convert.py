@@ -17,7 +17,7 @@ from dmd2.models.adapters.lora import SETTINGS_FILE, Fused, read_lora, settings_
 from dmd2.models.stable_diffusion.configs import Schedule, check_configs, read_vae_config
 from dmd2.models.stable_diffusion.folder import UNET_FILE, load_tokenizer, save_pipeline_configs
 from dmd2.models.stable_diffusion.single_file import SingleFile, check_base
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_text, sha256_file
 from dmd2.runtime.loading import build_network, check_network, weight_files
 from dmd2.weights.folders import swap
@@ -148,9 +148,10 @@ def _from_file(
     source: Path, lora: Path | None, new: Path, vae: Path | None, base: Path | None, schedule: Schedule | None
 ) -> Schedule:
     if base is None:
-        raise UserError(
-            f"{source}: has neither configurations nor tokenizers; expected --base FOLDER with those of SDXL in "
-            "diffusers' layout, such as weights/sdxl"
+        raise InvalidInput(
+            "base",
+            f"missing; {source} has neither configurations nor tokenizers; expected a folder with those of SDXL in "
+            "diffusers' layout, such as weights/sdxl",
         )
     file = SingleFile(source, base, vae)
     file.write_configs(new)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from dmd2 import __version__
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_pipeline_configs
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_path, atomic_text, sha256_file
 from dmd2.runtime.loading import build_network
 from dmd2.weights.folders import swap
@@ -193,15 +193,15 @@ def download(
         )  # what dmd2/inference/safety.py loads
         folders.append(Folder(dest.with_name("safety"), [File(SAFETY, name, name) for name in names]))
         if dest.name == "safety":
-            raise UserError(f"--dest {dest}: is where --safety puts the safety checker; choose another name")
+            raise InvalidInput("dest", "is where the safety checker goes; choose another name", dest)
     files = [file for folder in folders for file in folder.files]
     repositories = list(dict.fromkeys(file.repository for file in files))
     for repository in revisions or {}:
         if repository not in repositories:
-            raise UserError(f"--revision {repository}=…: expected one of {', '.join(repositories)}")
+            raise InvalidInput("revision", f"expected one of {', '.join(repositories)}", f"{repository}=…")
     for folder in folders:
         if folder.path.is_mount():
-            raise UserError(f"{folder.path}: a mount point cannot be replaced; choose a --dest in it")
+            raise UserError(f"{folder.path}: a mount point cannot be replaced; choose a folder in it")
     with _plain_errors(str(dest.parent)), _lock(dest.parent):
         for folder in folders:
             folder.old = _existing(folder)
@@ -241,12 +241,12 @@ def _existing(folder: Folder) -> Manifest | None:
         else:
             folder.aside.rename(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"--dest {path}: is a file; expected a folder")
+        raise InvalidInput("dest", "is a file; expected a folder", path)
     if not path.exists() or not any(path.iterdir()):
         return None
     old = read_manifest(path) if (path / MANIFEST).is_file() else None
     if old is None or not old.sources:
-        raise UserError(f"--dest {path}: holds something else, which would be lost; choose another folder")
+        raise InvalidInput("dest", "holds something else, which would be lost; choose another folder", path)
     for found in path.rglob("*"):
         name = found.relative_to(path).as_posix()
         if name != MANIFEST and name not in old.files and not found.is_dir():
@@ -566,7 +566,9 @@ def _lock(folder: Path) -> Iterator[None]:
         file = (folder / ".download-weights.lock").open("a")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--dest in {folder}: cannot be written to ({reason}); choose another --dest") from error
+        raise InvalidInput(
+            "dest", f"cannot be written to ({reason}); choose another folder", f"in {folder}"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmd2.models.stable_diffusion.configs import Schedule, read_unet_config, read_vae_config
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import atomic_text, read_object
 from dmd2.runtime.loading import build_network, expect_floats, fit
 from dmd2.runtime.tensors import save_tensors
@@ -72,7 +72,7 @@ class SingleFile:
             self.configs["unet"]["in_channels"] = first.shape[1]
         if "vae" in self.configs:
             if not any(key.startswith(VAE) for key in tensors):
-                raise UserError(f"{path}: holds no VAE ({VAE}*); expected the folder of one, --vae FOLDER")
+                raise UserError(f"{path}: holds no VAE ({VAE}*); expected the folder of another (vae)")
             # SDXL's own overflows in fp16, and nothing in the file says whether this is another one.
             self.configs["vae"]["force_upcast"] = True
         self.networks = {name: self._network(name, tensors) for name in self.configs}
@@ -131,9 +131,11 @@ def check_base(base: Path) -> None:
     needed = [*(f"{name}/config.json" for name in CONFIGS), *TOKENIZERS]
     missing = [name for name in needed if not (base / name).exists()]
     if missing:
-        raise UserError(
-            f"--base {base}: lacks {', '.join(missing[:3])}; expected a folder of SDXL in diffusers' layout, such as "
-            "weights/sdxl: a checkpoint in one file has neither configurations nor tokenizers"
+        raise InvalidInput(
+            "base",
+            f"lacks {', '.join(missing[:3])}; expected a folder of SDXL in diffusers' layout, such as "
+            "weights/sdxl: a checkpoint in one file has neither configurations nor tokenizers",
+            base,
         )
 
 
@@ -143,7 +145,9 @@ def read_config(base: Path, name: str) -> dict[str, Any]:
     if name == "vae":
         config = read_vae_config(base / name)
         if config["_class_name"] != "AutoencoderKL":
-            raise UserError(f"{base / name}: {config['_class_name']}; expected SDXL's AutoencoderKL, or --vae FOLDER")
+            raise UserError(
+                f"{base / name}: {config['_class_name']}; expected SDXL's AutoencoderKL, or the folder of one (vae)"
+            )
         return config
     return read_object(base / name / "config.json")
 

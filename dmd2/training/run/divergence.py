@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import TrainingDiverged
 from dmd2.runtime.terminal import say
 
 IN_A_ROW = 50
 WINDOW = 100
-
-
-class TrainingDiverged(UserError):
-    """A run that no longer learns. What it had learned until its last checkpoint is kept."""
 
 
 class Guard:

@@ -146,7 +146,7 @@ def test_the_teacher_s_sampler_may_add_noise_by_the_same_seeds(teacher: Path, st
         )
     engine = Engine(teacher, "cpu", churn=churn)
     assert torch.equal(engine.generate(["an airplane"], [7], "teacher"), RgbCodec().decode(x0))
-    with pytest.raises(UserError, match="--churn: only of an EDM teacher's sampler"):
+    with pytest.raises(UserError, match="churn: only of an EDM teacher's sampler"):
         Engine(student, "cpu", modes=("1",), churn=churn)
 
 

@@ -137,7 +137,7 @@ def test_missing_things_are_named(hub: Hub, dest: Path, repositories: Mapping[st
 def test_a_dest_that_cannot_be_written_to_is_named(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     told = refused(tmp_path / "file" / "sdxl", steps=(4,))
-    assert told.startswith(f"--dest in {tmp_path / 'file'}: cannot be written to") and "another --dest" in told
+    assert told.startswith(f"dest in {tmp_path / 'file'}: cannot be written to") and "another folder" in told
     assert hub.lines("/resolve/") == []
 
 
