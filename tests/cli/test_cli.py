@@ -407,7 +407,7 @@ def test_generate_with_previews(
         (["--image", "nothing.png"], "image: cannot be read (No such file or directory)"),
         (["--image", "text.png"], "image: no image; expected PNG, JPEG, WEBP"),
         (["--mask", "mask.png"], "mask: given without an image"),
-        (["--image", "given.png", "--prompt-strength", "0"], "--prompt-strength: 0.0; expected more than 0, at most 1"),
+        (["--image", "given.png", "--prompt-strength", "0"], "--prompt-strength: 0.0; expected more than 0"),
         (["--image", "given.png", "--prompt-strength", "nan"], "--prompt-strength: nan; expected more than 0"),
         (["--image", "given.png", "--steps", "teacher"], "--steps teacher: takes no image"),
         (["--lora", "nothing.safetensors"], "LoRA nothing.safetensors: expected an https URL"),
