@@ -63,7 +63,7 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
     for (_, before), (name, after) in itertools.pairwise(marks.items()):
         result[name] = {"s": round(after[0] - before[0], 2), "cpu_s": round(after[1] - before[1], 2)}
     result["stages_s"] = stages
-    from dmd2.runtime.memory import peak_memory
+    from dmd2.runtime.offload import peak_memory
 
     result |= {"dtype": str(dtype).removeprefix("torch."), "peak_gb": round(peak_memory(target) / 1e9, 2)}
     if target.type == "cpu":  # the peak counts pages of mapped files, which the system may drop

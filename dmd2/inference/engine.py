@@ -23,7 +23,7 @@ from dmd2.inference.mode import Mode
 from dmd2.models.model import Model, family_of, load_model
 from dmd2.runtime.compiled import save_kernels
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.memory import peak_memory
+from dmd2.runtime.offload import peak_memory
 from dmd2.runtime.placement import prefers_gpu
 from dmd2.weights.manifest import DEFAULT, read_manifest
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,36 @@ class Prepared:
         except Exception as error:  # whatever a compiler may raise: images can be generated without it
             lines = str(error).strip().splitlines() or [""]
             logger.warning("not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, lines[0])
+
+
+class Traced:
+    """A network and TorchScript records of it, one for each combination of input shapes but for the batch size."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval()
+        self._recording = False
+        self._records: dict[tuple[Any, ...], Any] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Calls in here record the network for their shapes."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        """The network's output. Inputs that are None come last: they are left to the network's defaults."""
+        given = tuple(x for x in inputs if x is not None)
+        key = tuple((x.shape[1:], x.dtype) for x in given)
+        if self._recording and key not in self._records:
+            # Tracing warns of each branch on a shape; a record is only ever used for the shapes it was made with.
+            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+                warnings.simplefilter("ignore")
+                record = torch.jit.trace(self.network, tuple(x.clone() for x in given), check_trace=False)
+                self._records[key] = torch.jit.freeze(record)
+        return self._records.get(key, self.network)(*given)
 
 
 def uncaptured(function: Function, inputs: tuple[Tensor | None, ...]) -> Function:

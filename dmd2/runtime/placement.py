@@ -15,7 +15,7 @@ from dmd2.runtime import precision
 from dmd2.runtime.compiled import Compiler, cache_path, fuse_projections, has_fp8, quantize_linears, restore_kernels
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.loading import parameters_in
-from dmd2.runtime.memory import LARGE_MODEL_PARAMS, MODES, Offloader, Plan, free_memory, host_memory, plan
+from dmd2.runtime.offload import LARGE_MODEL_PARAMS, MODES, Offloader, Plan, free_memory, host_memory, plan
 
 EVERYTHING = Plan("full")
 DTYPES = {"fp16": torch.float16} | precision.DTYPES
@@ -29,7 +29,7 @@ class Placement:
     """What was decided for one engine. By default nothing is offloaded or compiled."""
 
     plan: Plan = EVERYTHING
-    turns: Offloader | None = None
+    offloader: Offloader | None = None
     """if not everything fits"""
     compiler: Compiler | None = None
     """on a GPU, if everything fits"""
@@ -40,16 +40,16 @@ class Placement:
 
     def host(self, device: torch.device) -> torch.device:
         """The device that weights are loaded to."""
-        return device if self.turns is None else torch.device("cpu")
+        return device if self.offloader is None else torch.device("cpu")
 
-    def settle(self, name: str, network: nn.Module) -> None:
+    def prepare_module(self, name: str, network: nn.Module) -> None:
         """Prepares a network that was loaded to `host`: fused or 8-bit layers, offload, as decided."""
         if name.startswith("unet") and self.compiler is not None:
             fuse_projections(network)
         if name.startswith("unet") and self.go_fast:
             logger.info("%s: %d layers in 8-bit floats", name, quantize_linears(network))
-        if self.turns is not None:
-            self.turns.add(name, network)
+        if self.offloader is not None:
+            self.offloader.add(name, network)
 
 
 def count_parameters(folder: Path, subfolders: Sequence[str]) -> dict[str, int]:
@@ -103,7 +103,7 @@ def place(
 ) -> Placement:
     """Decides, and says so in the log. Reads these variables of `environ`:
 
-    - `DMD2_MEMORY`: how much memory of a GPU to use, see `dmd2.runtime.memory.plan`; "cpu" is for `prefers_gpu`.
+    - `DMD2_MEMORY`: how much memory of a GPU to use, see `dmd2.runtime.offload.plan`; "cpu" is for `prefers_gpu`.
     - `DMD2_COMPILE`: "auto" compiles and captures large networks on a GPU, "graphs" only captures, "off" neither.
     - `DMD2_GO_FAST`: "true" computes the UNet's linear layers in 8-bit floats. Images are not the same any more.
     - `DMD2_CACHE`: compiled kernels are kept there.
@@ -130,13 +130,13 @@ def place(
     chosen = plan(sizes, free, pixels, "full" if wanted == "cpu" else wanted)
     total = sum(sizes.values()) / 1e9
     logger.info("memory: %s; %.1f GB of weights, %.1f GB free", chosen.mode, total, free / 1e9)
-    turns = None if chosen.weights is None else Offloader(device, chosen.weights)
+    offloader = None if chosen.weights is None else Offloader(device, chosen.weights)
     compiler = kernels = None
-    if fast and turns is None and compiling != "off":
+    if fast and offloader is None and compiling != "off":
         compiler = Compiler(device, compile=compiling == "auto")
         kernels = cache_path(Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser(), device)
         restore_kernels(kernels)
-    return Placement(chosen, turns, compiler, go_fast, kernels)
+    return Placement(chosen, offloader, compiler, go_fast, kernels)
 
 
 def _choice(environ: Mapping[str, str], name: str, valid: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from dmd2.runtime.compiled import (
     Compiler,
     Fp8Linear,
     Prepared,
+    Traced,
     cache_path,
     fuse_projections,
     has_fp8,
@@ -33,7 +34,7 @@ from dmd2.runtime.compiled import (
     restore_kernels,
     save_kernels,
 )
-from dmd2.runtime.memory import Plan
+from dmd2.runtime.offload import Plan
 from dmd2.runtime.placement import Placement
 
 CPU = torch.device("cpu")
@@ -371,6 +372,35 @@ def test_each_torch_and_each_device_has_its_own_kernels(tmp_path: Path, monkeypa
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     paths.add(cache_path(tmp_path, CPU))
     assert len(paths) == 4 and {p.parent for p in paths} == {tmp_path / "compiled"}
+
+
+# Traced on a CPU
+
+
+class Doubled(nn.Module):
+    """Counts its calls in Python, which a record does not make."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return (x * 2, x) if y is None else (x * 2 + y, y)
+
+
+def test_a_trace_serves_every_batch_size_of_its_shapes_and_only_these() -> None:
+    network = Doubled()
+    traced = Traced(network)
+    one, two = torch.randn(2, 3), torch.randn(5, 3)
+    assert torch.equal(traced(one, None)[0], 2 * one) and network.calls == 1  # outside of `recording` none is made
+    with traced.recording():
+        traced(one, None)
+        traced(one, one)
+    recorded = network.calls
+    assert torch.equal(traced(two, None)[0], 2 * two) and torch.equal(traced(two, two)[0], 3 * two)
+    assert network.calls == recorded
+    for other in (torch.randn(2, 4), one.double()):
+        assert torch.equal(traced(other, None)[0], 2 * other)
+    assert network.calls == recorded + 2
 
 
 # In an engine

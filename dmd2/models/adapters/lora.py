@@ -325,7 +325,7 @@ class Fused:
                 raise UserError(f"LoRA {lora.name}: {told} is the same layer as {seen[module]}; expected it once")
             seen[module] = told
 
-    @torch.inference_mode(False)  # else torch would not count the changes, as `dmd2.runtime.memory` does
+    @torch.inference_mode(False)  # else torch would not count the changes, as `dmd2.runtime.offload` does
     @torch.no_grad()
     def use(self, loras: Loras) -> None:
         """Puts these LoRAs, and no others, on the networks, in this order. After an error there is none.

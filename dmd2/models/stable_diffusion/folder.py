@@ -27,7 +27,7 @@ from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import atomic_text, read_object
 from dmd2.runtime.loading import load_network
-from dmd2.runtime.memory import save_memory
+from dmd2.runtime.offload import save_memory
 from dmd2.runtime.placement import Placement
 from dmd2.runtime.tensors import os_errors, save_tensors
 from dmd2.weights.checksums import verifying
@@ -104,11 +104,11 @@ def load_text_to_image(
                 raise UserError(f"{folder}: a tokenizer of {shown(window, 20)} tokens; {name} takes 3 to {most}")
             if len(words_of) > config.vocab_size:
                 raise UserError(f"{folder}: a tokenizer of {len(words_of)} words; {name} knows {config.vocab_size}")
-            placement.settle(name, encoders[-1])
+            placement.prepare_module(name, encoders[-1])
         check(vae)
         decoder = load_vae(folder / vae, placement.host(device), dtype)
-        placement.settle("vae", decoder)
-        if placement.turns is not None:
+        placement.prepare_module("vae", decoder)
+        if placement.offloader is not None:
             save_memory(decoder, placement.plan.tiles)
         denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, schedule, check)
     encode_text = TextEncoder(words, encoders, compiler=placement.compiler, device=device)
@@ -182,7 +182,7 @@ def _load_denoisers(
     for name in subfolders:
         check(name)
         unet = load_network(UNet2DConditionModel, folder / name / UNET_FILE, placement.host(device), dtype)
-        placement.settle(name, unet)
+        placement.prepare_module(name, unet)
         denoisers[name] = StableDiffusion(
             unet, schedule.prediction_type, sigmas, trace=trace, compiler=placement.compiler, device=device
         )

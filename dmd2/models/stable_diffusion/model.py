@@ -19,7 +19,7 @@ from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.models.stable_diffusion.unet import StableDiffusion
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import read_object
-from dmd2.runtime.memory import LARGE_MODEL_PARAMS
+from dmd2.runtime.offload import LARGE_MODEL_PARAMS
 from dmd2.runtime.placement import count_parameters, default_dtype, place
 from dmd2.weights.manifest import Student, read_manifest, verify
 
@@ -161,8 +161,8 @@ class StableDiffusionModel:
             unets = [denoiser.unet.config for denoiser in self.denoisers.values()]
             host = self.placement.host(self.device)
             loaded = load_control(folder, host, self.dtype, unets[0] if unets else None)
-            if self.placement.turns is not None:
-                self.placement.turns.add(f"control {folder}", loaded.network)
+            if self.placement.offloader is not None:
+                self.placement.offloader.add(f"control {folder}", loaded.network)
             self._controls[folder] = ControlModel(loaded.network, self.device, loaded.task)
         return self._controls[folder]
 

@@ -5,9 +5,8 @@ This is the only file that knows integer timesteps, ᾱ, eps- and v-prediction.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from dmd2.diffusion.noise import per_image, sd_sigmas
 from dmd2.models.stable_diffusion.text import TextCondition
-from dmd2.runtime.compiled import Compiler
+from dmd2.runtime.compiled import Compiler, Traced
 from dmd2.runtime.errors import UserError
 
 INPAINTING_CHANNELS = 9
@@ -67,14 +66,14 @@ class StableDiffusion:
         """`sigmas` in float64, on the CPU"""
         self.sigmas = self.table.float().to(self.device)
         self._log_sigmas = self.table.log()
-        self._plain, self._compiler = _WithBottleneck(unet), compiler
-        self._network: Any = self._plain
+        self._plain = _WithBottleneck(unet)
+        self._traced = Traced(self._plain) if trace and compiler is None else None
+        self._recorder = compiler or self._traced
+        self._network: Any = self._traced or self._plain
         if compile:
-            self._network = torch.compile(self._network)
+            self._network = torch.compile(self._plain)
         elif compiler is not None:
             self._network = compiler(self._plain)
-        elif trace:
-            self._network = _Traced(self._network)
         self.inpaints: bool = unet.config.in_channels == INPAINTING_CHANNELS
         """whether each call needs what is known of the image, see `features`"""
         self.weights_changed = False
@@ -86,9 +85,7 @@ class StableDiffusion:
         A trace serves every batch size. It is made in about a second. Trace with a batch of two or more: sizes of
         one are taken for constants. What is compiled serves its own batch size and those put together from it.
         """
-        if self._compiler is not None:
-            return self._compiler.recording()
-        return self._network.recorded() if isinstance(self._network, _Traced) else nullcontext()
+        return nullcontext() if self._recorder is None else self._recorder.recording()
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) index in the σ table of each (B,) σ: exactly an integer at the table's own entries."""
@@ -137,7 +134,7 @@ class StableDiffusion:
             inputs = (full, timestep, condition.context, condition.pooled, condition.time_ids)
             if control is not None:
                 output, bottleneck = self._plain(*inputs, **control(scaled, timestep, condition))
-            elif self.weights_changed and isinstance(self._network, _Traced):
+            elif self.weights_changed and self._traced is not None:
                 output, bottleneck = self._plain(*inputs)
             else:
                 output, bottleneck = self._network(*inputs)
@@ -178,8 +175,8 @@ class _WithBottleneck(nn.Module):
         x: Tensor,
         timestep: Tensor,
         context: Tensor,
-        pooled: Tensor | None,
-        time_ids: Tensor | None,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
         **residuals: Any,
     ) -> tuple[Tensor, Tensor]:
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
@@ -187,51 +184,3 @@ class _WithBottleneck(nn.Module):
         caught, self._caught = self._caught, None
         assert caught is not None, "the UNet's mid_block was not run"
         return output, caught
-
-
-class _Traced:
-    """A network and TorchScript records of it, one for each combination of input shapes but for the batch size."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network.eval()
-        self.recording = False
-        self._records: dict[tuple[Any, ...], Any] = {}
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        self.recording = True
-        try:
-            yield
-        finally:
-            self.recording = False
-
-    def __call__(self, *inputs: Tensor | None) -> Any:
-        key = tuple(None if x is None else (x.shape[1:], x.dtype) for x in inputs)
-        if self.recording and key not in self._records:
-            self._records[key] = self._record(inputs)
-        record = self._records.get(key)
-        return self.network(*inputs) if record is None else record(*(x for x in inputs if x is not None))
-
-    def _record(self, inputs: tuple[Tensor | None, ...]) -> Any:
-        present = [x is not None for x in inputs]
-
-        def run(*given: Tensor) -> Any:
-            rest = iter(given)
-            return self.network(*(next(rest) if there else None for there in present))
-
-        given = tuple(x.clone() for x in inputs if x is not None)
-        # Tracing warns of each branch on a shape; a record is only ever used for the shapes it was made with.
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return torch.jit.freeze(torch.jit.trace(_Function(self.network, run).eval(), given, check_trace=False))
-
-
-class _Function(nn.Module):
-    """A function as a module that owns `network`, which is what tracing and freezing want."""
-
-    def __init__(self, network: nn.Module, run: Any) -> None:
-        super().__init__()
-        self.network, self._run = network, run
-
-    def forward(self, *given: Tensor) -> Any:
-        return self._run(*given)

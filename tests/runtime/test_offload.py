@@ -17,7 +17,7 @@ import dmd2.runtime.placement
 from dmd2.inference.engine import Engine
 from dmd2.models.stable_diffusion.folder import load_text_to_image
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.memory import LARGE_MODEL_PARAMS, Offloader, Plan, peak_memory, plan, save_memory
+from dmd2.runtime.offload import LARGE_MODEL_PARAMS, Offloader, Plan, peak_memory, plan, save_memory
 from dmd2.runtime.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
 from dmd2.runtime.precision import DTYPES, Throughput
 
@@ -94,62 +94,62 @@ def three(limit: int) -> tuple[Offloader, dict[str, nn.Linear]]:
     """Three networks of 400 bytes each."""
     torch.manual_seed(0)
     networks = {name: nn.Linear(9, 10).requires_grad_(False) for name in ("text", "unet", "vae")}
-    turns = Offloader(CPU, limit)
+    offloader = Offloader(CPU, limit)
     for name, network in networks.items():
-        turns.add(name, network)
-    return turns, networks
+        offloader.add(name, network)
+    return offloader, networks
 
 
 def test_a_call_brings_a_network_and_the_longest_unused_one_leaves() -> None:
-    turns, networks = three(900)
+    offloader, networks = three(900)
     x = torch.randn(2, 9)
     hosts = {name: network.weight.data_ptr() for name, network in networks.items()}
     expected = {name: network.weight.clone() for name, network in networks.items()}
-    assert turns.there == {}
+    assert offloader.there == {}
     for name in ("text", "unet", "text", "vae", "vae", "unet"):
         found = networks[name](x)
         assert torch.equal(found, x @ expected[name].T + networks[name].bias)
-        assert name in turns.there and sum(turns.there.values()) <= 900
-    assert turns.there == {"vae": 400, "unet": 400}
+        assert name in offloader.there and sum(offloader.there.values()) <= 900
+    assert offloader.there == {"vae": 400, "unet": 400}
     # What is there is a copy; who left has its own weights back.
     assert networks["text"].weight.data_ptr() == hosts["text"]
     assert networks["vae"].weight.data_ptr() != hosts["vae"]
-    turns.park()
-    assert turns.there == {}
+    offloader.park()
+    assert offloader.there == {}
     for name, network in networks.items():
         assert network.weight.data_ptr() == hosts[name] and torch.equal(network.weight, expected[name])
 
 
 def test_everything_stays_if_it_fits_and_a_network_that_is_too_large_is_there_alone() -> None:
-    turns, networks = three(1200)
+    offloader, networks = three(1200)
     for network in networks.values():
         network(torch.randn(1, 9))
-    assert list(turns.there) == ["text", "unet", "vae"]
-    turns, networks = three(100)
+    assert list(offloader.there) == ["text", "unet", "vae"]
+    offloader, networks = three(100)
     for network in networks.values():
         network(torch.randn(1, 9))
-        assert len(turns.there) == 1
+        assert len(offloader.there) == 1
 
 
 @pytest.mark.parametrize("inference", [True, False])
 def test_weights_changed_on_the_device_come_back_changed(inference: bool) -> None:
-    turns, networks = three(500)
+    offloader, networks = three(500)
     before = networks["unet"].weight.clone()
     with torch.inference_mode(inference), torch.no_grad():
         networks["unet"](torch.randn(1, 9))
         networks["unet"].weight.add_(1)
         networks["vae"](torch.randn(1, 9))
-        assert list(turns.there) == ["vae"]
+        assert list(offloader.there) == ["vae"]
         assert torch.equal(networks["unet"].weight, before + 1)
         networks["unet"](torch.randn(1, 9))
         assert torch.equal(networks["unet"].weight, before + 1)
     networks["unet"].weight.add_(1)  # not an inference tensor after all that
-    turns.park("unet")
+    offloader.park("unet")
     assert torch.allclose(networks["unet"].weight, before + 2)
 
 
 def test_an_interrupted_move_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns, networks = three(500)
+    offloader, networks = three(500)
     expected = networks["unet"].weight.clone()
     to = torch.Tensor.to
 
@@ -161,18 +161,18 @@ def test_an_interrupted_move_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "to", fails)
         with pytest.raises(torch.OutOfMemoryError):
-            turns.bring("unet")
-    assert turns.there == {}
+            offloader.bring("unet")
+    assert offloader.there == {}
     networks["unet"](torch.randn(1, 9))
-    assert torch.equal(networks["unet"].weight, expected) and list(turns.there) == ["unet"]
+    assert torch.equal(networks["unet"].weight, expected) and list(offloader.there) == ["unet"]
 
 
 def test_images_are_the_same_whoever_has_to_wait(weights: Path) -> None:
     """The whole pipeline with room for one network at a time."""
-    turns = Offloader(CPU, 1)
+    offloader = Offloader(CPU, 1)
     together = load_text_to_image(weights, ["unet", "unet_1step"], CPU, torch.float32)
     swapped = load_text_to_image(
-        weights, ["unet", "unet_1step"], CPU, torch.float32, placement=Placement(Plan("8gb", 1), turns)
+        weights, ["unet", "unet_1step"], CPU, torch.float32, placement=Placement(Plan("8gb", 1), offloader)
     )
     x = torch.randn(2, 4, 16, 16)
     seen = []
@@ -182,11 +182,11 @@ def test_images_are_the_same_whoever_has_to_wait(weights: Path) -> None:
             with torch.inference_mode():
                 cond = model.encode_text(["a red apple", "an owl"], (64, 64))
                 x0 = model.denoisers[subfolder](x, torch.full((2,), 5.0), cond)
-                seen.append(list(turns.there))
+                seen.append(list(offloader.there))
                 images.append(model.codec.decode(x0))
         assert torch.equal(*images)
     assert seen[1::2] == [["unet"], ["unet_1step"], ["unet"]]
-    assert list(turns.there) == ["vae"]
+    assert list(offloader.there) == ["vae"]
     assert torch.allclose(swapped.codec.encode(images[0]), together.codec.encode(images[0]), atol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_on_a_gpu_what_fits_is_compiled_and_what_does_not_takes_turns(
     count = {name: size // 2 for name, size in SIZES.items()}
     cache = {"DMD2_CACHE": str(tmp_path)}
     found: Any = place(count, GPU, torch.float16, 1024**2, environ=cache)
-    assert (found.plan.mode, found.turns, found.compiler) == ("full", None, ("compiler", GPU, True))
+    assert (found.plan.mode, found.offloader, found.compiler) == ("full", None, ("compiler", GPU, True))
     assert found.kernels == tmp_path / "compiled" / f"torch-{torch.__version__}-NVIDIA-H200.bin"
     assert found.host(GPU) == GPU and not found.go_fast
     found = place(count, GPU, torch.float16, 1024**2, environ=cache | {"DMD2_COMPILE": "graphs"})
@@ -285,7 +285,7 @@ def test_on_a_gpu_what_fits_is_compiled_and_what_does_not_takes_turns(
     ):
         assert quiet.compiler is None and quiet.kernels is None
     found = place(count, GPU, torch.float16, 1024**2, environ=cache | {"DMD2_MEMORY": "8gb"})
-    assert found.plan.mode == "8gb" and found.turns.device == GPU and found.turns.limit == found.plan.weights
+    assert found.plan.mode == "8gb" and found.offloader.device == GPU and found.offloader.limit == found.plan.weights
     assert found.compiler is None and found.host(GPU) == CPU
     # fp32 takes twice the memory
     on_gpu(monkeypatch, 20)
