@@ -8,11 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
-import hashlib
-import importlib
-import importlib.util
-import json
 import os
 import pickle
 import shutil
@@ -21,26 +16,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import httpx2  # huggingface_hub's own client, whose errors it lets through
 import torch
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError, RevisionResolutionError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, but not "exported"
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from dmd2 import __version__
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_pipeline_configs
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_path, atomic_text, sha256_file
 from dmd2.runtime.loading import build_network
 from dmd2.weights.folders import swap
+from dmd2.weights.hub import AGAIN, File, first_line, git_id, load, look_up, other_bytes, plain_errors
 from dmd2.weights.manifest import MANIFEST, Manifest, Source, Student, read_manifest
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -57,53 +47,6 @@ LICENCES = {
 STUDENTS = {4: "dmd2_sdxl_4step_unet_fp16.safetensors", 1: "dmd2_sdxl_1step_unet_fp16.bin"}
 TIMESTEPS = {4: [999, 749, 499, 249], 1: [399]}
 LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
-OFFICIAL = "https://huggingface.co"
-AGAIN = "run this again, it goes on where it stopped"
-
-
-@dataclass(eq=False)
-class File:
-    """A file that is wanted, and what is known of it."""
-
-    repository: str
-    path: str
-    """in the repository"""
-    target: str
-    """in the folder that is made"""
-    commit: str = ""
-    size: int | None = None
-    """bytes"""
-    sha256: str | None = None
-    """what it must be: the hub's word for large files, that of an older `dmd2.json` for small ones"""
-    git_id: str | None = None
-    """what it must be, for small files: git's name for the content"""
-    in_xet: bool = False
-    """the hub has it in its chunk store, too"""
-    there: Path | None = None
-    """where its content was found on this machine, checked"""
-    served: str = ""
-    """sha256 of what the hub serves, known once the content is here"""
-
-    @property
-    def name(self) -> str:
-        return f"{self.repository}/{self.path}"
-
-    @property
-    def is_pickle(self) -> bool:
-        return self.path.endswith(".bin")
-
-    @property
-    def is_converted(self) -> bool:
-        """What was found is not the pickle, but the safetensors file made from it."""
-        return self.is_pickle and self.there is not None and self.there.suffix == ".safetensors"
-
-    def sha256_if_right(self, path: Path) -> str | None:
-        """The sha256 of `path`, or None if that is not this file's content."""
-        if not path.is_file() or self.size not in (None, path.stat().st_size):
-            return None
-        found = sha256_file(path)
-        right = self.sha256 in (None, found) and (self.git_id is None or self.git_id == _git_id(path))
-        return found if right else None
 
 
 @dataclass
@@ -202,11 +145,13 @@ def download(
     for folder in folders:
         if folder.path.is_mount():
             raise UserError(f"{folder.path}: a mount point cannot be replaced; choose a folder in it")
-    with _plain_errors(str(dest.parent)), _lock(dest.parent):
+    with plain_errors(str(dest.parent)), _lock(dest.parent):
         for folder in folders:
             folder.old = _existing(folder)
             for repository in dict.fromkeys(file.repository for file in folder.files):
-                commit = _look_up(folder, repository, (revisions or {}).get(repository), update)
+                known = folder.old.sources.get(repository) if folder.old and not update else None
+                wanted = [file for file in folder.files if file.repository == repository]
+                commit = look_up(repository, wanted, known, (revisions or {}).get(repository))
                 say(f"{repository} at {commit}\n    licence: {LICENCES[repository]}")
         if any(folder.old or folder.staging.exists() for folder in folders):
             say("checking what is there already")
@@ -252,61 +197,6 @@ def _existing(folder: Folder) -> Manifest | None:
         if name != MANIFEST and name not in old.files and not found.is_dir():
             raise UserError(f"{found}: is not from the hub and would be lost; move it elsewhere first")
     return old
-
-
-def _look_up(folder: Folder, repository: str, asked: str | None, update: bool) -> str:
-    """Asks the hub what it has of one repository, fills in the files and returns the commit.
-
-    Raises:
-        UserError: the hub does not know them, or serves something else than what is recorded.
-    """
-    known = folder.old.sources.get(repository) if folder.old and not update else None
-    revision = asked or (known.revision if known else constants.DEFAULT_REVISION)
-    api = HfApi(library_name="dmd2", library_version=__version__)
-    listing: dict[str, RepoFile] = {}
-    offline = constants.is_offline_mode()
-    with _plain_errors(repository):
-        try:
-            if offline:
-                commit = api.resolve_revision(repository, revision=revision, local_files_only=True).resolved
-            else:
-                info = api.model_info(repository, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-                commit = str(info.sha)
-                tree = api.list_repo_tree(repository, recursive=True, revision=commit)
-                listing = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        except RevisionResolutionError:
-            raise UserError(f"{repository}: offline (HF_HUB_OFFLINE), and {revision} is not in the cache") from None
-        except RevisionNotFoundError:
-            raise UserError(f"{repository}: the hub knows no revision {revision}") from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{constants.ENDPOINT}: does not answer like a hub; check HF_ENDPOINT") from error
-    if known and commit != known.revision:
-        raise UserError(
-            f"{repository}: {revision} is now {commit}, recorded is {known.revision}; --update takes the new one"
-        )
-    for file in (file for file in folder.files if file.repository == repository):
-        file.commit = commit
-        file.sha256 = known.files.get(file.path) if known else None
-        if offline:
-            continue
-        if file.path not in listing:
-            raise UserError(f"{repository}: has no {file.path} at {commit}")
-        entry = listing[file.path]
-        file.size, file.in_xet = entry.size, entry.xet_hash is not None
-        if entry.lfs is None:
-            file.git_id = entry.blob_id
-        elif file.sha256 in (None, entry.lfs.sha256):
-            file.sha256 = entry.lfs.sha256
-        else:
-            raise UserError(_other_bytes(file, entry.lfs.sha256))
-    return commit
-
-
-def _other_bytes(file: File, served: str) -> str:
-    return (
-        f"{file.name}: the hub serves sha256 {served} at {file.commit}, recorded is {file.sha256}; "
-        "--update takes the new one"
-    )
 
 
 def _find(folder: Folder) -> None:
@@ -377,68 +267,23 @@ def _obtain(folder: Folder, file: File, bar: Any) -> None:
     part = folder.part(file)
     if file.size is not None and _size(part) > file.size:
         part.unlink()
-    with part.open("ab") as stream, _plain_errors(file.name):
+    with part.open("ab") as stream, plain_errors(file.name):
         bar.set_description(file.path, refresh=False)
-        _load(file, stream, bar)
+        load(file, stream, bar)
         stream.flush()
         os.fsync(stream.fileno())
     bar.set_description(f"checking {file.path}", refresh=sys.stderr.isatty())
     sha256 = file.sha256_if_right(part)
     if sha256 is None:
         found = sha256_file(part)
-        as_listed = file.git_id is not None and file.git_id == _git_id(part)
+        as_listed = file.git_id is not None and file.git_id == git_id(part)
         part.unlink()
         if as_listed:  # so it is the record that differs
-            raise UserError(_other_bytes(file, found))
+            raise UserError(other_bytes(file, found))
         expected = f"sha256 {file.sha256}" if file.sha256 else f"git id {file.git_id}"
         raise UserError(f"{file.name}: came damaged: sha256 {found}, expected {expected}; {AGAIN}")
     part.replace(raw)
     file.served = sha256
-
-
-def _load(file: File, stream: BinaryIO, bar: Any) -> None:
-    """Appends what `stream` lacks, from Xet where the hub offers that and hf_xet is installed, else over HTTP."""
-    url = hf_hub_url(file.repository, file.path, revision=file.commit)
-    headers = build_hf_headers(library_name="dmd2", library_version=__version__)
-    start = stream.tell()
-    if start == file.size:
-        return
-    xet = None
-    if file.in_xet and not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet"):
-        xet = get_hf_file_metadata(url, headers=headers, retry_on_errors=True).xet_file_data
-    if xet is None:
-        headers["Accept-Encoding"] = "identity"  # a compressed answer cannot begin in the middle
-        own_bar = cast(Any, functools.partial(_FileBar, bar, start))
-        http_get(url, stream, resume_size=start, headers=headers, expected_size=file.size, tqdm_class=own_bar)
-        return
-    hf_xet = importlib.import_module("hf_xet")
-    try:  # huggingface_hub begins a Xet file anew each time; a stream can begin anywhere
-        with hf_xet.XetSession().new_download_stream_group(
-            token_refresh_url=xet.refresh_route,
-            token_refresh_headers=headers,
-            custom_headers={k: v for k, v in headers.items() if k.lower() != "authorization"},
-        ) as group:
-            for block in group.download_stream(hf_xet.XetFileInfo(xet.file_hash, file.size), start=start):
-                stream.write(block)
-                bar.update(len(block))
-        if stream.tell() != file.size:  # hf_xet takes some refusals for the end of the file
-            raise ConnectionError(f"ended after {stream.tell()} of {file.size} bytes")
-    except (RuntimeError, ConnectionError) as error:
-        raise UserError(f"{file.name}: Xet: {_first(error)}; {AGAIN}; or try HF_HUB_DISABLE_XET=1") from error
-
-
-class _FileBar:
-    """What huggingface_hub takes for one file's progress bar: it moves the bar of the whole download."""
-
-    def __init__(self, bar: Any, counted: int, *, initial: int = 0, **_: object) -> None:
-        self.update = bar.update
-        self.update(initial - counted)  # not 0 if the server could not begin in the middle
-
-    def __enter__(self) -> _FileBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 # From the staging folder to its place
@@ -460,7 +305,7 @@ def _finish(folder: Folder, steps: Sequence[int]) -> None:
         for step, subfolder in unet_folders(steps).items():
             students[step] = Student(subfolder=subfolder, timesteps=TIMESTEPS[step])
             name, unet = f"{DMD2}/{STUDENTS[step]}", staging / subfolder
-            with _plain_errors(name), safe_open(unet / UNET_FILE, "pt") as opened:
+            with plain_errors(name), safe_open(unet / UNET_FILE, "pt") as opened:
                 shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
             _check_unet(shapes, unet / "config.json", name)
         save_pipeline_configs(staging, "epsilon")
@@ -488,7 +333,7 @@ def _convert(pickled: Path, target: Path, file: File) -> None:
     try:
         state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{file.name}: torch.load with weights_only=True refuses it: {_first(error)}") from error
+        raise UserError(f"{file.name}: torch.load with weights_only=True refuses it: {first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file.name}: expected tensors by name")
     tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
@@ -522,12 +367,6 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _git_id(path: Path) -> str:
-    """Git's name for a file's content. For small files: it is read whole."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
-
-
 def _made_from(path: Path) -> str | None:
     """The sha256 of the pickle that `_convert` made this file from; None if it is none of those, or damaged."""
     try:
@@ -553,11 +392,6 @@ def _link_or_copy(source: Path, target: Path, link: bool) -> None:
     shutil.copyfile(source, target)
 
 
-def _first(error: BaseException) -> str:
-    """An error in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Held as long as this process lives. Raises UserError if another one has it, OSError if it cannot be had."""
@@ -575,33 +409,3 @@ def _lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{folder}: another download-weights is at work there; let it finish") from None
         yield
-
-
-@contextmanager
-def _plain_errors(what: str) -> Iterator[None]:
-    """Whatever the hub, the network or the disk raises becomes a `UserError` that says what to do."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        response = error.response
-        if response.status_code in (401, 403, 404):
-            code = response.status_code
-            hub, asked = constants.ENDPOINT, response.request.url
-            if code == 404 and hub != OFFICIAL:  # a mirror: no token would help
-                hint = f"{hub} has no {asked.path}; check HF_ENDPOINT, or unset it for {OFFICIAL}"
-            else:
-                hint = "there is none, or it wants a token (HF_TOKEN)"
-            raise UserError(f"{what}: the hub answers {code}: {hint}") from error
-        wait = response.headers.get("Retry-After", "")
-        when = f"in {wait} seconds" if wait.isdigit() else "later"
-        reason = f"{response.status_code} {response.reason_phrase}"
-        raise UserError(f"{what}: the hub answers {reason}; {when}, {AGAIN}") from error
-    except httpx2.HTTPError as error:
-        raise UserError(
-            f"{what}: {constants.ENDPOINT}: {_first(error)}; check the network, HF_ENDPOINT and proxies, then {AGAIN}"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise UserError(f"{what}: the disk is full; make room, then {AGAIN}") from error
-        where = getattr(error, "filename", None) or what
-        raise UserError(f"{where}: {getattr(error, 'strerror', None) or _first(error)}") from error

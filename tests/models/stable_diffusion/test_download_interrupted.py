@@ -22,7 +22,7 @@ import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import constants
 
-import dmd2.models.stable_diffusion.download
+import dmd2.weights.hub
 from dmd2.models.stable_diffusion.download import BASE, DMD2, download
 from dmd2.weights.manifest import MANIFEST, read_manifest, verify
 from tests.hub import Hub, sha256
@@ -221,7 +221,7 @@ def test_room_is_checked_before_anything_is_loaded(
 def test_disk_that_fills_up_loses_nothing(hub: Hub, dest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     download(dest, steps=(4,))
     before = contents(dest)
-    real = dmd2.models.stable_diffusion.download.http_get
+    real = dmd2.weights.hub.http_get
 
     class Full(io.FileIO):
         """A file on a disk that has room for 100 kB."""
@@ -235,10 +235,10 @@ def test_disk_that_fills_up_loses_nothing(hub: Hub, dest: Path, monkeypatch: pyt
         with Full(stream.fileno(), "ab", closefd=False) as file:
             real(url, file, **options)
 
-    monkeypatch.setattr(dmd2.models.stable_diffusion.download, "http_get", on_full_disk)
+    monkeypatch.setattr(dmd2.weights.hub, "http_get", on_full_disk)
     message = refused(dest)
     assert f"{DMD2}/{ONE}: the disk is full" in message and contents(dest) == before
-    monkeypatch.setattr(dmd2.models.stable_diffusion.download, "http_get", real)
+    monkeypatch.setattr(dmd2.weights.hub, "http_get", real)
     hub.requests.clear()
     download(dest)
     (request,) = [request for request in hub.requests if "/cdn/" in request.line]
