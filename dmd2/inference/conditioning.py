@@ -17,7 +17,7 @@ from dmd2.diffusion.noise import add_noise
 from dmd2.diffusion.sampling import Callback, Denoise, check_strength, image_to_image, inpaint, sample_few_step
 from dmd2.models.adapters.control import SCALE
 from dmd2.models.adapters.lora import Lora
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +42,9 @@ class ImageConditioning:
     """with the scale of each"""
 
     def __post_init__(self) -> None:
-        check_image(self.image, self.mask, self.strength)
+        check_together(self.image, self.mask, self.strength, self.control, self.control_image)
         if self.strength < 1 and self.image is None:
-            raise UserError("prompt_strength: given without an image; expected the image that it is about")
-        if (self.control is None) != (self.control_image is None):
-            raise UserError("control_image: expected both a control and its image, or neither")
+            raise InvalidInput("prompt_strength", "given without an image; expected the image that it is about")
 
     @property
     def images(self) -> list[Tensor]:
@@ -136,11 +134,15 @@ class ImageConditioning:
         return torch.where(self.mask, images, self.image)
 
 
-def check_image(image: object, mask: object, strength: float) -> None:
-    """Raises UserError unless an image, a mask (or None) and a strength go together."""
+def check_together(
+    image: object, mask: object, strength: float, control: object = None, control_image: object = None
+) -> None:
+    """Raises UserError unless what is given (or None) goes together."""
     if mask is not None and image is None:
-        raise UserError("mask: given without an image; expected the image that it is a mask of")
+        raise InvalidInput("mask", "given without an image; expected the image that it is a mask of")
     check_strength(strength)
+    if (control is None) != (control_image is None):
+        raise UserError("control, control_image: expected both or neither")
 
 
 def _sha256(pixels: Tensor) -> str:

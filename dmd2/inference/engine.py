@@ -22,7 +22,7 @@ from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.mode import Mode
 from dmd2.models.model import Model, family_of, load_model
 from dmd2.runtime.compiled import save_kernels
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.offload import peak_memory
 from dmd2.runtime.placement import prefers_gpu
 from dmd2.weights.manifest import DEFAULT, read_manifest
@@ -88,7 +88,9 @@ class Engine:
         if self.churn is not None and (
             not family_of(self.folder).takes_churn or any(mode.levels is not None for mode in modes)
         ):
-            raise UserError("--churn: only of an EDM teacher's sampler; expected its weights and --steps teacher")
+            raise InvalidInput(
+                "churn", "only of an EDM teacher's sampler; expected its weights, and the steps teacher"
+            )
         subfolders = list(dict.fromkeys(mode.subfolder for mode in modes))
         self.model: Model = load_model(
             self.folder, subfolders, self.device, self.dtype, fast=self.trace, vae=self.vae, churn=self.churn
@@ -162,7 +164,7 @@ class Engine:
         if edit is not TEXT_TO_IMAGE:
             self.model.check_takes_images()
         if mode.levels is None and edit.images:
-            raise UserError("--steps teacher: takes no image and no control; expected a student's steps")
+            raise InvalidInput("steps", "takes no image and no control; expected a student's steps", mode.name)
         edit.check_size(size)
         if edit.control is not None:
             self.model.control(edit.control)
@@ -320,7 +322,7 @@ def resolve_device(name: torch.device | str) -> torch.device:
     if isinstance(name, torch.device):
         return name
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {name}: expected auto, cpu or cuda")
+        raise InvalidInput("device", "expected auto, cpu or cuda", name)
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has none that torch can use; try --device cpu")
+        raise InvalidInput("device", "this machine has none that torch can use; expected cpu", name)
     return torch.device("cuda" if name == "cuda" or (name == "auto" and prefers_gpu()) else "cpu")

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning, check_image
+from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning, check_together
 from dmd2.inference.image_input import LIGHT, ImageFile, Role, resized
 from dmd2.models.adapters.lora import Lora
-from dmd2.runtime.errors import UserError
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -53,7 +52,7 @@ class InputImages:
         Raises:
             UserError: one cannot be read, or they do not go together.
         """
-        check_image(image, mask, strength)
+        check_together(image, mask, strength)
         read = [
             None if file is None else ImageFile.read(file, name, role)
             for name, role, file in (
@@ -81,8 +80,7 @@ class InputImages:
         Raises:
             UserError: a file is damaged, or they do not go together.
         """
-        if (control is None) != (self.control_image is None):
-            raise UserError("control, control_image: expected both or neither")
+        check_together(self.image, self.mask, self.strength, control, self.control_image)
         if self.image is None and self.control_image is None and not loras:
             return TEXT_TO_IMAGE
         return ImageConditioning(

@@ -279,10 +279,10 @@ def test_resolve_device_takes_auto_cpu_cuda_and_refuses_others() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(UserError, match="--device tpu: expected auto, cpu or cuda"):
+    with pytest.raises(UserError, match="device tpu: expected auto, cpu or cuda"):
         resolve_device("tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device cuda: this machine has none"):
+        with pytest.raises(UserError, match="device cuda: this machine has none"):
             resolve_device("cuda")
 
 

@@ -14,7 +14,7 @@ from dmd2.diffusion.denoiser import Cond
 from dmd2.diffusion.sampling import Callback, Churn, Denoise, sample_heun
 from dmd2.models.edm.folder import load_edm
 from dmd2.models.edm.network import ClassCondition, Edm, RgbCodec
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.placement import Placement, count_parameters, default_dtype
 from dmd2.weights.manifest import Student, read_manifest
 
@@ -54,14 +54,14 @@ class ClassEncoder:
             return NO_CLASS
         if text.isascii() and text.isdigit():
             if len(text) > 9 or int(text) >= self.classes:
-                raise UserError(f"prompt: class {text[:20]}; expected 0 to {self.classes - 1}")
+                raise InvalidInput("prompt", f"class {text[:20]}; expected 0 to {self.classes - 1}")
             return int(text)
         named = [number for number, pattern in enumerate(self._patterns) if pattern.search(text)]
         if len(named) != 1:
             known = f"one of {', '.join(self.names[:20])}, or " if self.names else ""
             what = "more than one class" if named else "no class"
-            raise UserError(
-                f"prompt: {text[:60]!r} names {what}; expected {known}a number from 0 to {self.classes - 1}"
+            raise InvalidInput(
+                "prompt", f"{text[:60]!r} names {what}; expected {known}a number from 0 to {self.classes - 1}"
             )
         return named[0]
 

@@ -17,7 +17,7 @@ from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import load_denoisers, load_text_to_image, load_vae
 from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.models.stable_diffusion.unet import StableDiffusion
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import read_object
 from dmd2.runtime.offload import LARGE_MODEL_PARAMS
 from dmd2.runtime.placement import count_parameters, default_dtype, place
@@ -91,9 +91,10 @@ class StableDiffusionModel:
     def check_size(self, size: tuple[int, int]) -> None:
         for name, side in zip(("width", "height"), size, strict=True):
             if side < self.size_unit or side % self.codec.factor:
-                raise UserError(
-                    f"{name}: {side} (size {size[0]}x{size[1]}); expected a multiple of {self.codec.factor} pixels, "
-                    f"at least {self.size_unit}"
+                raise InvalidInput(
+                    name,
+                    f"{side} (size {size[0]}x{size[1]}); expected a multiple of {self.codec.factor} pixels, "
+                    f"at least {self.size_unit}",
                 )
 
     def check_takes_images(self) -> None:
@@ -181,10 +182,10 @@ class StableDiffusionModel:
 def vae_folder(folder: Path, vae: str) -> str:
     """The subfolder of the VAE "kl" or "tiny". Raises UserError if there is none."""
     if vae not in ("kl", "tiny"):
-        raise UserError(f"vae: {vae}; expected kl or tiny")
+        raise InvalidInput("vae", f"{shown(vae)}; expected kl or tiny")
     if vae == "kl" or (folder / TINY).is_dir():
         return "vae" if vae == "kl" else TINY
     config = folder / "vae" / "config.json"
     if config.is_file() and read_object(config).get("_class_name") == "AutoencoderTiny":
         return "vae"
-    raise UserError(f"vae: tiny, but {folder} has no {TINY}; get it by scripts/download-weights --vae kl,tiny")
+    raise InvalidInput("vae", f"tiny, but {folder} has no {TINY}; get it by scripts/download-weights --vae kl,tiny")

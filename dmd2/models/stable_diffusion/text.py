@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmd2.diffusion.noise import per_image
 from dmd2.runtime.compiled import Compiler
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 
 MOST_TOKENS = 1500
 
@@ -139,8 +139,8 @@ class TextEncoder:
         for tokenizer in self.tokenizers:
             count = len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
             if count > MOST_TOKENS:
-                raise UserError(
-                    f"prompt: {count} tokens (of {len(prompt)} characters); expected at most {MOST_TOKENS}"
+                raise InvalidInput(
+                    "prompt", f"{count} tokens (of {len(prompt)} characters); expected at most {MOST_TOKENS}"
                 )
             most = max(most, -(-count // (tokenizer.model_max_length - 2)))
         return most
