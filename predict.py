@@ -9,9 +9,10 @@ from typing import AsyncIterator, Iterator, Optional
 
 from cog import BaseRunner, Input, Path, concurrent, streaming
 
+from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import BriefFormatter
 from dmd2.service.cog.bridge import begun, in_this_context
-from dmd2.service.images import ImageRequest, ImageService, OutputImage
+from dmd2.service.images import ImageService, OutputImage
 
 
 class Predictor(BaseRunner):
@@ -115,26 +116,26 @@ class Predictor(BaseRunner):
         """Draws images and hands over each as soon as it is encoded."""
         if negative_prompt or guidance_scale:
             print("negative_prompt and guidance_scale have no effect: the model is distilled to draw without them")
-        request = ImageRequest(  # Cog lets 4.0 pass for an integer, and leaves it a float
+        request = ImageRequest(
             prompt=prompt,
-            width=None if width is None else int(width),
-            height=None if height is None else int(height),
+            width=width,
+            height=height,
             aspect_ratio=aspect_ratio,
-            num_outputs=int(num_outputs),
-            num_inference_steps=None if num_inference_steps is None else int(num_inference_steps),
-            seed=None if seed is None else int(seed),
+            num_outputs=num_outputs,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
             output_format=output_format,
-            output_quality=int(output_quality),
+            output_quality=output_quality,
             disable_safety_checker=disable_safety_checker,
             previews=previews,
             image=image,
             mask=mask,
-            prompt_strength=float(prompt_strength),
+            prompt_strength=prompt_strength,
             lora_weights=lora_weights,
-            lora_scale=float(lora_scale),
+            lora_scale=lora_scale,
             control=control,
             control_image=control_image,
-            control_scale=float(control_scale),
+            control_scale=control_scale,
         )
         # Not `yield`: see dmd2/service/cog/bridge.py.
         return in_this_context(self._files(await begun(self.service.generate(request))))

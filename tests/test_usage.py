@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import InputImages
+from dmd2.inference.request import ImageRequest
 from dmd2.runtime.paths import ROOT
-from dmd2.service.images import ImageRequest, ImageService
+from dmd2.service.images import ImageService
 from dmd2.training.build import build_method
 from dmd2.training.loop import train
 from dmd2.training.recipes import resolve
@@ -64,7 +65,7 @@ def test_generate_from_an_image(engine: Engine, tmp_path: Path) -> None:
 def test_from_a_request_to_files(tmp_path: Path) -> None:
     """What a server does; `predict.py` is Cog's."""
     service = ImageService(EMOJI, "cpu", safety=tmp_path / "none", environ={})
-    request = ImageRequest("a honeybee", num_outputs=2, num_inference_steps=1, seed=3, output_format="png")
+    request = ImageRequest(prompt="a honeybee", num_outputs=2, num_inference_steps=1, seed=3, output_format="png")
 
     async def sizes() -> list[tuple[int, tuple[int, int]]]:
         found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning, check_together
 from dmd2.inference.image_input import LIGHT, ImageFile, Role, resized
+from dmd2.inference.request import aspect_size
 from dmd2.models.adapters.lora import Lora
 
 
@@ -96,12 +96,3 @@ class InputImages:
     @staticmethod
     def _mask(mask: ImageFile, image: ImageFile, size: tuple[int, int]) -> Tensor:
         return fitted_mask(mask.decode(size, like=image.size), size)
-
-
-def aspect_size(ratio: str, native: tuple[int, int], unit: int) -> tuple[int, int]:
-    """Width and height, multiples of `unit`, of about the ratio "W:H" and with about as many pixels as `native`."""
-    w, h = (int(part) for part in ratio.split(":"))
-    pixels = native[0] * native[1]
-    sides = math.sqrt(pixels * w / h), math.sqrt(pixels * h / w)
-    width, height = (max(1, round(side / unit)) * unit for side in sides)
-    return width, height

@@ -11,7 +11,6 @@ import atexit
 import logging
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -26,10 +25,10 @@ from dmd2.inference.batcher import Batcher, Check, JobResult, PendingJob
 from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import TEXT_CACHE, Engine, Timings
 from dmd2.inference.image_output import encode_image
-from dmd2.inference.inputs import InputImages, aspect_size
+from dmd2.inference.inputs import InputImages
+from dmd2.inference.request import ImageRequest, parse_size, resolve_request
 from dmd2.inference.safety import FOLDER as SAFETY
 from dmd2.inference.safety import SafetyChecker, may_be_disabled
-from dmd2.models.adapters.control import SCALE as CONTROL_SCALE
 from dmd2.models.adapters.lora import Lora
 from dmd2.models.adapters.lora_files import LoraFiles, cache_folder
 from dmd2.models.locate import locate
@@ -39,51 +38,8 @@ from dmd2.weights.manifest import Manifest, read_manifest
 
 SLOTS = 32  # predictions that Cog lets in (see predict.py)
 WAITING = 4 * SLOTS  # images in the queue, at most: as many as all of these may ask for
-MOST_PROMPT = 5000  # characters (see predict.py)
-LARGE = 1024 * 1024  # pixels of an image that any weights may be asked for; more only if their own size is large
-
-NOTHING = InputImages()
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What a client asks for. None: the service chooses."""
-
-    prompt: str
-    width: int | None = None
-    height: int | None = None
-    aspect_ratio: str | None = None
-    """such as "16:9", with about as many pixels as the weights' own size"""
-    num_outputs: int = 1
-    num_inference_steps: int | None = None
-    seed: int | None = None
-    """of the first image; image i has seed + i"""
-    output_format: str = "webp"
-    output_quality: int = 80
-    disable_safety_checker: bool = False
-    previews: bool = False
-    """whether to show what each step but the last makes of the images"""
-    image: bytes | Path | None = None
-    """an image to begin with: a file or its content; it also chooses the size's ratio"""
-    mask: bytes | Path | None = None
-    """light where the image is to be painted anew"""
-    prompt_strength: float = 0.8
-    """see `dmd2.diffusion.sampling.timesteps_for_strength`; of no matter without an image"""
-    lora_weights: str | None = None
-    """see `dmd2.models.adapters.lora_files.LoraFiles.find_all`"""
-    lora_scale: float = 1.0
-    control: str | None = None
-    """name of a folder in the weights' `control`; the only one unless given"""
-    control_image: bytes | Path | None = None
-    control_scale: float = CONTROL_SCALE
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is text-to-image with the weights as they are."""
-        given = (self.image, self.mask, self.lora_weights, self.control, self.control_image)
-        return all(value is None or value == "" for value in given)
 
 
 @dataclass(frozen=True)
@@ -227,37 +183,6 @@ class ImageService:
         self._outbox.close()
         atexit.unregister(self._outbox.close)
 
-    def settle(self, request: ImageRequest, given: InputImages = NOTHING) -> tuple[tuple[int, int], int, int]:
-        """Size (width, height), steps and first seed of a request; what is given may choose the size's ratio.
-
-        Raises:
-            UserError: something is wrong with it; names the input and what would be valid.
-        """
-        if not request.prompt.strip():
-            raise UserError("prompt: empty; expected some words")
-        if len(request.prompt) > MOST_PROMPT:
-            raise UserError(f"prompt: {len(request.prompt)} characters; expected at most {MOST_PROMPT}")
-        self.engine.check_prompts([request.prompt])
-        students = self.engine.manifest.students
-        steps = request.num_inference_steps or max(students)
-        if steps not in students:
-            valid = " or ".join(map(str, sorted(students)))
-            raise UserError(f"num_inference_steps: {steps}; these weights draw in {valid}")
-        native = self.engine.manifest.native_size
-        unit = max(self.engine.size_unit, native[0] // 16)
-        if request.aspect_ratio is None:
-            asked = (request.width or native[0], request.height or native[1])
-            size = given.size(asked if request.width or request.height else None, native, unit)
-        elif request.width is not None or request.height is not None:
-            raise UserError("aspect_ratio: given beside width or height; expected one or the other")
-        else:
-            size = aspect_size(request.aspect_ratio, native, unit)
-        self.engine.check_size(size)
-        most = max(4 * native[0] * native[1], LARGE)
-        if size[0] * size[1] > most:
-            raise UserError(f"width, height: {size[0]}x{size[1]}; expected at most {most} pixels in all")
-        return size, steps, secrets.randbelow(2**32) if request.seed is None else request.seed
-
     async def generate(self, request: ImageRequest) -> AsyncGenerator[OutputImage, None]:
         """Draws the request's images and yields them in order, each as soon as it is encoded; previews meanwhile.
 
@@ -267,7 +192,7 @@ class ImageService:
             dmd2.inference.batcher.Stopped: the device is gone.
         """
         if request.is_plain:
-            (size, steps, seed), edit = self.settle(request), TEXT_TO_IMAGE
+            (size, steps, seed), edit = resolve_request(request, self.engine), TEXT_TO_IMAGE
         else:
             loop = asyncio.get_running_loop()
             size, steps, seed, edit = await loop.run_in_executor(self._readers, self._read, request)
@@ -304,14 +229,14 @@ class ImageService:
             await asyncio.gather(*files, return_exceptions=True)
 
     def _read(self, request: ImageRequest) -> tuple[tuple[int, int], int, int, ImageConditioning]:
-        """As `settle`, and the images that the caller gives, read and fitted."""
+        """As `resolve_request`, and the images that the caller gives, read and fitted."""
         self.engine.model.check_takes_images()
         given = InputImages.read(
             request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
         )
         if request.control is not None and given.control_image is None:
             raise UserError("control: given without a control_image; expected the image to follow")
-        size, steps, seed = self.settle(request, given)
+        size, steps, seed = resolve_request(request, self.engine, given)
         control = None if given.control_image is None else self._control(request.control)
         return size, steps, seed, given.edit(size, control)
 
@@ -402,13 +327,8 @@ class ImageService:
 
 def _sizes(environ: Mapping[str, str]) -> list[tuple[int, int]]:
     """ "1216x832,832x1216" → its sizes."""
-    sizes = []
-    for text in filter(None, map(str.strip, environ.get("DMD2_SIZES", "").split(","))):
-        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-        if found is None:
-            raise UserError(f"DMD2_SIZES: {text}; expected sizes such as 1216x832,832x1216")
-        sizes.append((int(found[1]), int(found[2])))
-    return sizes
+    texts = environ.get("DMD2_SIZES", "").split(",")
+    return [parse_size(text.strip(), "DMD2_SIZES") for text in texts if text.strip()]
 
 
 def _megabytes(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -18,12 +18,13 @@ from dmd2.diffusion.sampling import Churn, sample_heun, teacher_sigmas
 from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.mode import default_mode, modes_of
+from dmd2.inference.request import ImageRequest
 from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.model import ClassEncoder
 from dmd2.models.edm.network import ClassCondition, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import sha256_file
-from dmd2.service.images import ImageRequest, ImageService, OutputImage
+from dmd2.service.images import ImageService, OutputImage
 from dmd2.weights.manifest import read_manifest
 
 NAMES = ("airplane", "cat", "dog")
@@ -246,12 +247,12 @@ def pixels(pixels: OutputImage) -> Tensor:
 
 def test_one_service_for_either_family(student: Path, teacher: Path, tmp_path: Path) -> None:
     service = ImageService(student, "cpu", safety=tmp_path / "none", environ={})
-    images = collected(service, ImageRequest("a photo of a cat", seed=5, num_outputs=2, output_format="png"))
+    images = collected(service, ImageRequest(prompt="a photo of a cat", seed=5, num_outputs=2, output_format="png"))
     expected = Engine(student, "cpu").generate(["1", "1"], [5, 6], "1")
     for shown, image in zip(images, expected, strict=True):
         assert (pixels(shown).int() - image.int()).abs().max() <= 2
     with pytest.raises(UserError, match="names no class"):
-        collected(service, ImageRequest("a horse"))
+        collected(service, ImageRequest(prompt="a horse"))
     service.close()
     with pytest.raises(UserError, match="hold no few-step student"):
         ImageService(teacher, "cpu", safety=tmp_path / "none", environ={})
