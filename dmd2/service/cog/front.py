@@ -11,7 +11,6 @@ Webhooks may go to any http or https address, and Cog does not ask whether it is
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -21,16 +20,15 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
 import httpx2
 import uvicorn
-from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dmd2.runtime.errors import UserError
+from dmd2.service.cog.bodies import ID, Refused, cut, spoken, understood
 from dmd2.service.cog.gate import Full, Gate
 from dmd2.service.cog.supervisor import listen
 
@@ -39,7 +37,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
-ID = "[A-Za-z0-9_-]{1,64}"
 PREDICTION = re.compile(rf"/predictions/({ID})")
 CANCEL = re.compile(rf"/predictions/({ID})/cancel")
 # How Cog tells that a prediction was cancelled just as it began.
@@ -48,9 +45,7 @@ CANCELLED = re.compile(r"Prediction failed: Failed to submit coroutine: Cancell?
 NOT_BEGUN = re.compile(r"(?:Prediction failed: )?Failed to send request: ")
 BUSY = re.compile(r"Prediction failed: (?:Async prediction failed: )?Busy: (.*)", re.DOTALL)
 """how Cog words the exception that dmd2.inference.batcher raises when its queue is full"""
-MOST_TEXT = 500  # characters of a message
-MOST_CONTEXT = 1 << 16  # bytes; Cog loses a slot for good by 8 MB, which it would take as an input
-MOST_JUDGED = 1 << 16  # bytes of an answer that may be a refusal; images are larger
+MOST_REFUSAL = 1 << 16  # bytes of an answer that may be a refusal; images are larger
 MOST_KNOWN = 1000  # ids of predictions whose end nobody waited for
 LINGER = 5.0  # seconds for which what a refused client still sends is thrown away, so that it can read why
 HEALTH = 2.0  # seconds that Cog has to answer a health check
@@ -106,66 +101,6 @@ class Upstream(Protocol):
 
 class Stalled(Exception):
     """A client took nothing of its answer for too long."""
-
-
-class Refused(Exception):
-    """A request that is answered with an error. `content`: the answer's JSON."""
-
-    def __init__(self, status: int, content: object, retry_after: int | None = None) -> None:
-        super().__init__(status, content)
-        self.status, self.content, self.retry_after = status, content, retry_after
-
-    @classmethod
-    def failed(cls, status: int, error: str, retry_after: int | None = None) -> Refused:
-        """An error in the form of Cog's own."""
-        return cls(status, {"error": error[:MOST_TEXT], "status": "failed"}, retry_after)
-
-    @classmethod
-    def field(cls, loc: list[str | int], message: str) -> Refused:
-        return cls(422, {"detail": [{"loc": loc, "msg": message[:MOST_TEXT], "type": "value_error"}]})
-
-
-def _webhook(url: str) -> str:
-    parts = urlsplit(url)  # ValueError: what pydantic wants to hear
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("expected an http or https address")
-    return url
-
-
-def _context(context: dict[str, Any]) -> dict[str, Any]:
-    if len(to_json(context)) > MOST_CONTEXT:
-        raise ValueError(f"expected at most {MOST_CONTEXT} bytes")
-    return context
-
-
-class Prediction(BaseModel, strict=True):
-    """The body of a request: all that Cog understands, and nothing else."""
-
-    id: Annotated[str, StringConstraints(pattern=rf"^{ID}\z")] | None = None
-    input: dict[str, Any] = {}
-    context: Annotated[dict[str, Any], AfterValidator(_context)] | None = None
-    webhook: Annotated[str, StringConstraints(max_length=2000), AfterValidator(_webhook)] | None = None
-    webhook_events_filter: list[Literal["start", "output", "logs", "completed"]] | None = None
-
-    @classmethod
-    def read(cls, body: bytes) -> Prediction:
-        """
-        Raises:
-            Refused: 400 if it is no JSON, else 422 with the field.
-        """
-        try:
-            return cls.model_validate(from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False))
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            raise Refused.field(["body", *first["loc"]], first["msg"]) from error
-        except ValueError as error:
-            raise Refused.failed(400, f"the body is no JSON: {error}") from error
-
-    def write(self) -> bytes:
-        """The body as JSON without nulls, at the top and among the inputs: Cog does not take them for unset."""
-        content = self.model_dump(exclude_none=True)
-        content["input"] = {name: value for name, value in self.input.items() if value is not None}
-        return to_json(content)
 
 
 @dataclass(eq=False)
@@ -287,7 +222,7 @@ class Front:
             body = await self._read(request, receive, hold)
             if body is None:
                 return
-            small = len(body) <= MOST_JUDGED
+            small = len(body) <= SMALL
             request.body, own = understood(body) if small else await asyncio.to_thread(understood, body)
             request.id = request.id or own
             del body
@@ -411,18 +346,19 @@ class Front:
     async def _pass_on(self, request: Request, response: httpx2.Response, send: Send) -> None:
         status, size = response.status_code, response.headers.get("content-length", "")
         kind = response.headers.get("content-type", "application/json")
-        if status >= 400 or (size.isdecimal() and int(size) <= MOST_JUDGED):
+        if status >= 400 or (size.isdecimal() and int(size) <= MOST_REFUSAL):
             content = await response.aread()
             said = spoken(content) if kind.startswith("application/json") else None
+            error = str(said.get("error")) if said and said.get("status") == "failed" else ""
             if status == 503:
                 raise Refused(503, said or self._away().content, self._away().retry_after)
-            if said and said.get("status") == "failed" and (busy := BUSY.match(str(said.get("error")))):
+            if busy := BUSY.match(error):
                 raise Refused.failed(429, busy[1], self.gate.retry_after())
-            if said and said.get("status") == "failed" and NOT_BEGUN.match(str(said.get("error"))):
+            if NOT_BEGUN.match(error):
                 raise Refused.failed(503, "the worker is being replaced; ask again", 5)
-            if said and said.get("status") == "failed" and CANCELLED.match(str(said.get("error"))):
+            if said and CANCELLED.match(error):
                 content = to_json(said | {"status": "canceled", "error": None})
-            if status == 422 and said:
+            if said and status == 422:
                 content = to_json(cut(said))
             request.answered = True
             await answer(send, status, content, kind)
@@ -470,34 +406,6 @@ class Front:
 
     def _full(self) -> Refused:
         return Refused.failed(429, f"{self.gate.waiting} requests are waiting already", self.gate.retry_after())
-
-
-def understood(body: bytes) -> tuple[bytes, str | None]:
-    """A request's body in the form that Cog gets, and its id. Raises `Refused`."""
-    prediction = Prediction.read(body)
-    return prediction.write(), prediction.id
-
-
-def spoken(content: bytes) -> dict[str, Any] | None:
-    """Cog's answer as a JSON object; None if it is none."""
-    try:
-        value = json.loads(content)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def cut(said: dict[str, Any]) -> dict[str, Any]:
-    """Shortens Cog's message on a wrong input, which quotes the input in full before the reason."""
-    detail = said.get("detail")
-    if not isinstance(detail, list):
-        return said
-
-    def short(text: str) -> str:
-        half = MOST_TEXT // 2
-        return text if len(text) <= MOST_TEXT else f"{text[: half - 1]} … {text[2 - half :]}"
-
-    return said | {"detail": [one | {"msg": short(str(one.get("msg")))} for one in detail if isinstance(one, dict)]}
 
 
 async def give(send: Send, message: Message) -> None:
