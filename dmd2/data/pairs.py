@@ -4,7 +4,7 @@ There is no S_churn here: with noise added on the way, an image would not follow
 
 A folder holds `pairs.json` and shards of equal size. Of the noise only seeds are kept: `seeded_noise` makes it anew.
 Images are kept in fp16: rounding moves a pixel by less than 1/2000 of the range, where uint8 would move it by 1/500
-and clip what the teacher drew beyond the range; and any x0 fits, latents too.
+and clip what the teacher generated beyond the range; and any x0 fits, latents too.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(committed: EmojiScenes) -> 
         assert not torch.equal(first.images, committed.batch(20, seed=seed, step=step).images)
 
 
-def test_shapes_and_dtypes(tiny: EmojiScenes) -> None:
+def test_a_batch_of_scenes_has_the_documented_shapes_and_types(tiny: EmojiScenes) -> None:
     scenes = tiny.batch(37, seed=0, step=0)
     assert scenes.images.shape == (37, 3, 64, 64) and scenes.images.dtype == torch.uint8
     assert len(scenes.captions) == 37

@@ -272,7 +272,7 @@ def test_previews_say_whose_they_are_where_prompts_are_of_unequal_length(engine:
         assert all(difference(a, b) <= 1 for a, b in zip(alone[i], together[i], strict=True))
 
 
-def test_the_small_vae(folder: Path, engine: Engine, weights: Path, tmp_path: Path) -> None:
+def test_vae_tiny_decodes_with_taesdxl(folder: Path, engine: Engine, weights: Path, tmp_path: Path) -> None:
     tiny = Engine(folder, "cpu", vae="tiny")
     assert type(tiny.model.codec.vae).__name__ == "AutoencoderTiny"
     assert difference(tiny.generate(["an owl"], [0], "1"), engine.generate(["an owl"], [0], "1")) > 2

@@ -164,7 +164,7 @@ def resolving(*addresses: str) -> Guard:
         "100::1",
     ],
 )
-def test_addresses_that_are_refused(address: str) -> None:
+def test_addresses_that_are_not_public_are_refused(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
     with pytest.raises(UserError, match=r"image: example\.com: refused, because .* is no public address"):
         fetch("http://example.com/x", resolving(address))

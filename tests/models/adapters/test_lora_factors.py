@@ -261,7 +261,7 @@ def test_every_spelling_means_the_same_layers(
         assert torch.equal(value.tensors["down"], down) and torch.equal(value.tensors["up"], up)
 
 
-def test_attentions_first_names(
+def test_diffusers_first_names_of_attention_layers_are_known(
     networks: Networks, pairs: dict[str, Pairs], text_models: Any, tmp_path: Path
 ) -> None:
     """Of processors; in text encoders, to_q for q_proj. Held against diffusers, which still reads them."""

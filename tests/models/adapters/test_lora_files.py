@@ -109,7 +109,7 @@ def test_a_url_is_fetched_once(files: LoraFiles, hub: Hub) -> None:
     assert len(list(files.cache.iterdir())) == 1  # what is a LoRA
 
 
-def test_a_data_url(files: LoraFiles) -> None:
+def test_a_lora_in_a_data_url_is_read_and_not_cached(files: LoraFiles) -> None:
     url = f"data:application/octet-stream;base64,{base64.b64encode(content(5)).decode()}"
     found = files.find(url)
     assert (found.name, found.sha256) == ("data URL", sha256(content(5)))
@@ -184,7 +184,7 @@ def test_the_cache_does_not_grow_for_ever(files: LoraFiles, hub: Hub, monkeypatc
     assert files.find("me/many/5.safetensors").sha256 == sha256(content(5))
 
 
-def test_several_with_their_scales(files: LoraFiles) -> None:
+def test_several_loras_are_found_each_with_its_own_scale(files: LoraFiles) -> None:
     (files.folder / "lora" / "other.safetensors").write_bytes(content(2))
     found = files.find_all("own other:0.25  own:-1", 0.5)
     assert [(lora.sha256, scale) for lora, scale in found] == [
@@ -321,7 +321,7 @@ def test_pages_of_the_hub_are_what_they_are_about(
         files.find("http://[::1/x")
 
 
-def test_pages_of_civitai(files: LoraFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_civitai_stands_for_the_file_it_names(files: LoraFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
     def fetch(self: Guard, url: str, file: BinaryIO, field: str, patience: Patience) -> None:

@@ -164,7 +164,7 @@ def test_churn_is_checked_and_written_into_the_image(
     assert "--churn nan: expected S_churn" in capsys.readouterr().err
 
 
-def test_only_their_own_size(student: Path) -> None:
+def test_class_models_refuse_another_size_than_their_own(student: Path) -> None:
     with pytest.raises(UserError, match="width, height: 32x16; these weights draw 16x16 pixels and no other size"):
         Engine(student, "cpu").generate(["cat"], [0], "1", (32, 16))
 

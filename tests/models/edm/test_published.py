@@ -169,7 +169,7 @@ def test_everything_beside_the_network_is_inert_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [3, 4])
-def test_plain_data_and_arrays(tmp_path: Path, protocol: int) -> None:
+def test_plain_data_and_arrays_are_read_to_the_bit(tmp_path: Path, protocol: int) -> None:
     every = {
         "none": [None, True, False],
         "numbers": [0, -1, 255, 70000, -(2**31), 2**40, 1.5, float("inf")],

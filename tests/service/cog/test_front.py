@@ -626,7 +626,7 @@ def test_what_is_small_is_sent_at_once() -> None:
         assert listener.proto == socket.IPPROTO_TCP
 
 
-def test_over_a_socket() -> None:
+def test_the_front_serves_over_a_real_socket() -> None:
     port = free_port()
     world = World(body=1_000_000)
     with serving(world.front, "127.0.0.1", port):

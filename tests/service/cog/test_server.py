@@ -209,7 +209,7 @@ def test_inert_inputs_change_nothing_and_the_log_says_so(server: CogServer) -> N
     assert "negative_prompt and guidance_scale have no effect" in answer.logs
 
 
-def test_server_sent_events(server: CogServer, engine: Engine) -> None:
+def test_each_image_is_a_server_sent_event_of_its_own(server: CogServer, engine: Engine) -> None:
     inputs = OWL | {"num_outputs": 2}
     headers = {"Accept": "text/event-stream"}
     with server.client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
@@ -496,7 +496,7 @@ def test_no_request_gets_anothers_image(server: CogServer, engine: Engine) -> No
 # Cancelled, hung up, too many
 
 
-def test_cancelled_in_the_middle(server: CogServer, receiver: Receiver) -> None:
+def test_a_prediction_cancelled_in_the_middle_ends_early_and_says_so(server: CogServer, receiver: Receiver) -> None:
     before = stopped_early(server)
     request = {"input": HUGE, "webhook": receiver.url, "webhook_events_filter": ["completed"]}
     server.client.put("/predictions/cancelled", json=request, headers=ASYNC)

@@ -126,7 +126,7 @@ def test_what_makes_a_server_be_replaced(statuses: list[str | None], reason: str
         ["READY", "UNHEALTHY", None, None, "READY"],
     ],
 )
-def test_what_does_not(statuses: list[str | None]) -> None:
+def test_what_gives_no_reason_to_replace_a_server(statuses: list[str | None]) -> None:
     assert set(faults(*statuses)) == {None}
 
 
@@ -630,5 +630,5 @@ def test_a_port_that_is_taken_is_named() -> None:
     check_port("127.0.0.1", port)
 
 
-def test_where_to_ask() -> None:
+def test_a_server_that_listens_everywhere_is_asked_on_the_loopback() -> None:
     assert [local_address(host) for host in ("0.0.0.0", "::", "10.0.0.1")] == ["127.0.0.1", "::1", "10.0.0.1"]
