@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmd2.models.stable_diffusion.download import TIMESTEPS
+from dmd2.models.stable_diffusion.configs import TIMESTEPS
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_pipeline_configs
 from dmd2.weights.manifest import DEFAULT, Manifest, Student, write_manifest
 

@@ -20,6 +20,8 @@ from dmd2.runtime.files import read_object
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 SCHEDULER = "LCMScheduler"
 """what few-step students are sampled with, in diffusers' terms"""
+TIMESTEPS = {4: [999, 749, 499, 249], 1: [399]}
+"""of DMD2's published students of SDXL (2405.14867), by number of steps"""
 SD_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 OTHER_INPUTS = (
     "class_embed_type",

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dmd2.models.adapters.lora import SETTINGS_FILE, Fused, read_lora, settings_of
-from dmd2.models.stable_diffusion.configs import Schedule, check_configs, read_vae_config
+from dmd2.models.stable_diffusion.configs import TIMESTEPS, Schedule, check_configs, read_vae_config
 from dmd2.models.stable_diffusion.folder import UNET_FILE, load_tokenizer, save_pipeline_configs
 from dmd2.models.stable_diffusion.single_file import SingleFile, check_base
 from dmd2.runtime.errors import InvalidInput, UserError
@@ -23,7 +23,6 @@ from dmd2.runtime.loading import build_network, check_network, weight_files
 from dmd2.weights.folders import swap
 from dmd2.weights.manifest import Manifest, Student, write_manifest
 
-TIMESTEPS = [999, 749, 499, 249]
 NETWORKS = {
     "unet": UNET_FILE,
     "vae": UNET_FILE,
@@ -81,7 +80,7 @@ def convert_sdxl(
             schedule = _from_file(source, lora, new, vae, base, schedule)
         else:
             schedule = _from_folder(source, lora, new, vae, schedule)
-        student, licence = Student(subfolder="unet", timesteps=TIMESTEPS), f"that of {source.name}"
+        student, licence = Student(subfolder="unet", timesteps=TIMESTEPS[4]), f"that of {source.name}"
         if lora is not None:
             if schedule.prediction_type != "epsilon":
                 logger.warning("%s predicts v; DMD2's LoRA was made for one that predicts epsilon", source)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from dmd2.models.stable_diffusion.configs import TIMESTEPS
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_pipeline_configs
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_path, atomic_text, sha256_file
@@ -45,7 +46,6 @@ LICENCES = {
     SAFETY: "none stated there; it is a part of Stable Diffusion 1, CreativeML OpenRAIL-M",
 }
 STUDENTS = {4: "dmd2_sdxl_4step_unet_fp16.safetensors", 1: "dmd2_sdxl_1step_unet_fp16.bin"}
-TIMESTEPS = {4: [999, 749, 499, 249], 1: [399]}
 LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
 
 
