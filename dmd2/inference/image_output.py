@@ -8,11 +8,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from dmd2.runtime.files import atomic_bytes
+
+if TYPE_CHECKING:
+    from dmd2.inference.conditioning import ImageConditioning
+    from dmd2.inference.engine import Engine
 
 IN_NAME = ("prompt", "seed", "steps", "weights_sha256", "preview_of_step")
 IMAGE_DESCRIPTION = 0x010E
@@ -50,6 +55,14 @@ def encode_image(image: Tensor, format: str, quality: int, metadata: Mapping[str
     else:
         raise ValueError(f"format {format}: expected webp, jpg or png")
     return file.getvalue()
+
+
+def image_metadata(
+    engine: Engine, prompt: str, seed: int, steps: str, edit: ImageConditioning, **more: object
+) -> dict[str, object]:
+    """What an image says of how it was made; of `more`, what is not None."""
+    made = {"prompt": prompt, "seed": seed, "steps": steps, "weights_sha256": engine.sha256(steps), **edit.metadata}
+    return made | {name: value for name, value in more.items() if value is not None}
 
 
 def save_png(image: Tensor, folder: Path, metadata: Mapping[str, object]) -> Path:

@@ -24,7 +24,7 @@ from torch import Tensor
 from dmd2.inference.batcher import Batcher, Check, JobResult, PendingJob
 from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import TEXT_CACHE, Engine, Timings
-from dmd2.inference.image_output import encode_image
+from dmd2.inference.image_output import encode_image, image_metadata
 from dmd2.inference.inputs import InputImages
 from dmd2.inference.request import ImageRequest, parse_size, resolve_request
 from dmd2.inference.safety import FOLDER as SAFETY
@@ -285,14 +285,7 @@ class ImageService:
         return OutputImage(path, preview.job.seed, step=preview.step)
 
     def _write(self, job: _Job, image: Tensor, request: ImageRequest, step: int | None = None) -> Path:
-        metadata = {
-            "prompt": job.prompt,
-            "seed": job.seed,
-            "steps": job.steps,
-            "weights_sha256": self.engine.sha256(str(job.steps)),
-            **job.edit.metadata,
-            **({} if step is None else {"preview_of_step": step}),
-        }
+        metadata = image_metadata(self.engine, job.prompt, job.seed, str(job.steps), job.edit, preview_of_step=step)
         data = encode_image(image, request.output_format, request.output_quality, metadata)
         # The seed tells the images of a request apart where Cog uploads them in any order.
         name = f"{job.seed}" if step is None else f"{job.seed}-preview-{step}"

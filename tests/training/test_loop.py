@@ -514,7 +514,16 @@ def test_dmd2_train_killed_and_resumed_is_bit_identical(weights: Path, emoji_zip
 
     def command(out: Path, *more: str) -> list[str | Path]:
         sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-        paths: list[str | Path] = ["--data", emoji_zip, "--init", weights, "--judge", tmp_path / "none", "--out", out]
+        paths: list[str | Path] = [
+            "--data",
+            emoji_zip,
+            "--init",
+            weights,
+            "--classifier",
+            tmp_path / "none",
+            "--out",
+            out,
+        ]
         return ["-m", "dmd2.cli", "train", "emoji-dmd2-4step", *paths, "--device", "cpu", *sets, *more]
 
     killed = start(*command(tmp_path / "killed"))

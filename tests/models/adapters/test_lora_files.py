@@ -17,8 +17,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-import dmd2.cli
 import dmd2.models.adapters.lora_files
+from dmd2.cli import generate
 from dmd2.models.adapters.lora import Lora
 from dmd2.models.adapters.lora_files import GUARD, LoraFiles, split_scale
 from dmd2.runtime.errors import UserError
@@ -429,11 +429,11 @@ def test_the_command_lines_loras_may_be_lists_and_files_with_any_name(
 ) -> None:
     monkeypatch.setenv("DMD2_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a, b.safetensors").write_bytes(content(2))
-    found = dmd2.cli._loras([f"{tmp_path}/a, b.safetensors:0.5", "own,own:2"], files.folder)
+    found = generate._loras([f"{tmp_path}/a, b.safetensors:0.5", "own,own:2"], files.folder)
     assert [(lora.sha256, scale) for lora, scale in found] == [
         (sha256(content(2)), 0.5),
         (sha256(content(1)), 1.0),
         (sha256(content(1)), 2.0),
     ]
     with pytest.raises(UserError, match="expected an https URL"):
-        dmd2.cli._loras(["x" * 5000], files.folder)
+        generate._loras(["x" * 5000], files.folder)

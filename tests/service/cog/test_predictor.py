@@ -65,7 +65,7 @@ def test_the_image_holds_the_embedded_weights_and_the_schema() -> None:
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with predict.py, for `dmd2 cog` to work on."""
     (tmp_path / "predict.py").write_text((ROOT / "predict.py").read_text())
-    monkeypatch.setattr(dmd2.cli, "ROOT", tmp_path)
+    monkeypatch.setattr(dmd2.cli.serve, "ROOT", tmp_path)
     return tmp_path
 
 

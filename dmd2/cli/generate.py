@@ -1,0 +1,254 @@
+"""`dmd2 generate`: its options are made from `dmd2.inference.request.ImageRequest`, but for some of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from dmd2.inference.request import ImageRequest, parse_size
+from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.paths import EMOJI
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dmd2.models.adapters.lora import Lora
+
+BEGAN = time.perf_counter()
+WHAT, IMAGE, ADAPTERS, OUTPUT = "What to generate", "From an image", "Adapters", "Output"
+PER_PROMPT = 1000
+"""images of one call; a request to the service is bounded more tightly"""
+
+
+def asks(**fields: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each of these fields of `ImageRequest`.
+
+    Name, type, default and help are the field's, unless the field's settings (of `typer.Option`) say otherwise.
+    """
+
+    def wrap(verb: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(verb, include_extras=True)
+        own = [p for p in signature(verb).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        parameters = [p.replace(annotation=hints[p.name]) for p in own]
+        for name, settings in fields.items():
+            field = ImageRequest.model_fields[name]
+            kind = Path | None if Path in get_args(field.annotation) else field.annotation
+            names = (f"--{name}",) if kind is bool else ()
+            option = typer.Option(*names, **({"help": field.description} | settings))
+            parameters.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option])
+            )
+        verb.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # where typer looks first
+        verb.__annotations__ = {p.name: p.annotation for p in parameters}
+        return verb
+
+    return wrap
+
+
+@asks(
+    num_outputs={"help": "Images for each prompt; image i uses seed + i.", "rich_help_panel": WHAT},
+    seed={"help": "Seed of the first image; random unless given.", "rich_help_panel": WHAT},
+    image={"help": "Image to begin with; it gives the ratio unless --size does.", "rich_help_panel": IMAGE},
+    mask={
+        "help": "Light, or a hole, where --image is to be painted anew.",
+        "rich_help_panel": IMAGE,
+    },
+    prompt_strength={"rich_help_panel": IMAGE},
+    control_image={"rich_help_panel": ADAPTERS},
+    control_scale={"help": "How much --control-image counts.", "rich_help_panel": ADAPTERS},
+    previews={"help": "Also write what the steps before the last make.", "rich_help_panel": OUTPUT},
+)
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; one image for each.")
+    ] = None,
+    weights: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of weights with a dmd2.json, a tar of one, or a student in one safetensors file.",
+            rich_help_panel=WHAT,
+        ),
+    ] = EMOJI,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps: 1 or 4; or teacher, teacher-4, teacher-1 to compare. The most that there are unless given.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0-9",
+            help="Instead of prompts: classes by number, such as 0,3-5; also writes a grid.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="Size in pixels; the weights' own unless given.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE[:SCALE]", help="File, URL or hub's owner/name; repeatable.", rich_help_panel=ADAPTERS
+        ),
+    ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a ControlNet or T2I-Adapter; or its name, if in the weights.", rich_help_panel=ADAPTERS
+        ),
+    ] = None,
+    vae: Annotated[
+        str,
+        typer.Option(
+            help="VAE: kl; or tiny (TAESDXL): faster, less sharp.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "kl",
+    churn: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S_CHURN[,S_TMIN,S_TMAX,S_NOISE]",
+            help="Noise that an EDM teacher's sampler adds.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.", rich_help_panel=OUTPUT)] = Path("outputs"),
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.", rich_help_panel=OUTPUT)] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each image.", rich_help_panel=OUTPUT)
+    ] = False,
+    **asked: Any,
+) -> None:
+    """Draw images. Each PNG holds its prompt, seed, steps and the weights' sha256."""
+    if classes is not None and prompts:
+        raise InvalidInput("classes", "given beside PROMPT; expected one or the other")
+    prompts = _numbers(classes) if classes is not None else prompts or []
+    if not prompts:
+        raise InvalidInput("prompts", "missing; expected what to draw, or --classes")
+    num_outputs = asked.pop("num_outputs")
+    if not 1 <= num_outputs <= PER_PROMPT:
+        raise InvalidInput("num_outputs", f"expected 1 to {PER_PROMPT}", num_outputs)
+    request, *_ = [ImageRequest(prompt=prompt, **asked) for prompt in prompts]
+    pixels = parse_size(size, "size") if size else None
+    _check_folder(out)
+
+    from dmd2.diffusion.sampling import Churn
+    from dmd2.inference.engine import Engine
+    from dmd2.inference.image_output import image_metadata, save_grid, save_png
+    from dmd2.inference.inputs import InputImages
+    from dmd2.inference.mode import default_mode
+    from dmd2.models.locate import locate
+    from dmd2.models.model import family_of
+    from dmd2.weights.manifest import read_manifest
+
+    if weights.is_file():
+        weights = locate(weights)
+    manifest = read_manifest(weights)
+    if classes is not None and family_of(weights).takes_prompts:
+        raise InvalidInput("classes", f"{weights} draws prompts; expected a class-conditional model", classes)
+    steps = steps or default_mode(manifest)
+    if request.previews and steps == "teacher":
+        raise InvalidInput("previews", "the teacher's own sampler shows none; expected --steps with a student")
+    given = InputImages.read(
+        request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
+    )
+    engine = Engine(weights, device, modes=(steps,), vae=vae, churn=None if churn is None else Churn.parse(churn))
+    engine.check_prompts(prompts)
+    pixels = given.size(pixels, manifest.native_size, engine.size_unit)
+    engine.check_size(pixels)
+    edit = given.edit(pixels, _control(control, weights), _loras(lora or [], weights))
+    loaded = time.perf_counter() - BEGAN
+    _make(out)
+    first = secrets.randbelow(2**32 - PER_PROMPT) if request.seed is None else request.seed
+    drawn = []
+    for prompt in prompts:
+        for i in range(num_outputs):
+            metadata = image_metadata(engine, prompt, first + i, steps, edit, churn=churn)
+
+            def preview(step: int, _: list[int], images: Tensor, metadata: dict[str, object] = metadata) -> None:
+                save_png(images[0], out, metadata | {"preview_of_step": step})
+
+            # One at a time: an image's bits never depend on its neighbours. The service batches.
+            began = time.perf_counter()
+            images, timings = engine.generate_timed(
+                [prompt], [first + i], steps, pixels, edit=edit, preview=preview if request.previews else None
+            )
+            total = time.perf_counter() - began
+            path = save_png(images[0], out, metadata)
+            drawn.append(images[0])
+            _tell(path, metadata, asdict(timings), total, loaded, as_json)
+    if classes is not None:
+        names = [manifest.class_names[int(n)] if manifest.class_names else f"class {n}" for n in prompts]
+        grid = save_grid(drawn, names, out / f"classes-{classes}_{steps}_{first}.png")
+        print(json.dumps({"grid": str(grid)}) if as_json else grid)
+
+
+def _tell(
+    path: Path, metadata: dict[str, object], seconds: dict[str, float], total: float, loaded: float, as_json: bool
+) -> None:
+    """One line of a finished image."""
+    if as_json:
+        rounded = {k: round(v, 4) for k, v in seconds.items()}
+        print(json.dumps({"path": str(path), **metadata, "seconds": {**rounded, "load": round(loaded, 2)}}))
+        return
+    stages = ", ".join(f"{stage} {value * 1000:.0f}" for stage, value in seconds.items())
+    print(f"{path}  seed {metadata['seed']}  {total * 1000:.0f} ms ({stages}; start-up {loaded:.1f} s)")
+
+
+def _check_folder(out: Path) -> None:
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise InvalidInput("out", f"{folder} is a file; expected a folder", out)
+
+
+def _make(out: Path) -> None:
+    _check_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput("out", f"cannot be made a folder ({error.strerror})", out) from error
+
+
+def _numbers(text: str) -> list[str]:
+    """ "0,3-5" → 0, 3, 4, 5"""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise InvalidInput("classes", "expected numbers and ranges, such as 0,3-5", text)
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return [str(number) for number in dict.fromkeys(numbers)]
+
+
+def _control(given: Path | None, weights: Path) -> Path | None:
+    own = weights / "control" / (given or "")
+    return own if given is not None and not given.exists() and own.is_dir() else given
+
+
+def _loras(sources: list[str], weights: Path) -> tuple[tuple[Lora, float], ...]:
+    if not sources:
+        return ()
+    from dmd2.models.adapters.lora_files import LoraFiles, cache_folder, split_list, split_scale
+
+    files = LoraFiles(weights, cache_folder(), paths=True, token=None)
+    exact = [os.path.exists(split_scale(source)[0]) for source in sources]  # noqa: PTH110  # which raises at long names
+    parts = [[source] if here else split_list(source) for source, here in zip(sources, exact, strict=True)]
+    found = [split_scale(source) for part in parts for source in part]
+    return tuple((files.find(source), scale) for source, scale in found)

@@ -1,0 +1,110 @@
+"""`dmd2 train`, and what it takes: `dmd2 pairs`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dmd2.runtime.errors import InvalidInput
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A name from `dmd2 recipes`, such as emoji-dmd2-1step; --resume --out knows it."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Zip or folder of images; the emoji for recipes of the embedded model.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Weights to start from; the embedded ones for recipes of theirs.")
+    ] = None,
+    classifier: Annotated[Path | None, typer.Option(help="Classifier that scores samples.")] = None,
+    student: Annotated[Path | None, typer.Option(help="Student to go on from, for recipes that resume one.")] = None,
+    pairs_folder: Annotated[Path | None, typer.Option("--pairs", help="Folder of `dmd2 pairs`, for DMD.")] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(help="TorchScript VGG16 (vgg16.pt) for DMD's regression; L2 without it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE unless given.")] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out, with its own --set and inputs.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
+    ] = None,
+) -> None:
+    """Train one of the named recipes. Ctrl-C stops it after a checkpoint; --resume continues it exactly."""
+    if recipe is None and not (resume and out):
+        raise InvalidInput("recipe", "missing; expected a name from `dmd2 recipes`, or --resume with --out")
+
+    from dmd2.training.recipes import resolve
+
+    settings = overrides or []
+    settled = resolve(recipe, settings) if recipe is not None else None
+
+    from dmd2.inference.engine import resolve_device
+    from dmd2.runtime.precision import recorded_precision, resolve_precision
+    from dmd2.runtime.terminal import say
+    from dmd2.training.build import build_method, inputs_of
+    from dmd2.training.loop import train as run
+    from dmd2.training.run.folder import check_out
+    from dmd2.training.run.inputs import begun, continued, hashes, origin
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dmd2").setLevel(logging.INFO)
+    where = resolve_device(device)
+    folder = out or Path("runs") / str(recipe)
+    check_out(folder, resume)
+    paths = {
+        "data": data,
+        "init": init,
+        "judge": classifier,
+        "student": student,
+        "pairs": pairs_folder,
+        "lpips": lpips,
+    }
+    if resume:
+        record = begun(recipe, folder)
+        recipe = record.name
+        settled, settings = continued(record, settings)
+        known = record.paths
+        paths = {name: path or (Path(known[name]) if name in known else None) for name, path in paths.items()}
+    assert recipe is not None and settled is not None
+    recorded = recorded_precision(folder) if resume else None
+    settled = replace(settled, precision=resolve_precision(settled.precision, where, recorded))
+    method = build_method(settled, paths, where)
+    finished = run(
+        method,
+        settled.loop,
+        folder,
+        resume=resume,
+        recipe={"name": recipe, **asdict(settled)},
+        inputs=hashes(inputs_of(settled, paths)),
+        origin=origin(settings, paths),
+    )
+    if not finished:
+        raise typer.Exit(130)
+    say(f"done: {folder}")
+
+
+def pairs(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of an EDM teacher.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pairs, or one to continue.")],
+    count: Annotated[int, typer.Option("-n", help="Pairs to make.")] = 100_000,
+    steps: Annotated[int, typer.Option(help="Steps of Heun's method for each pair.")] = 18,
+    batch: Annotated[int, typer.Option(help="Pairs made at once.")] = 100,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
+) -> None:
+    """Make noise-image pairs for DMD with the teacher's deterministic sampler. Run again to continue."""
+    from dmd2.data.pairs import make_pairs
+    from dmd2.inference.engine import resolve_device
+    from dmd2.runtime.terminal import say
+
+    make_pairs(weights, out, count, steps, batch, resolve_device(device), compile=compile)
+    say(f"done: {count} pairs in {out}")
