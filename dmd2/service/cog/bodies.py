@@ -32,7 +32,7 @@ class Refused(Exception):
 
 
 def _webhook(url: str) -> str:
-    parts = urlsplit(url)  # ValueError: what pydantic wants to hear
+    parts = urlsplit(url)  # raises ValueError, which pydantic reports
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("expected an http or https address")
     return url
@@ -55,7 +55,8 @@ class Prediction(BaseModel, strict=True):
 
     @classmethod
     def read(cls, body: bytes) -> Prediction:
-        """
+        """Parses a body.
+
         Raises:
             Refused: 400 if it is no JSON, else 422 with the field.
         """

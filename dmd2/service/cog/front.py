@@ -39,9 +39,9 @@ Headers = list[tuple[bytes, bytes]]
 
 PREDICTION = re.compile(rf"/predictions/({ID})")
 CANCEL = re.compile(rf"/predictions/({ID})/cancel")
-# How Cog tells that a prediction was cancelled just as it began.
+# Cog's error for a prediction that was cancelled just as it began
 CANCELLED = re.compile(r"Prediction failed: Failed to submit coroutine: Cancell?ationException")
-# … and that the worker had died before it got the prediction.
+# … and for one whose worker had died before it got it
 NOT_BEGUN = re.compile(r"(?:Prediction failed: )?Failed to send request: ")
 BUSY = re.compile(r"Prediction failed: (?:Async prediction failed: )?Busy: (.*)", re.DOTALL)
 """how Cog words the exception that dmd2.inference.batcher raises when its queue is full"""
@@ -197,7 +197,7 @@ class Front:
             if health is not None:
                 upstream.note(address, health)
                 return health
-        return {"status": "STARTING"}  # anew
+        return {"status": "STARTING"}  # also where a server that ended is started again
 
     # Predictions
 
@@ -409,7 +409,8 @@ class Front:
 
 
 async def give(send: Send, message: Message) -> None:
-    """
+    """Sends a message to the client.
+
     Raises:
         Stalled: the client takes nothing.
     """
