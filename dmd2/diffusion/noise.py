@@ -1,4 +1,4 @@
-"""Noise levels: the σ tables of Stable Diffusion and EDM, drawing σ, adding noise.
+"""Noise levels: the σ tables of Stable Diffusion and EDM, sampling σ, adding noise.
 
 Everything here is in the variance-exploding form ``x = x0 + σ·n`` (Karras et al. 2022, eq. 1).
 """
@@ -41,7 +41,7 @@ def karras_sigmas(steps: int = 1000, sigma_min: float = 0.002, sigma_max: float 
 def sample_sigma(
     sigmas: Tensor, n: int, generator: torch.Generator, lowest: float = 0.0, highest: float = 1.0
 ) -> Tensor:
-    """σ at `n` indices drawn uniformly from the part [lowest, highest] of the table, both ends included.
+    """σ at `n` indices sampled uniformly from the part [lowest, highest] of the table, both ends included.
 
     DMD (sec. 3.2) draws from [0.02, 0.98] for the distribution-matching gradient: 20 … 980 of 1,000.
 
@@ -75,7 +75,7 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 def seeded_noise(seeds: list[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Unit noise (len(seeds), *shape), float32: image i comes from its own CPU generator seeded `seeds[i]`.
 
-    So a seed gives the same noise whatever batch it rides in and whatever device it is made on. What
+    So a seed gives the same noise whatever batch it is in and whatever device it is made on. What
     networks make of it still differs in the last bits with the batch size and the device.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

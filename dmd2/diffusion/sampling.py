@@ -91,7 +91,7 @@ def image_to_image(
     """`sample_few_step`, begun with an image noised to the first level instead of noise (Meng et al. 2021, SDEdit).
 
     Args:
-        image: (B, C, H, W), what the codec makes of the image.
+        image: (B, C, H, W), the encoded image.
         noise, sigmas, callback: as for `sample_few_step`; see `timesteps_for_strength`.
     """
     return sample_few_step(denoise, lambda n, sigma: add_noise(image, sigma, n), noise, sigmas, callback)
@@ -109,7 +109,7 @@ def inpaint(
     """`sample_few_step` where `mask` is true, around an image that is known elsewhere (Lugmayr et al. 2022, eq. 8).
 
     After each step the known part is put back, noised to the next level by the first step's noise: one noise for
-    that part all the way down, as in diffusers' pipelines for networks that were not trained to paint into images.
+    that part all the way down, as in diffusers' pipelines for networks that were not trained to inpaint.
 
     Args:
         start: `Denoiser.scale_initial_noise` to begin with noise alone; to begin with the image, what noises it.

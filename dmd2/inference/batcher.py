@@ -1,6 +1,6 @@
 """One bounded queue, one thread that owns the device, batches of jobs of equal shape.
 
-Knows nothing of images: a job is whatever `generate` takes, and jobs of equal `key` may ride in one batch.
+Knows nothing of images: a job is whatever `generate` takes, and jobs of equal `key` may share a batch.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class Busy(Exception):
 
 
 class Stopped(Exception):
-    """The batcher draws no more: it was closed, or its device is gone."""
+    """The batcher generates no more: it was closed, or its device is gone."""
 
 
 class Cancelled(Exception):
-    """Nobody waits any more for what is being drawn."""
+    """Every job of the running batch was cancelled."""
 
 
 @dataclass(frozen=True)
 class JobResult(Generic[Result]):
-    """What became of a job."""
+    """The result of a job, and how it got there."""
 
     result: Result
     queue_seconds: float
     """from `submit` to the start of its batch"""
     batch_size: int
-    """how many jobs rode together"""
+    """how many jobs were in its batch"""
 
 
 class PendingJob(Generic[Job, Result]):
@@ -52,17 +52,17 @@ class PendingJob(Generic[Job, Result]):
         self.future: Future[JobResult[Result]] = Future()
         self.submitted = time.perf_counter()
         self.cancelled = False
-        self._lock = threading.RLock()  # what is called back when a future ends may abandon it again
+        self._lock = threading.RLock()  # a future's callback may cancel again
 
     def cancel(self) -> None:
-        """A job that waits is dropped; a running batch stops at its next step if all of its jobs are abandoned."""
+        """A job that waits is dropped; a running batch stops at its next step once all of its jobs are cancelled."""
         with self._lock:
             self.cancelled = True
             if not self.future.cancelled() and self.future.cancel():
                 self.future.set_running_or_notify_cancel()  # without this `concurrent.futures.wait` waits for ever
 
     def begin(self) -> bool:
-        """For the batcher: from now on it is drawn. False if it was cancelled before."""
+        """Called by the batcher when it starts on the job. False if it was cancelled before."""
         with self._lock:
             return not self.future.cancelled() and self.future.set_running_or_notify_cancel()
 
@@ -70,13 +70,13 @@ class PendingJob(Generic[Job, Result]):
 class Batcher(Generic[Job, Result]):
     """Runs `generate` on batches of jobs, in one thread of its own.
 
-    An idle batcher starts at once. Under load, whatever came in meanwhile rides in the next batch; the oldest job
+    An idle batcher starts at once. Under load, whatever came in meanwhile forms the next batch; the oldest job
     says which key it has. If a batch fails, its halves are tried, down to single jobs, so that an error (or a
     memory that is too small for all of them) hits only the job that it belongs to.
 
     Args:
-        draw: (jobs of one key, check) → their results, in order. It should call `check` now and then: that raises
-            `Cancelled` once nobody waits for any of the jobs.
+        generate: (jobs of one key, check) → their results, in order. It should call `check` now and then: that raises
+            `Cancelled` once all of the jobs are cancelled.
         key: of a job; asked by `submit`, which raises what it raises.
         max_batch: jobs in one batch, at most.
         max_waiting: jobs in the queue, at most.
@@ -85,7 +85,7 @@ class Batcher(Generic[Job, Result]):
             cores slow each other down.
         recover: called after an error, before the next `generate`. If it raises, the device is given up: `alive` is
             false from then on and every job fails with `Stopped`.
-        linger: seconds that a batch which is not full waits for company, if the thread was at work just before.
+        max_queue_delay: seconds that a batch which is not full waits for more jobs, if one ran just before.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Batcher(Generic[Job, Result]):
         max_waiting: int = 64,
         prepare: Check = lambda: None,
         recover: Check = lambda: None,
-        linger: float = 0.003,
+        max_queue_delay: float = 0.003,
     ) -> None:
         self._generate, self._key, self._recover = generate, key, recover
-        self._max_batch, self._max_waiting, self._linger = max_batch, max_waiting, linger
+        self._max_batch, self._max_waiting, self._max_queue_delay = max_batch, max_waiting, max_queue_delay
         self._waiting: deque[PendingJob[Job, Result]] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -112,7 +112,7 @@ class Batcher(Generic[Job, Result]):
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are still drawn."""
+        """Whether jobs are still taken."""
         return self._thread.is_alive() and not self._closing and self._ended is None
 
     def submit(self, job: Job) -> PendingJob[Job, Result]:
@@ -120,26 +120,26 @@ class Batcher(Generic[Job, Result]):
         return self.submit_all([job])[0]
 
     def submit_all(self, jobs: Sequence[Job]) -> list[PendingJob[Job, Result]]:
-        """Queues jobs in one go, so that they ride together where they can. From any thread.
+        """Queues jobs in one go, so that they share a batch where they can. From any thread.
 
         Raises:
             Busy: the queue has not room for all of them; none is queued.
             Stopped: closed, or the device is gone.
         """
-        tickets: list[PendingJob[Job, Result]] = [PendingJob(job, self._key(job)) for job in jobs]
+        added: list[PendingJob[Job, Result]] = [PendingJob(job, self._key(job)) for job in jobs]
         with self._changed:
             if not self.alive:
                 raise Stopped(self._ended or "closed")
             # Who is gone takes no place, and holds nothing in memory however long the present batch takes.
-            self._waiting = deque(ticket for ticket in self._waiting if not ticket.future.cancelled())
-            if len(self._waiting) + len(tickets) > self._max_waiting:
+            self._waiting = deque(pending for pending in self._waiting if not pending.future.cancelled())
+            if len(self._waiting) + len(added) > self._max_waiting:
                 raise Busy(f"{len(self._waiting)} images are waiting already; try again later")
-            self._waiting.extend(tickets)
+            self._waiting.extend(added)
             self._changed.notify()
-        return tickets
+        return added
 
     def close(self) -> None:
-        """Draws what is queued, then ends the thread."""
+        """Finishes what is queued, then ends the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -153,30 +153,31 @@ class Batcher(Generic[Job, Result]):
             return
         prepared.set_result(None)
         why = "closed"
+        batch: list[PendingJob[Job, Result]] | None = None
         try:
             while (batch := self._next_batch()) is not None:
-                self._run_batch(batch)
+                self._attempt([pending for pending in batch if pending.begin()])
         except BaseException as error:
             why = f"the device is gone: {type(error).__name__}: {error}"
             logger.critical("%s; no more images until a restart", why, exc_info=error)
         finally:
-            with self._changed:
+            with self._changed:  # `alive` is false before anybody hears of it
                 self._ended = why
-                left = list(self._waiting)
+                left = [*(batch or ()), *self._waiting]
                 self._waiting.clear()
-            for ticket in left:
-                _fail(ticket, Stopped(why))
+            for pending in left:
+                _fail(pending, Stopped(why))
 
     def _next_batch(self) -> list[PendingJob[Job, Result]] | None:
         """Waits for jobs. None when there will be no more."""
         with self._changed:
             idle = not self._waiting
-            while not (batch := self._take(self._max_batch)):  # the queue is empty, or all in it are abandoned
+            while not (batch := self._take(self._max_batch)):  # the queue is empty, or all in it were cancelled
                 if self._closing:
                     return None
                 self._changed.wait()
-            if not idle and self._linger > 0:
-                until = time.perf_counter() + self._linger
+            if not idle and self._max_queue_delay > 0:
+                until = time.perf_counter() + self._max_queue_delay
                 while len(batch) < self._max_batch and (left := until - time.perf_counter()) > 0:
                     if not self._changed.wait(left):
                         break
@@ -184,48 +185,40 @@ class Batcher(Generic[Job, Result]):
             return batch
 
     def _take(self, most: int, company: PendingJob[Job, Result] | None = None) -> list[PendingJob[Job, Result]]:
-        """Out of the queue: the oldest jobs that may ride with `company`, or else with the oldest job."""
+        """Out of the queue: the oldest jobs with the key of `company`, or else of the oldest job."""
         taken: list[PendingJob[Job, Result]] = []
         left: deque[PendingJob[Job, Result]] = deque()
-        for ticket in self._waiting:
-            if ticket.future.cancelled():
+        for pending in self._waiting:
+            if pending.future.cancelled():
                 continue
-            company = company or ticket
-            (taken if ticket.key == company.key and len(taken) < most else left).append(ticket)
+            company = company or pending
+            (taken if pending.key == company.key and len(taken) < most else left).append(pending)
         self._waiting = left
         return taken
 
-    def _run_batch(self, batch: list[PendingJob[Job, Result]]) -> None:
-        batch = [ticket for ticket in batch if ticket.begin()]
-        try:
-            if batch:
-                self._attempt(batch)
-        except BaseException as error:
-            for ticket in batch:
-                _fail(ticket, Stopped(f"the device is gone: {type(error).__name__}: {error}"))
-            raise
-
     def _attempt(self, batch: list[PendingJob[Job, Result]]) -> None:
+        if not batch:
+            return
         began = time.perf_counter()
 
         def check() -> None:
-            if all(ticket.cancelled for ticket in batch):
+            if all(pending.cancelled for pending in batch):
                 raise Cancelled
 
         try:
             check()
-            results = self._generate([ticket.job for ticket in batch], check)
+            results = self._generate([pending.job for pending in batch], check)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} jobs")
         except Cancelled as error:
             logger.info("nobody waits any more: stopped before the end of a batch of %d", len(batch))
-            for ticket in batch:
-                _fail(ticket, error)
+            for pending in batch:
+                _fail(pending, error)
         except BaseException as error:  # in this thread even SystemExit is one job's error: all the others wait
             self._after(error, batch)
         else:
-            for ticket, result in zip(batch, results, strict=True):
-                ticket.future.set_result(JobResult(result, began - ticket.submitted, len(batch)))
+            for pending, result in zip(batch, results, strict=True):
+                pending.future.set_result(JobResult(result, began - pending.submitted, len(batch)))
 
     def _after(self, error: BaseException, batch: list[PendingJob[Job, Result]]) -> None:
         # Tracebacks keep the frames of `generate` alive, and with them the memory that there was too little of.
@@ -241,8 +234,8 @@ class Batcher(Generic[Job, Result]):
         self._attempt(batch[half:])
 
 
-def _fail(ticket: PendingJob[Job, Result], error: BaseException) -> None:
+def _fail(pending: PendingJob[Job, Result], error: BaseException) -> None:
     if not isinstance(error, Exception) or isinstance(error, StopIteration):  # these would end the waiting coroutine
         error = RuntimeError(f"{type(error).__name__}: {error}")
-    if not ticket.future.done():
-        ticket.future.set_exception(error)
+    if not pending.future.done():
+        pending.future.set_exception(error)

@@ -52,7 +52,7 @@ class ImageConditioning:
 
     @property
     def key(self) -> Hashable:
-        """Only images with equal keys may ride in one batch. While one lives, no other has its `id`."""
+        """Only images with equal keys may share a batch. While this object lives, no other has its `id`."""
         loras = tuple((lora.sha256, scale) for lora, scale in self.loras)
         return (loras, id(self) if self.images else 0)
 
@@ -146,7 +146,7 @@ def check_together(
 
 
 def _sha256(pixels: Tensor) -> str:
-    """Of the pixels as they were used, not of the file that they came in."""
+    """The checksum of pixels as they were used, not of the file that they came in."""
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 

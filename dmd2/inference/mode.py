@@ -55,7 +55,7 @@ class Mode:
         return cls("teacher", manifest.teacher.subfolder, steps, guidance_scale=manifest.teacher.guidance_scale)
 
     def timesteps(self, strength: float = 1.0) -> list[int]:
-        """Of a few-step student, descending, those that a given image goes through; none if it is made of sigmas."""
+        """The few-step student's, descending, that are left of them at this strength; empty if it has only sigmas."""
         return [] if self.levels is None else timesteps_for_strength(self.levels.timesteps, strength)
 
     def sigmas(self, denoiser: Denoiser, strength: float = 1.0) -> list[float]:

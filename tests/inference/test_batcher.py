@@ -209,12 +209,16 @@ def test_a_device_that_does_not_recover_ends_everything_at_once(caplog: pytest.L
     entered.wait(300)
     tickets += [batcher.submit(job) for job in "bc"]
     assert batcher.alive
+    alive_when_told: list[bool] = []
+    for ticket in tickets:
+        ticket.future.add_done_callback(lambda _: alive_when_told.append(batcher.alive))
     with caplog.at_level(logging.CRITICAL):
         gate.set()
         for ticket in tickets:
             with pytest.raises(Stopped, match="the device is gone: OSError: no device"):
                 ticket.future.result(300)
         batcher._thread.join(300)
+    assert alive_when_told == [False] * 3  # whoever hears of it can rely on `alive`
     assert not batcher.alive
     assert "no more images until a restart" in caplog.text
     with pytest.raises(Stopped, match="no device"):

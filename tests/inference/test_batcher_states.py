@@ -97,7 +97,7 @@ class BatcherStates(RuleBasedStateMachine):
             max_batch=MAX_BATCH,
             max_waiting=MAX_WAITING,
             recover=self.device.recover,
-            linger=0.0005,
+            max_queue_delay=0.0005,
         )
         self.known: list[Known] = []
         self.callers = self.steps = 0
