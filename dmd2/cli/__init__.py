@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from dmd2 import __version__
-from dmd2.cli import convert, evaluate, generate, serve, train
+from dmd2.cli import convert, evaluate, generate, info, serve, train
 from dmd2.runtime.errors import InvalidInput, UserError
 
 
@@ -36,9 +36,11 @@ converters = typer.Typer(no_args_is_help=True)
 EXAMPLES: dict[Callable[..., None], str] = {
     generate.generate: 'dmd2 generate "a red apple" --steps 1 --seed 7 --out images',
     train.train: "dmd2 train emoji-dmd2-1step --out runs/mine",
+    train.recipes: "dmd2 recipes cifar10-dmd2 --set lr=5e-5",
     train.pairs: "dmd2 pairs weights/edm/edm-cifar10-32x32-cond-vp pairs -n 100000",
     evaluate.evaluate: "dmd2 evaluate runs/mine/model --metric fid --ref cifar10.npz",
     evaluate.ref_stats: "dmd2 ref-stats cifar10.zip cifar10.npz",
+    info.info: "dmd2 info weights/emoji",
     serve.cog: "dmd2 cog --port 5000 --weights weights/emoji",
 }
 for _verb, _example in EXAMPLES.items():

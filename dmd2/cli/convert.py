@@ -37,7 +37,7 @@ def sdxl(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="For a file, which has neither: folder of SDXL's configurations and tokenizers in diffusers' "
+            help="Folder, for a file, which has neither, of SDXL's configurations and tokenizers in diffusers' "
             "layout; weights/sdxl if it is there."
         ),
     ] = None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from dmd2.inference.request import ImageRequest, parse_size
-from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.paths import EMOJI
 
 if TYPE_CHECKING:
@@ -28,6 +28,18 @@ BEGAN = time.perf_counter()
 WHAT, IMAGE, ADAPTERS, OUTPUT = "What to generate", "From an image", "Adapters", "Output"
 PER_PROMPT = 1000
 """images of one call; a request to the service is bounded more tightly"""
+
+
+def _steps(ctx: typer.Context, incomplete: str) -> list[str]:
+    """For the shell: what the weights on the command line can generate with."""
+    from dmd2.inference.mode import modes_of
+    from dmd2.weights.manifest import read_manifest
+
+    try:
+        modes = modes_of(read_manifest(Path(ctx.params.get("weights") or EMOJI)))
+    except UserError:
+        return []  # no such weights yet: the command itself says so
+    return [mode for mode in modes if mode.startswith(incomplete)]
 
 
 def asks(**fields: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -82,6 +94,7 @@ def generate(
     steps: Annotated[
         str | None,
         typer.Option(
+            autocompletion=_steps,
             help="Steps: 1 or 4; or teacher, teacher-4, teacher-1 to compare. The most that there are unless given.",
             rich_help_panel=WHAT,
         ),

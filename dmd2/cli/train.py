@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,10 +13,20 @@ import typer
 from dmd2.runtime.errors import InvalidInput
 
 
+def _names(incomplete: str) -> list[str]:
+    """For the shell: the recipes that begin so."""
+    from dmd2.training.recipes import RECIPES
+
+    return [name for name in RECIPES if name.startswith(incomplete)]
+
+
 def train(
     recipe: Annotated[
         str | None,
-        typer.Argument(help="A name from `dmd2 recipes`, such as emoji-dmd2-1step; --resume --out knows it."),
+        typer.Argument(
+            autocompletion=_names,
+            help="A name from `dmd2 recipes`, such as emoji-dmd2-1step; --resume --out knows it.",
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Zip or folder of images; the emoji for recipes of the embedded model.")
@@ -90,6 +101,31 @@ def train(
     if not finished:
         raise typer.Exit(130)
     say(f"done: {folder}")
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", autocompletion=_names, help="Recipe to print; all unless given.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
+    ] = None,
+) -> None:
+    """List the recipes, what their papers report and what they take; or print one, resolved, as JSON."""
+    if name is None and overrides:
+        raise InvalidInput("set", "given without NAME; expected the recipe to change")
+
+    from dmd2.training.recipes import RECIPES, resolve
+    from dmd2.training.recipes.notes import NOTES
+
+    if name is not None:
+        recipe = resolve(name, overrides or [])  # first: it knows the names
+        print(json.dumps({"name": name, **asdict(NOTES[name]), "recipe": asdict(recipe)}))
+        return
+    for each in RECIPES:
+        note = NOTES[each]
+        print(f"{each}: {note.method}; {note.family}; data: {note.data}")
+        print(f"    takes: {note.takes}" + (f"\n    published: {note.published}" if note.published else ""))
 
 
 def pairs(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.paths import ROOT
+from dmd2.runtime.paths import ROOT, cache_folder
 from dmd2.weights.fetch import is_url, unpacked
 from dmd2.weights.manifest import MANIFEST, read_manifest, verify
 
@@ -38,7 +38,7 @@ def locate(given: Path | str | None = None, environ: Mapping[str, str] = os.envi
                 "checkpoint as safetensors"
             )
         source = str(path)
-    cache = Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser()
+    cache = cache_folder(environ)
     if source.endswith(".safetensors") and not is_url(source):
         from dmd2.models.stable_diffusion.convert import converted
 

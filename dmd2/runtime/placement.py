@@ -16,6 +16,7 @@ from dmd2.runtime.compiled import Compiler, cache_path, fuse_projections, has_fp
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.loading import parameters_in
 from dmd2.runtime.offload import LARGE_MODEL_PARAMS, MODES, Offloader, Plan, free_memory, host_memory, plan
+from dmd2.runtime.paths import cache_folder
 
 EVERYTHING = Plan("full")
 DTYPES = {"fp16": torch.float16} | precision.DTYPES
@@ -134,7 +135,7 @@ def place(
     compiler = kernels = None
     if fast and offloader is None and compiling != "off":
         compiler = Compiler(device, compile=compiling == "auto")
-        kernels = cache_path(Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser(), device)
+        kernels = cache_path(cache_folder(environ), device)
         restore_kernels(kernels)
     return Placement(chosen, offloader, compiler, go_fast, kernels)
 

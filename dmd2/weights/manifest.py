@@ -11,12 +11,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dmd2.runtime.errors import InvalidInput, WeightsError, first_error, shown
 from dmd2.runtime.files import atomic_text, read_object, sha256_file
-from dmd2.runtime.paths import ROOT
+from dmd2.runtime.paths import EMOJI
 from dmd2.weights.checksums import verifying
 
 MANIFEST = "dmd2.json"
 
-DEFAULT = ROOT / "weights" / "emoji"
+DEFAULT = EMOJI
 
 
 def _inside(name: str) -> str:

@@ -24,6 +24,7 @@ from dmd2.inference.inputs import fitted
 from dmd2.inference.request import ImageRequest
 from dmd2.models.stable_diffusion.folder import UNET_FILE
 from dmd2.runtime.files import sha256_file
+from dmd2.training.recipes import RECIPES
 from dmd2.weights.manifest import read_manifest
 from tests.models.adapters.test_lora import ATTENTION, kohya_style
 from tests.tiny_sdxl import photograph
@@ -339,6 +340,49 @@ def test_every_command_has_an_example_and_every_option_a_sentence() -> None:
                 command.name,
                 parameter.name,
             )
+
+
+def test_info_says_what_a_folder_is_and_whether_it_is_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "info", weights, "--json") == 0
+    manifest, said = read_manifest(weights), json.loads(capsys.readouterr().out)
+    assert said["checksums"] == "hold" and said["name"] == manifest.name and said["licence"] == manifest.licence
+    assert said["native_size"] == "64x64" and set(said["students"]) == {"1", "4"}
+    assert said["teacher"]["steps"] == manifest.teacher.steps if manifest.teacher else said["teacher"] is None
+    copy = Path(shutil.copytree(weights, tmp_path / "copy"))
+    (copy / "vae" / UNET_FILE).write_bytes(b"half")
+    assert run(monkeypatch, "info", copy) == 2
+    out, err = capsys.readouterr()
+    assert "sha256 is" in out and err.startswith("dmd2: ") and "sha256 is" in err and err.count("\n") == 1
+    assert "WEIGHTS nowhere: no such folder" in refused(monkeypatch, capsys, "info", "nowhere")
+
+
+def test_recipes_are_listed_or_one_is_resolved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "recipes") == 0
+    listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert listed == list(RECIPES)
+    assert run(monkeypatch, "recipes", "emoji-dmd2-1step", "--set", "lr=5e-5", "--set", "batch_size=7") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["recipe"]["lr"], said["recipe"]["loop"]["batch_size"]) == (5e-5, 7) and "DMD2" in said["method"]
+    assert "unknown" in refused(monkeypatch, capsys, "recipes", "nothing")
+    assert "--set: given without NAME" in refused(monkeypatch, capsys, "recipes", "--set", "lr=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("dmd2 train emoji-v", ["emoji-vae"]), ("dmd2 generate owl --steps teacher-", ["teacher-4", "teacher-1"])],
+)
+def test_the_shell_completes_names_and_steps(words: str, found: list[str]) -> None:
+    environment = {"_DMD2_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    program = "import sys; sys.argv = ['dmd2']; from dmd2.cli import app; app(prog_name='dmd2')"
+    environment |= {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    assert done.stdout.split() == found, done.stderr
 
 
 def test_every_field_has_the_name_of_its_flag(

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urljoin, urlsplit
 import httpx2  # huggingface_hub's own client, whose errors it lets through
 
 from dmd2.models.adapters.lora import LARGEST_SCALE, PEFTS_FILE, SETTINGS_FILE, Lora, read_lora, settings_beside
+from dmd2.runtime import paths
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import atomic_path, sha256_file
 from dmd2.weights.guard import SILENCE, Guard, Missing, Patience
@@ -391,4 +392,4 @@ def _only(what: str, names: list[str], folder: str = "") -> str:
 
 def cache_folder(environ: Any = os.environ) -> Path:
     """The folder where LoRAs are cached: `loras` in `$DMD2_CACHE` (`~/.cache/dmd2`)."""
-    return Path(environ.get("DMD2_CACHE") or "~/.cache/dmd2").expanduser() / "loras"
+    return paths.cache_folder(environ) / "loras"
