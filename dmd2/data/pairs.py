@@ -13,6 +13,7 @@ import hashlib
 import re
 import sys
 from codecs import BOM_UTF8
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,30 +24,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dmd2.diffusion.denoiser import Cond
+from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
-from dmd2.models.edm.folder import WEIGHTS_FILE, load_edm
-from dmd2.models.edm.network import ClassCondition, Edm
+from dmd2.models.family import Family, open_family
 from dmd2.runtime.errors import DataError, InvalidInput, first_error
 from dmd2.runtime.files import atomic_text
 from dmd2.runtime.locks import locked
 from dmd2.runtime.tensors import save_tensors
 from dmd2.runtime.terminal import Terminal
-from dmd2.weights.manifest import read_manifest
 
 PAIRS_FILE = "pairs.json"
 STALE = re.compile(r"\.pairs(\.json|-\d{5,}\.safetensors)\.[0-9a-f]{8}\.tmp")
 FIRST_SEED = 2**31
-"""PyTorch's CPU generator uses 32 bits of a seed: the upper half is for pairs, so that a student that is evaluated
-with seeds from 0 on is never evaluated with noise that it was trained on."""
+"""PyTorch's CPU generator uses 32 bits of a seed: the upper half is for pairs, so that a student that is judged by
+seeds from 0 on is never judged by noise that it was shown."""
 MOST = 2**31
 SHARD = 1000
 """pairs in a shard: what a stop costs at most"""
 
 
 class PairsConfig(BaseModel):
-    """`pairs.json`: the settings that the pairs were made with, and the teacher that made them."""
+    """`pairs.json`: what the pairs are and who made them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     teacher: str
@@ -57,6 +55,9 @@ class PairsConfig(BaseModel):
     shape: tuple[int, int, int]
     """channels, height, width"""
     classes: int = Field(ge=0)
+    prompts: list[str] = []
+    """of a text-to-image teacher, which takes them in turn; `labels` count them"""
+    guidance_scale: float = 1.0
     shard: int = Field(ge=1)
     """pairs in each file but the last"""
     first_seed: int = Field(ge=0, lt=2**32)
@@ -70,13 +71,17 @@ class PairsConfig(BaseModel):
         return range(start, min(start + self.shard, self.count))
 
     def seeds(self, pairs: range) -> Tensor:
-        """The pairs' seeds, int64 (n,)."""
+        """int64 (n,)"""
         return torch.arange(pairs.start, pairs.stop) + self.first_seed
 
     def labels(self, pairs: range) -> Tensor:
-        """int64 (n,): all classes alike, in turn; −1 where there are none."""
+        """int64 (n,): all classes (or prompts) alike, in turn; −1 where there are none."""
         index = torch.arange(pairs.start, pairs.stop)
-        return index % self.classes if self.classes else torch.full_like(index, -1)
+        kinds = self.classes or len(self.prompts)
+        return index % kinds if kinds else torch.full_like(index, -1)
+
+    def condition(self, family: Family, labels: Tensor) -> Cond:
+        return family.condition([self.prompts[i] for i in labels.tolist()] if self.prompts else labels)
 
 
 def make_pairs(
@@ -87,6 +92,7 @@ def make_pairs(
     batch: int,
     device: torch.device | str,
     *,
+    prompts: Sequence[str] = (),
     shard: int = SHARD,
     compile: bool = False,
 ) -> None:
@@ -96,14 +102,15 @@ def make_pairs(
     With the same batch size on the same machine the files are the same to the bit, stopped or not.
 
     Args:
-        weights: folder of an EDM teacher (see `save_edm`).
+        weights: folder of a teacher, of any family.
         out: folder, new or begun with the same arguments.
         count: how many pairs.
         steps: of the sampler.
         batch: how many at once. It changes nothing but rounding.
         device: where the teacher runs.
+        prompts: what a text-to-image teacher is asked for, in turn.
         shard: pairs in a file.
-        compile: see `Edm`.
+        compile: compile the network first.
 
     Raises:
         UserError: the weights are no teacher; `out` holds other pairs; a shard in it is broken.
@@ -114,25 +121,27 @@ def make_pairs(
         raise InvalidInput("steps", "expected 2 to 1000", steps)
     if batch < 1:
         raise InvalidInput("batch", "expected at least 1", batch)
-    teacher = load_edm(weights, device, compile=compile)
-    if teacher.config.sigmas:
-        raise DataError(f"a student of {len(teacher.config.sigmas)} steps; expected a teacher", weights)
-    network = teacher.config
+    family = open_family(weights, torch.device(device), "fp32")
+    if bool(prompts) == family.takes_classes:
+        expected = "expected none for a teacher of classes" if prompts else "missing; this teacher draws prompts"
+        raise InvalidInput("prompts", expected)
     config = PairsConfig(
-        teacher=teacher_sha256(weights),
+        teacher=family.sha256,
         count=count,
         steps=steps,
-        shape=(network.channels, network.resolution, network.resolution),
-        classes=network.classes,
+        shape=family.shape,
+        classes=family.classes,
+        prompts=list(prompts),
+        guidance_scale=family.guidance_scale,
         shard=shard,
         first_seed=FIRST_SEED,
     )
     _begin(out, config)
     with locked(out, str(out), STALE):
-        _make_missing(teacher, out, config, batch)
+        _make_missing(family, family.denoiser(family.teacher_network, compile), out, config, batch)
 
 
-def _make_missing(teacher: Edm, out: Path, config: PairsConfig, batch: int) -> None:
+def _make_missing(family: Family, teacher: Denoiser, out: Path, config: PairsConfig, batch: int) -> None:
     missing = [(name, pairs) for name, pairs in config.shards() if not _is_there(out / name, config, pairs)]
     terminal, done = Terminal(sys.stderr), config.count - sum(len(pairs) for _, pairs in missing)
     interval = 0.5 if terminal.isatty() else 30
@@ -141,7 +150,7 @@ def _make_missing(teacher: Edm, out: Path, config: PairsConfig, batch: int) -> N
             images = []
             for start in range(pairs.start, pairs.stop, batch):
                 part = range(start, min(start + batch, pairs.stop))
-                images.append(_generate(teacher, config, part).half().cpu())
+                images.append(_generate(family, teacher, config, part).half().cpu())
                 bar.update(len(part))
             tensors = {"images": torch.cat(images), "labels": config.labels(pairs), "seeds": config.seeds(pairs)}
             save_tensors(tensors, out / name)
@@ -154,24 +163,10 @@ def _is_there(path: Path, config: PairsConfig, pairs: range) -> bool:
 
 
 @torch.no_grad()
-def _generate(teacher: Edm, config: PairsConfig, pairs: range) -> Tensor:
-    sigmas = teacher_sigmas(teacher, config.steps)
-    noise = seeded_noise(config.seeds(pairs).tolist(), config.shape, teacher.device)
-    start = teacher.scale_initial_noise(noise, torch.full((len(pairs),), sigmas[0], device=teacher.device))
-    cond = ClassCondition.of(config.labels(pairs).to(teacher.device), config.classes)
-    return sample_heun(conditioned(teacher, cond), start, sigmas)
-
-
-def teacher_sha256(weights: Path) -> str:
-    """The sha256 of an EDM network's weights, as its manifest says.
-
-    Raises:
-        UserError: there is no manifest, or it lists no such file.
-    """
-    files = read_manifest(weights).files
-    if WEIGHTS_FILE not in files:
-        raise DataError(f"its manifest does not list {WEIGHTS_FILE}; expected weights of an EDM network", weights)
-    return files[WEIGHTS_FILE]
+def _generate(family: Family, teacher: Denoiser, config: PairsConfig, pairs: range) -> Tensor:
+    noise = seeded_noise(config.seeds(pairs).tolist(), config.shape, teacher.sigmas.device)
+    cond = config.condition(family, config.labels(pairs))
+    return family.sample(teacher, cond, noise, config.steps, config.guidance_scale)
 
 
 def _begin(out: Path, config: PairsConfig) -> None:
@@ -222,7 +217,7 @@ def _load(path: Path, config: PairsConfig, pairs: range) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class RegressionPairs:
-    """A batch of noise, and the images that the teacher's deterministic sampler made of it (DMD sec. 3.3)."""
+    """Noise, and what the teacher's deterministic sampler made of it (DMD sec. 3.3)."""
 
     noise: Tensor
     """(B, C, H, W) unit noise, fp32"""
@@ -236,17 +231,18 @@ class Pairs:
 
     Args:
         folder: made by `dmd2 pairs`, all of it.
-        teacher: the weights of the teacher that is distilled.
+        family: the teacher that is distilled.
 
     Raises:
         UserError: the folder is not whole, or another teacher made it.
     """
 
-    def __init__(self, folder: Path, teacher: Path) -> None:
+    def __init__(self, folder: Path, family: Family) -> None:
         self.config = config = _read_config(folder)
-        wanted = teacher_sha256(teacher)
-        if config.teacher != wanted:
-            raise DataError(f"made by another teacher, with sha256 {config.teacher}; {teacher} has {wanted}", folder)
+        self._family = family
+        if config.teacher != family.sha256:
+            made = f"made by another teacher, with sha256 {config.teacher}"
+            raise DataError(f"{made}; {family.name} has {family.sha256}", folder)
         shards = [_load(folder / name, config, pairs) for name, pairs in config.shards()]
         self._images = [shard["images"] for shard in shards]
         self._seeds = torch.cat([shard["seeds"] for shard in shards])
@@ -256,12 +252,12 @@ class Pairs:
         return self.config.count
 
     def batch(self, n: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> RegressionPairs:
-        """`n` pairs, chosen uniformly; always the same for the same arguments, on `device`."""
+        """`n` pairs, drawn uniformly; always the same for the same arguments, on `device`."""
         digest = hashlib.sha256(f"regression {seed} {step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         chosen = torch.randint(len(self), (n,), generator=generator)
         rows = [divmod(i, self.config.shard) for i in chosen.tolist()]
         images = torch.stack([self._images[shard][row] for shard, row in rows])
         noise = seeded_noise(self._seeds[chosen].tolist(), self.config.shape, device)
-        cond = ClassCondition.of(self._labels[chosen].to(device), self.config.classes)
+        cond = self.config.condition(self._family, self._labels[chosen])
         return RegressionPairs(noise, images.to(device).float(), cond)

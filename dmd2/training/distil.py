@@ -1,124 +1,128 @@
-"""Distilling the embedded model: loads a teacher, wires DMD2's phases, shows and exports the student."""
+"""A teacher, a recipe and data → a run: the one wiring of every distillation, whatever its family and its method."""
 
 from __future__ import annotations
 
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dmd2.data.pairs import Pairs
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
-from dmd2.emoji.architecture import trainable_attention
-from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiClassifier
-from dmd2.models.stable_diffusion.folder import load_text_to_image, save_text_to_image
-from dmd2.models.stable_diffusion.unet import StableDiffusion
+from dmd2.models.family import Family, Labels, open_family
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.precision import autocast_dtype
-from dmd2.training.discriminators.head import ClassifierHead
+from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Method
-from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
-from dmd2.training.preview import Preview
-from dmd2.training.recipes.kinds import Dmd2Recipe
-from dmd2.training.run.card import model_card, name_of
-from dmd2.weights.manifest import Student, read_manifest
+from dmd2.training.run.card import model_card
+from dmd2.training.sources import SOURCES, Inputs, Source
+
+if TYPE_CHECKING:
+    from dmd2.training.methods.common import Distillation, Samples
+
+DISTILLATION_INPUTS = ("init", "data", "student", "pairs", "lpips")
+FAKE_SCORE = "fake_score"  # folder beside a run's `model`
 
 
-def distil(
-    recipe: Dmd2Recipe, scenes: EmojiScenes, init: Path, judge: EmojiClassifier | None, device: torch.device
-) -> Method:
-    """DMD2 on the teacher in `init`. Student and fake score start from it, or the student from `recipe.student_init`.
+def distil(recipe: Distillation, inputs: Inputs) -> Method:
+    """The recipe on the teacher and the data that were named.
 
     Raises:
-        UserError: `init` has no teacher.
+        UserError: something that the recipe needs is not given, or is not what it should be.
     """
-    manifest = read_manifest(init)
-    if manifest.teacher is None:
-        raise UserError(f"--init {init}: holds no teacher; `dmd2 train emoji-teacher` makes one")
-    teacher_folder = manifest.teacher.subfolder
-    student_folder = recipe.student_init or teacher_folder
-    loaded = load_text_to_image(init, list({teacher_folder, student_folder}), device, torch.float32)
-    autocast = autocast_dtype(recipe.precision, device)
+    source = SOURCES[recipe.data]
+    inputs = inputs.with_defaults(source.defaults)
+    family = open_family(inputs.need("init"), inputs.device, recipe.precision)
+    return wire(recipe, family, source(inputs, family, recipe.needs_images), inputs)
 
-    def denoiser(module: nn.Module, compile: bool = recipe.compile) -> StableDiffusion:
-        like = loaded.denoisers[teacher_folder]
-        return StableDiffusion(module, like.prediction_type, like.table, autocast=autocast, compile=compile)
 
-    teacher = loaded.denoisers[teacher_folder].unet
-    for loaded_denoiser in loaded.denoisers.values():
-        trainable_attention(loaded_denoiser.unet)
-    student = deepcopy(loaded.denoisers[student_folder].unet).train()
-    fake = deepcopy(teacher).train()
+def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -> Method:
+    """As `distil`, for any family and any source of data."""
+    from dmd2.training.methods.common import Kit, Networks
+
     torch.manual_seed(recipe.loop.seed)
-    side = scenes.size // loaded.codec.factor
-    channels = fake.config.block_out_channels[-1]
-    bottleneck = side // 2 ** (len(fake.config.block_out_channels) - 1)
-    head = ClassifierHead(channels, bottleneck).to(device) if recipe.gan_critic > 0 else None
-    critic = nn.ModuleDict({"unet": fake} | ({"head": head} if head else {}))
+    student, fake_score = _networks(recipe, family, inputs)
+    data = _data(recipe, family, source, inputs)
+    preview = source.preview()
+    sigmas = family.sigmas(recipe.timesteps, recipe.sigmas)
+    networks = Networks(
+        family.denoiser(student, recipe.compile),
+        family.denoiser(family.teacher_network, recipe.compile),
+        family.denoiser(fake_score, recipe.compile),
+    )
+    dtype = training_dtype(recipe.precision, inputs.device)
+    kit = Kit(family, student, fake_score, networks, sigmas, inputs, dtype)
 
-    table = loaded.denoisers[teacher_folder].sigmas
-    sigmas = tuple(float(table[t]) for t in recipe.timesteps)
-    settings = Dmd2Settings(
-        student_sigmas=sigmas,
-        guidance_scale=recipe.guidance_scale,
-        generator_every=recipe.generator_every,
-        gan_generator=recipe.gan_generator,
-        gan_critic=recipe.gan_critic,
-    )
-    optimizers = tuple(
-        torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        for module, lr in ((student, recipe.lr), (critic, recipe.lr_critic))
-    )
-    size = (scenes.size, scenes.size)
-    n = recipe.loop.batch_size
+    @torch.no_grad()
+    def generate(module: nn.Module | None, labels: Labels, seeds: list[int]) -> Tensor:
+        denoiser = family.denoiser(module or student)
+        noise = seeded_noise(seeds, (len(sigmas), *family.shape), inputs.device)
+        denoise = conditioned(denoiser, family.condition(labels))
+        return family.codec.decode(sample_few_step(denoise, denoiser.start, noise.unbind(1), sigmas))
+
+    def export(module: nn.Module | None, out: Path) -> None:
+        levels: Any = recipe.timesteps or recipe.sigmas
+        named = f"the {'timesteps' if recipe.timesteps else 'levels'} {', '.join(f'{level:g}' for level in levels)}"
+        text = f"Distilled by {recipe.kind.upper()} from {family.origin}, for {named}."
+        card = model_card(f"{len(levels)}-step student", family.licence, text, recipe)
+        family.save_student(out / "model", module or student, levels, recipe.kind, asdict(recipe), card)
+        if recipe.keeps_fake_score:  # what a recipe with `resumed` goes on with
+            text = (
+                f"The score of what the student in `model` beside it generates, which began as {family.origin}. "
+                "A recipe that resumes the student goes on with it."
+            )
+            card = model_card("fake score", family.licence, text, recipe)
+            family.save_fake_score(out / FAKE_SCORE, fake_score, recipe.kind, asdict(recipe), card)
+
+    def sample(module: nn.Module | None) -> Tensor:
+        return preview.grid(lambda labels, seeds: generate(module, labels, seeds))
+
+    def score(module: nn.Module | None) -> dict[str, float]:
+        return preview.score(lambda labels, seeds: generate(module, labels, seeds))
+
+    return Method(recipe.phases(kit), data, student, sample, score if preview.scores else None, export)
+
+
+def _networks(recipe: Distillation, family: Family, inputs: Inputs) -> tuple[Any, Any]:
+    """Student and fake score: of the teacher's weights, or both of a run to go on from, for only together they fit."""
+    start, fake = inputs.get("student"), None
+    if getattr(recipe, "resumed", False):
+        start = inputs.need("student", "this recipe goes on from a student that was trained without GAN")
+        fake = start.parent / FAKE_SCORE
+        if not fake.is_dir():
+            raise UserError(
+                f"--student {start}: has no fake score beside it ({fake}); expected the model/ of a run of DMD2"
+            )
+    elif start is not None:
+        raise UserError(f"--student {start}: this recipe starts from its teacher")
+    levels: Any = recipe.timesteps or recipe.sigmas
+    family.sigmas(recipe.timesteps, recipe.sigmas)
+    boundary, subfolder = getattr(recipe, "boundary", 0.0), getattr(recipe, "student_init", None)
+    return family.student(levels, boundary=boundary, subfolder=subfolder, start=start), family.fake_score(fake)
+
+
+def _data(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -> Callable[[int], Samples]:
+    """step → labels, real images where the method asks for them, and pairs."""
+    from dmd2.training.methods.common import Samples
+
+    n, seed, device = recipe.loop.batch_size, recipe.loop.seed, inputs.device
+    pairs = None
+    if recipe.pairs_batch:
+        folder = inputs.need("pairs", "DMD needs noise-image pairs, which `dmd2 pairs` makes")
+        pairs = Pairs(folder, family)
 
     @torch.no_grad()
     def data(step: int) -> Samples:
-        # One caption in ten is empty: a student is never asked for "no text", so more are drawn than are kept.
-        batch = scenes.batch(n + n // 2, seed=recipe.loop.seed + 1, step=step)
-        kept = [i for i, caption in enumerate(batch.captions) if caption][:n]
-        cond = loaded.encode_text([batch.captions[i] for i in kept], size)
-        real = loaded.codec.encode(batch.images[kept]) if head else None
-        return Samples((len(kept), 4, side, side), cond, cond.unconditional(), real, cond)
+        batch = source.batch(n, seed=seed, step=step, images=recipe.needs_images, paired=recipe.paired)
+        cond = family.condition(batch.labels)
+        real = real_cond = None
+        if batch.images is not None:
+            real = family.codec.encode(batch.images.to(device))
+            real_cond = cond if batch.image_labels is batch.labels else family.condition(batch.image_labels)
+        chosen = None if pairs is None else pairs.batch(recipe.pairs_batch, seed=seed, step=step, device=device)
+        return Samples((len(cond), *family.shape), cond, family.unconditional(cond), real, real_cond, chosen)
 
-    @torch.no_grad()
-    def generate(module: nn.Module | None, captions: list[str], seeds: list[int]) -> Tensor:
-        net = denoiser(module or student, compile=False)
-        noise = seeded_noise(seeds, (len(sigmas), 4, side, side), device)
-        denoise = conditioned(net, loaded.encode_text(captions, size))
-        return loaded.codec.decode(sample_few_step(denoise, net.scale_initial_noise, noise.unbind(1), sigmas))
-
-    def export(ema_model: nn.Module | None, out: Path) -> None:
-        subfolder = "unet" if len(sigmas) == 4 else f"unet_{len(sigmas)}step"
-        save_text_to_image(
-            out / "model",
-            init,
-            unet_subfolder=subfolder,
-            unet=ema_model or student,
-            prediction_type=loaded.denoisers[teacher_folder].prediction_type,
-            recipe=asdict(recipe),
-            student=(len(sigmas), Student(subfolder=subfolder, timesteps=list(recipe.timesteps))),
-            native_size=size,
-            card=model_card(
-                f"{len(sigmas)}-step student",
-                manifest.licence,
-                f"Distilled by DMD2 from the teacher of {name_of(init)}, which is in `{teacher_folder}`. The student "
-                f"is in `{subfolder}`, for the timesteps {', '.join(map(str, recipe.timesteps))}; it began as "
-                f"`{student_folder}`.",
-                recipe,
-            ),
-        )
-
-    preview = Preview(scenes, judge)
-    networks = Networks(denoiser(student), denoiser(teacher), denoiser(fake), head)
-    return Method(
-        phases=dmd2_phases(networks, settings, (student, critic), (optimizers[0], optimizers[1]), lambda b: b.data),
-        data=data,
-        ema_model=student,
-        sample=lambda ema_model: preview.grid(lambda captions, seeds: generate(ema_model, captions, seeds)),
-        score=lambda ema_model: preview.score(lambda captions, seeds: generate(ema_model, captions, seeds)),
-        export=export,
-    )
+    return data

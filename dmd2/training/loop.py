@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dmd2.runtime.errors import TrainingDiverged, UserError, shown
 from dmd2.runtime.files import atomic_path
 from dmd2.runtime.terminal import say
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.ranges import Amount, Count, Decay, Seed, Steps
 from dmd2.training.run.checkpoints import (
     Checkpoints,
     check_inputs,
@@ -80,6 +80,33 @@ class Method:
     """(averaged weights) → figures that say how good it is by now"""
     export: Callable[[nn.Module | None, Path], None] | None = None
     """(averaged weights, folder) → writes what the run is for"""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how fast, how often. Intervals are in steps; a step is one turn of the loop.
+
+    Ranges are checked where a recipe is resolved (`dmd2.training.recipes.kinds`).
+    """
+
+    iterations: Count
+    batch_size: Count
+    warmup: Steps = 0
+    decay: bool = True
+    """whether the learning rate falls linearly to zero after the warm-up"""
+    max_grad_norm: Amount = 1.0
+    """largest norm of a phase's gradient; 0 for no limit"""
+    zero_nans: bool = False
+    """whether a gradient's NaNs count as zero, if the loss is finite; otherwise such a gradient is not used at all"""
+    grad_accum_steps: Count = 1
+    """batches of `batch_size` that make one update: what does not fit into memory at once"""
+    ema_decay: Decay = 0.999
+    ema_half_life: Amount = 0.0
+    """in images, instead of `ema_decay` if not 0; at most 5 % of the images so far"""
+    seed: Seed = 0
+    log_every: Count = 20
+    sample_every: Count = 500
+    checkpoint_every: Count = 500
 
 
 def train(

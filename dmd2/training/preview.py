@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,70 +12,81 @@ from torch import Tensor
 
 from dmd2.data.cifar10 import CLASSES as CIFAR10
 from dmd2.data.images import ImageSet
-from dmd2.diffusion.noise import seeded_noise
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiClassifier, quick_score
+from dmd2.emoji.scores import EmojiJudge, quick_score
 from dmd2.evaluation.frechet import frechet_distance_of
 from dmd2.evaluation.metrics import SmallFeatures
 from dmd2.inference.image_output import labelled_grid
-from dmd2.models.edm.network import ClassCondition, EdmConfig
+from dmd2.models.family import Family, Labels
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.paths import ROOT
 from dmd2.runtime.terminal import say
 
 QUICK_N = 128  # images that a score while training is of
-CIFAR10_JUDGE = ROOT / "weights" / "cifar10-classifier.safetensors"
-Generate = Callable[[list[str], list[int]], Tensor]
-"""(B captions, B seeds) → uint8 (B, 3, H, W)"""
+CIFAR10_CLASSIFIER = ROOT / "weights" / "cifar10-classifier.safetensors"
+Generate = Callable[[Labels, list[int]], Tensor]
+"""(labels of B images, B seeds) → uint8 (B, 3, H, W)"""
 
 
-class Preview:
-    """Images of 32 captions that name emoji and background, always the same ones.
+class Preview(Protocol):
+    """Always the same captions or classes, and seeds."""
 
-    Without a judge there is a grid but no score.
-    """
+    scores: bool
+    """whether `score` has something to say"""
 
-    def __init__(self, scenes: EmojiScenes, judge: EmojiClassifier | None, columns: int = 8, rows: int = 4) -> None:
-        self.scenes, self.judge, self.columns, self.told = scenes, judge, columns, False
+    def grid(self, generate: Generate) -> Tensor:
+        """An image, uint8 (3, H, W)."""
+        ...
+
+    def score(self, generate: Generate) -> dict[str, float]:
+        """Of `QUICK_N` images: for watching one run."""
+        ...
+
+
+class CaptionPreview:
+    """Images of 32 captions that name emoji and background. Without a classifier there is a grid but no score."""
+
+    def __init__(self, scenes: EmojiScenes, classifier: EmojiJudge | None, columns: int = 8, rows: int = 4) -> None:
+        self.scenes, self.classifier, self.columns, self.told = scenes, classifier, columns, False
+        self.scores = classifier is not None
         pairs = scenes.pairs("all")
         chosen = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(3))[: columns * rows]]
         self.captions = scenes.captioned(chosen[:, 0], chosen[:, 1], seed=0, plain=True).captions
 
     def grid(self, generate: Generate) -> Tensor:
-        """uint8 (3, rows·H, columns·W)"""
-        images = generate(self.captions, list(range(len(self.captions))))
-        return tile(images, self.columns)
+        return tile(generate(self.captions, list(range(len(self.captions)))), self.columns)
 
     def score(self, generate: Generate) -> dict[str, float]:
-        if self.judge is None:
-            return {}
+        assert self.classifier is not None
         if not self.told:
             say(f"scores here are of {QUICK_N} images: an fd of so few is higher than of 1,000 (README)")
         self.told = True
-        return quick_score(generate, self.scenes, self.judge, QUICK_N)
+        return quick_score(generate, self.scenes, self.classifier, QUICK_N)
 
 
 class ClassPreview:
-    """Rows of classes (the first ten of them), or of samples of a network without classes; always the same noise."""
+    """Rows of classes (the first ten of them), or of samples of a network without classes."""
 
-    def __init__(self, config: EdmConfig, class_names: Sequence[str] = (), columns: int = 8) -> None:
-        self.config, self.columns = config, columns
-        self.rows = min(config.classes, 10) or columns
+    def __init__(
+        self, class_names: Sequence[str], classes: int, classifier: ClassScore | None = None, columns: int = 8
+    ) -> None:
+        self.columns, self.classifier, self.scores = columns, classifier, classifier is not None
+        self.rows = min(classes, 10) or columns
         named = [*class_names[: self.rows], *map(str, range(len(class_names), self.rows))]
-        self.names = named if config.classes else []
+        self.names = named if classes else []
 
-    def inputs(self, device: torch.device, steps: int = 1) -> tuple[Tensor, ClassCondition]:
-        """Unit noise (rows·columns, steps, C, R, R) and the condition."""
-        n, c = self.rows * self.columns, self.config
-        noise = seeded_noise(list(range(n)), (steps, c.channels, c.resolution, c.resolution), device)
-        classes = torch.arange(n) // self.columns if c.classes else torch.full((n,), -1)
-        return noise, ClassCondition.of(classes, c.classes).to(device)
-
-    def grid(self, images: Tensor) -> Tensor:
-        """uint8 (rows·columns, 3, R, R) → one image, with the name of each row's class at its left."""
+    def grid(self, generate: Generate) -> Tensor:
+        """With the name of each row's class at its left."""
+        n = self.rows * self.columns
+        labels = torch.arange(n) // self.columns if self.names else torch.full((n,), -1)
+        images = generate(labels, list(range(n))).cpu()
         if not self.names:
-            return tile(images, self.columns).cpu()
-        return torch.from_numpy(np.array(labelled_grid(images.cpu().unbind(), self.names))).permute(2, 0, 1)
+            return tile(images, self.columns)
+        return torch.from_numpy(np.array(labelled_grid(images.unbind(), self.names))).permute(2, 0, 1)
+
+    def score(self, generate: Generate) -> dict[str, float]:
+        assert self.classifier is not None
+        return self.classifier.score(generate)
 
 
 class ClassScore:
@@ -86,8 +97,8 @@ class ClassScore:
     one run only, and is not `dmd2 evaluate`'s.
     """
 
-    def __init__(self, network: SmallFeatures, config: EdmConfig, images: ImageSet | None) -> None:
-        self.network, self.config, self.told = network, config, False
+    def __init__(self, network: SmallFeatures, images: ImageSet | None) -> None:
+        self.network, self.told = network, False
         self.real = None
         if images is not None and len(images) >= QUICK_N:
             rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))[:QUICK_N]
@@ -95,38 +106,32 @@ class ClassScore:
 
     @classmethod
     def find(
-        cls, judge: Path | None, config: EdmConfig, class_names: Sequence[str], images: ImageSet | None, device: Any
+        cls, path: Path | None, family: Family, images: ImageSet | None, device: torch.device | str
     ) -> ClassScore | None:
-        """None if there is no classifier that fits. Without `judge`, CIFAR-10's is used for CIFAR-10.
+        """None if there is no classifier that fits. Without a `path`, CIFAR-10's is used for CIFAR-10.
 
         Raises:
-            UserError: `judge` is no classifier, or one of other classes or another size.
+            UserError: what is there is no classifier, or one of other classes or another size.
         """
-        path = judge or CIFAR10_JUDGE
-        if judge is None and not (path.is_file() and config.resolution == 32 and tuple(class_names) == CIFAR10):
+        channels, side, _ = family.shape
+        ours = path is None and side == 32 and tuple(family.class_names) == CIFAR10 and CIFAR10_CLASSIFIER.is_file()
+        if path is None and not ours:
             return None
-        network = SmallFeatures(path, device)
-        if network.size != config.resolution or len(network.classes) != config.classes or config.channels != 3:
+        network = SmallFeatures(path or CIFAR10_CLASSIFIER, device)
+        if network.size != side or len(network.classes) != family.classes or channels != 3:
             found = f"{len(network.classes)} classes at {network.size}x{network.size} pixels"
-            wanted = f"{config.classes} at {config.resolution}x{config.resolution}"
-            raise UserError(f"--judge {path}: knows {found}; expected {wanted}")
-        return cls(network, config, images)
+            raise UserError(f"--classifier {path}: knows {found}; expected {family.classes} at {side}x{side}")
+        return cls(network, images)
 
-    def inputs(self, device: torch.device, steps: int = 1) -> tuple[Tensor, ClassCondition]:
-        """Unit noise (QUICK_N, steps, C, R, R) and the condition: all classes in turn."""
-        c = self.config
-        noise = seeded_noise(list(range(QUICK_N)), (steps, c.channels, c.resolution, c.resolution), device)
-        return noise, ClassCondition.of(torch.arange(QUICK_N) % c.classes, c.classes).to(device)
-
-    def score(self, images: Tensor) -> dict[str, float]:
-        """Of uint8 (QUICK_N, 3, R, R), drawn for `inputs`."""
+    def score(self, generate: Generate) -> dict[str, float]:
+        """Of all classes in turn."""
         if not self.told:
             say(f"scores here are of {QUICK_N} images: for watching one run; `dmd2 evaluate` has comparable ones")
         self.told = True
-        features, answers = self.network(images, answers=True)
+        labels = torch.arange(QUICK_N) % len(self.network.classes)
+        features, answers = self.network(generate(labels, list(range(QUICK_N))), answers=True)
         assert answers is not None
-        right = answers.argmax(1).cpu() == torch.arange(QUICK_N) % self.config.classes
-        scores = {"accuracy": float(right.double().mean())}
+        scores = {"accuracy": float((answers.argmax(1).cpu() == labels).double().mean())}
         if self.real is not None:
             scores["fd_small"] = frechet_distance_of(features.cpu(), self.real)
         return scores

@@ -23,6 +23,7 @@ from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, EdmConfig, EdmNetwork
+from dmd2.models.family import Family, open_family
 from dmd2.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,10 @@ def saved(folder: Path, seed: int = 0, **change: object) -> Path:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     save_edm(folder, network, name="tiny", licence="none", recipe={})
     return folder
+
+
+def opened(teacher: Path) -> Family:
+    return open_family(teacher, torch.device("cpu"), "fp32")
 
 
 def make(weights: Path, out: Path, count: int = COUNT, steps: int = STEPS) -> Path:
@@ -118,13 +123,13 @@ def test_after_a_kill_the_rest_is_made_and_every_byte_is_the_same(teacher: Path,
     begun = shards(out)
     assert "pairs-00000.safetensors" in begun and "pairs-00002.safetensors" not in begun
     with pytest.raises(UserError, match=r"missing; `dmd2 pairs`"):
-        Pairs(out, teacher)
+        Pairs(out, opened(teacher))
     kept = (out / "pairs-00000.safetensors").stat().st_mtime_ns
 
     make(teacher, out)
     assert shards(out) == shards(whole)
     assert (out / "pairs-00000.safetensors").stat().st_mtime_ns == kept  # not made again
-    Pairs(out, teacher)
+    Pairs(out, opened(teacher))
 
 
 def test_one_process_makes_pairs_and_what_killed_ones_left_is_removed(
@@ -146,7 +151,7 @@ def test_one_process_makes_pairs_and_what_killed_ones_left_is_removed(
 
 
 def test_batches_are_a_function_of_seed_and_step(teacher: Path, whole: Path) -> None:
-    pairs = Pairs(whole, teacher)
+    pairs = Pairs(whole, opened(teacher))
     assert len(pairs) == COUNT
     one, again, other = (pairs.batch(64, seed=seed, step=7) for seed in (0, 0, 1))
     assert torch.equal(one.noise, again.noise) and torch.equal(one.target, again.target)
@@ -167,7 +172,7 @@ def test_networks_without_classes_have_pairs_too(tmp_path: Path) -> None:
     weights = saved(tmp_path / "model", classes=0)
     out = make(weights, tmp_path / "pairs", count=3)
     assert load_file(out / "pairs-00000.safetensors")["labels"].tolist() == [-1, -1, -1]
-    assert Pairs(out, weights).batch(2, seed=0, step=0).cond.labels.shape == (2, 0)
+    assert Pairs(out, opened(weights)).batch(2, seed=0, step=0).cond.labels.shape == (2, 0)
 
 
 # What is refused
@@ -176,7 +181,7 @@ def test_networks_without_classes_have_pairs_too(tmp_path: Path) -> None:
 def test_pairs_of_another_teacher_are_refused(teacher: Path, whole: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="made by another teacher"):
-        Pairs(whole, other)
+        Pairs(whole, opened(other))
     with pytest.raises(UserError, match="holds other pairs, whose teacher is"):
         make(other, whole)
 
@@ -197,7 +202,7 @@ def test_broken_shards_are_named(teacher: Path, whole: Path, tmp_path: Path) -> 
         return Path(shutil.copytree(whole, folder))
 
     def refused(folder: Path, message: str) -> None:
-        for attempt in (lambda: Pairs(folder, teacher), lambda: make(teacher, folder)):
+        for attempt in (lambda: Pairs(folder, opened(teacher)), lambda: make(teacher, folder)):
             with pytest.raises(UserError, match=message) as error:
                 attempt()
             assert "\n" not in str(error.value)
@@ -260,7 +265,7 @@ def test_what_is_no_teacher_and_what_is_no_folder_of_pairs(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     with pytest.raises(UserError, match=r"holds no pairs\.json"):
-        Pairs(occupied, teacher)
+        Pairs(occupied, opened(teacher))
 
 
 def test_the_verb_makes_pairs(
@@ -269,7 +274,7 @@ def test_the_verb_makes_pairs(
     out = tmp_path / "deep" / "pairs"
     assert verb(monkeypatch, teacher, out, "-n", "7", "--steps", "2", "--batch", "3", "--device", "cpu") == 0
     assert capsys.readouterr().out == f"done: 7 pairs in {out}\n"
-    assert len(Pairs(out, teacher)) == 7
+    assert len(Pairs(out, opened(teacher))) == 7
 
 
 def verb(monkeypatch: pytest.MonkeyPatch, weights: Path, out: Path, *arguments: str) -> int:

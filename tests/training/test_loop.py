@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError
-from dmd2.training.loop import Batch, Ema, Logs, Method, Phase, schedule, train, training_step
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.loop import Batch, Ema, Logs, LoopSettings, Method, Phase, schedule, train, training_step
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = LoopSettings(

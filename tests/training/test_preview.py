@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import dmd2.training.preview
 from dmd2.data.cifar10 import CLASSES as CIFAR10
 from dmd2.data.images import ImageSet
+from dmd2.models.edm.family import EdmFamily
 from dmd2.models.edm.network import EdmConfig
 from dmd2.runtime.errors import UserError
 from dmd2.training.preview import QUICK_N, ClassScore, tile
@@ -49,29 +51,35 @@ def test_a_class_conditional_student_is_scored_by_a_classifier(
     brightness: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = ImageSet(write_set(tmp_path / "set.zip", 2 * QUICK_N), 8, 2)
-    score = ClassScore.find(Path("judge"), CONFIG, ["dark", "bright"], images, "cpu")
+    score = ClassScore.find(Path("judge"), family(), images, "cpu")
     assert score is not None
-    noise, cond = score.inputs(torch.device("cpu"), 2)
-    assert noise.shape == (QUICK_N, 2, 3, 8, 8) and cond.labels.sum(0).tolist() == [QUICK_N / 2] * 2
-    drawn = torch.full((QUICK_N, 3, 8, 8), 30, dtype=torch.uint8)
-    drawn[cond.labels[:, 1] > 0] = 220
-    right = score.score(drawn)
-    assert right["accuracy"] == 1 and right["fd_small"] >= 0
-    assert score.score(255 - drawn)["accuracy"] == 0
-    assert score.score(255 * (drawn > 128))["fd_small"] > right["fd_small"]
+    levels = torch.tensor([30, 220], dtype=torch.uint8)
+
+    def right(labels: Tensor, seeds: list[int]) -> Tensor:
+        assert labels.bincount().tolist() == [QUICK_N / 2] * 2 and seeds == list(range(QUICK_N))
+        return levels[labels][:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+
+    scores = score.score(right)
+    assert scores["accuracy"] == 1 and scores["fd_small"] >= 0
+    assert score.score(lambda labels, seeds: 255 - right(labels, seeds))["accuracy"] == 0
+    assert score.score(lambda labels, seeds: 255 * (right(labels, seeds) > 128))["fd_small"] > scores["fd_small"]
     assert capsys.readouterr().out.count(f"scores here are of {QUICK_N} images") == 1
 
 
+def family(config: EdmConfig = CONFIG, names: Sequence[str] = ("dark", "bright")) -> EdmFamily:
+    return EdmFamily.new(config, "tiny", names, torch.device("cpu"), "fp32")
+
+
 def test_a_classifier_of_other_images_is_refused_and_none_is_guessed(brightness: None) -> None:
-    assert ClassScore.find(None, CONFIG, ["dark", "bright"], None, "cpu") is None
+    assert ClassScore.find(None, family(), None, "cpu") is None
     larger = EdmConfig.model_validate(CONFIG.model_dump() | {"resolution": 32, "classes": 10})
-    with pytest.raises(UserError, match="--judge judge: knows 2 classes at 8x8 pixels; expected 10 at 32x32"):
-        ClassScore.find(Path("judge"), larger, CIFAR10, None, "cpu")
+    with pytest.raises(UserError, match="--classifier judge: knows 2 classes at 8x8 pixels; expected 10 at 32x32"):
+        ClassScore.find(Path("judge"), family(larger, CIFAR10), None, "cpu")
 
 
 def test_cifar10_s_classifier_is_at_hand() -> None:
     config = EdmConfig.model_validate(CONFIG.model_dump() | {"resolution": 32, "classes": 10})
-    score = ClassScore.find(None, config, CIFAR10, None, "cpu")
+    score = ClassScore.find(None, family(config, CIFAR10), None, "cpu")
     assert score is not None and score.network.classes == list(CIFAR10)
-    scores = score.score(torch.zeros(QUICK_N, 3, 32, 32, dtype=torch.uint8))
+    scores = score.score(lambda labels, seeds: torch.zeros(QUICK_N, 3, 32, 32, dtype=torch.uint8))
     assert scores.keys() == {"accuracy"} and scores["accuracy"] < 0.2  # one and the same image

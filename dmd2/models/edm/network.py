@@ -307,6 +307,8 @@ class ClassCondition:
 
     labels: Tensor
     """(B, classes) fp32, one-hot; zeros for no class"""
+    augment: Tensor | None = None
+    """(B, augment_dim) what was done to the images, in a teacher's training"""
 
     @classmethod
     def of(cls, indices: Tensor, classes: int) -> ClassCondition:
@@ -336,6 +338,9 @@ class ClassCondition:
     def cat(self, *others: ClassCondition) -> ClassCondition:
         """The conditions one after another in one batch."""
         return ClassCondition(torch.cat([self.labels, *(other.labels for other in others)]))
+
+    def augmented(self, augment: Tensor) -> ClassCondition:
+        return ClassCondition(self.labels, augment)
 
     @property
     def length(self) -> int:
@@ -371,7 +376,7 @@ class Edm:
         return self.features(x, sigma, cond)[0]
 
     def features(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> tuple[Tensor, Tensor]:
-        x0, bottleneck = self._network(x, sigma, cond.labels)
+        x0, bottleneck = self._network(x, sigma, cond.labels, cond.augment)
         return x0, bottleneck
 
     def bottleneck(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> Tensor:

@@ -55,9 +55,12 @@ class LatentCodec:
         Raises:
             ArithmeticError: the images, or the latents, are not finite; in bytes they would be black.
         """
-        x = x.to(self.device)
-        z = (x * self._std / self.vae.config.scaling_factor + self._mean).to(self.dtype)
-        images = self._decode(z.contiguous(memory_format=torch.channels_last)).float()
+        images = self.decoded(x)
         if not images.isfinite().all():
             raise ArithmeticError(f"the decoded image is not finite ({self.dtype}): a number was too large for it")
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """fp32 (B, 4, h, w) → fp32 (B, 3, h·f, w·f) in about [−1, 1], differentiable."""
+        z = (x.to(self.device) * self._std / self.vae.config.scaling_factor + self._mean).to(self.dtype)
+        return self._decode(z.contiguous(memory_format=torch.channels_last)).float()

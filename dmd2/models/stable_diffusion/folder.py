@@ -204,7 +204,7 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 def save_vae(vae: Any, folder: Path, recipe: Mapping[str, Any]) -> None:
     """Writes a diffusers VAE in fp16 into `folder`."""
-    _save_module(vae, folder, UNET_FILE, recipe)
+    save_module(vae, folder, UNET_FILE, recipe)
     # AutoencoderTiny records a key that it does not accept, and warns of it whenever it is loaded.
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -234,6 +234,7 @@ def save_text_to_image(
     goes into the safetensors metadata.
     """
     old = read_manifest(init) if (init / MANIFEST).exists() else None
+    family = old.family if old else "sdxl"
     with whole_folder(folder) as new:
         left_out = {MANIFEST, unet_subfolder}
         if card is not None:
@@ -241,18 +242,19 @@ def save_text_to_image(
             left_out |= {path.name for path in init.iterdir() if path.name not in belongs}
             atomic_text(new / "README.md", card)
         shutil.copytree(init, new, ignore=lambda at, _: left_out if Path(at) == init else (), dirs_exist_ok=True)
-        _save_module(unet, new / unet_subfolder, UNET_FILE, recipe)
+        save_module(unet, new / unet_subfolder, UNET_FILE, recipe)
         if text is not None:
             tokenizer, *encoders = text
             for suffix, encoder in zip(("", "_2"), encoders, strict=True):
                 with os_errors(folder):
                     tokenizer.save_pretrained(new / f"tokenizer{suffix}")
-                _save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
+                save_module(encoder, new / f"text_encoder{suffix}", "model.safetensors", recipe)
         levels = (init / "scheduler").is_dir() and read_schedule(init / "scheduler").zero_snr
-        save_pipeline_configs(new, prediction_type, levels and prediction_type == "v_prediction")
+        save_pipeline_configs(new, prediction_type, levels and prediction_type == "v_prediction", family)
         others = old.students if old and card is None else {}
         manifest = Manifest(
             name=old.name if old else "dmd2-emoji",
+            family=family,
             native_size=native_size,
             licence=old.licence if old else LICENCE,
             students=others | (dict([student]) if student else {}),
@@ -261,8 +263,10 @@ def save_text_to_image(
         write_manifest(new, manifest)
 
 
-def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, Any]) -> None:
-    """diffusers' and transformers' layout: config.json beside fp16 safetensors."""
+def save_module(
+    module: Any, folder: Path, filename: str, recipe: Mapping[str, Any], dtype: torch.dtype = torch.float16
+) -> None:
+    """diffusers' and transformers' layout: config.json beside safetensors, floats in `dtype`."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(module, "save_config"):
         module.save_config(folder)
@@ -275,14 +279,16 @@ def _save_module(module: Any, folder: Path, filename: str, recipe: Mapping[str, 
         config["dtype"] = "float32"
     atomic_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = {
-        name: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype).contiguous()
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         for name, value in module.state_dict().items()
     }
     save_tensors(tensors, folder / filename, {"format": "pt", "recipe": json.dumps(recipe)})
 
 
-def save_pipeline_configs(folder: Path, prediction_type: PredictionType, zero_snr: bool = False) -> None:
-    """What diffusers' `StableDiffusionXLPipeline.from_pretrained` reads: the index and the scheduler."""
+def save_pipeline_configs(
+    folder: Path, prediction_type: PredictionType, zero_snr: bool = False, family: str = "sdxl"
+) -> None:
+    """What diffusers' pipelines for SDXL and SD 1.5 read: the index and the scheduler."""
     import diffusers
 
     scheduler = diffusers.LCMScheduler(
@@ -295,7 +301,7 @@ def save_pipeline_configs(folder: Path, prediction_type: PredictionType, zero_sn
     )
     scheduler.save_pretrained(folder / "scheduler")
     vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
-    index = {
+    index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline",
         "_diffusers_version": diffusers.__version__,
         "force_zeros_for_empty_prompt": True,
@@ -307,4 +313,7 @@ def save_pipeline_configs(folder: Path, prediction_type: PredictionType, zero_sn
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", vae_class],
     }
+    if family == "sd15":
+        index = {k: v for k, v in index.items() if not k.endswith("_2") and not k.startswith("force")}
+        index |= {"_class_name": "StableDiffusionPipeline", "safety_checker": None, "feature_extractor": None}
     atomic_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")

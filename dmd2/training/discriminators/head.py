@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise, sample_sigma
+from dmd2.models.family import Family
+from dmd2.runtime.errors import UserError
 from dmd2.training.losses import denoising, gan_critic
 
 GROUPS = 32
@@ -33,6 +35,15 @@ class ClassifierHead(nn.Module):
     def forward(self, bottleneck: Tensor) -> Tensor:
         logits: Tensor = self.layers(bottleneck)
         return logits
+
+
+def new_head(family: Family) -> ClassifierHead:
+    """For the activations of the family's networks. Raises UserError where there are too few channels."""
+    channels, side = family.bottleneck
+    if channels % GROUPS or channels < 2 * GROUPS:
+        expected = "expected a multiple of 32, at least 64, for a GAN's head; or gan_generator=0, gan_critic=0"
+        raise UserError(f"--init: {family.name} has {channels} channels in its middle; {expected}")
+    return ClassifierHead(channels, side)
 
 
 def noised_logits(denoiser: Denoiser, head: nn.Module, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:

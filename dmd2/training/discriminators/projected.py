@@ -180,18 +180,6 @@ class DenoiserFeatures:
         raise ValueError(f"layers: only {len(maps)} of {len(self.layers)} ran in a call of the denoiser")
 
 
-def encoder_levels(network: nn.Module) -> list[nn.Module]:
-    """The last block of each resolution of an EDM network's encoder, finest first."""
-    last: dict[str, nn.Module] = {}
-    for name, module in network.named_modules():
-        parts = name.split(".")
-        if len(parts) >= 2 and parts[-2] == "enc" and "_block" in parts[-1]:
-            last[parts[-1].split("_")[0]] = module
-    if not last:
-        raise ValueError("network: expected an EDM network, whose encoder's blocks are enc.{R}x{R}_block{i}")
-    return list(last.values())
-
-
 INPUT_SIDE = 224  # what the pretrained networks were trained at, in pixels
 STRIDES = (4, 8, 16, 32)  # of the four scales (Sauer et al. 2021, sec. 4)
 STRIDES_OF = {"vgg16_bn": (2, 4, 8, 16)}
@@ -210,12 +198,16 @@ class TimmFeatures:
     Args:
         name: timm's name of the network; its weights come from where timm finds them.
         device: where to.
+        to_rgb: x0 → images in [−1, 1].
 
     Raises:
         UserError: timm is not installed, or does not know the network.
     """
 
-    def __init__(self, name: str, device: torch.device | str) -> None:
+    def __init__(
+        self, name: str, device: torch.device | str, to_rgb: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
+        self._to_rgb = to_rgb
         try:
             timm: Any = importlib.import_module("timm")
         except ImportError as error:
@@ -238,6 +230,6 @@ class TimmFeatures:
         self.mean, self.std = mean[:, None, None], std[:, None, None]
 
     def __call__(self, images: Tensor, cond: Cond) -> list[Tensor]:
-        large = F.interpolate(images, size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear")
+        large = F.interpolate(self._to_rgb(images), size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear")
         maps = self.network(((large + 1) / 2 - self.mean) / self.std)
         return [maps[i].float() for i in self.chosen]

@@ -2,29 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dmd2.diffusion.denoiser import Cond, Denoiser, cfg_denoise
+from dmd2.diffusion.denoiser import cfg_denoise
 from dmd2.diffusion.noise import add_noise, sample_sigma
-from dmd2.diffusion.sampling import conditioned, sample_few_step
-from dmd2.training.discriminators.head import critic_loss, noised_logits
-from dmd2.training.loop import Batch, Logs, Phase
+from dmd2.runtime.precision import Precision
+from dmd2.training.discriminators.head import critic_loss, new_head, noised_logits
+from dmd2.training.distil import DISTILLATION_INPUTS, distil
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
 from dmd2.training.losses import distribution_matching, distribution_matching_gradient, gan_generator
+from dmd2.training.methods.common import Kit, Networks, OptimizerName, Samples, SharedImages, generate
+from dmd2.training.ranges import (
+    Count,
+    DataName,
+    Decay,
+    Folder,
+    Levels,
+    Rate,
+    Timesteps,
+    Weight,
+    gan_conflict,
+    levels_conflict,
+)
+from dmd2.training.sources import Inputs
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The three networks of DMD2, as denoisers over modules of their own; `head` is None without a GAN."""
+class Dmd2Recipe:
+    """A student of one step or several by DMD2."""
 
-    student: Denoiser
-    teacher: Denoiser
-    fake: Denoiser
-    head: nn.Module | None = None
+    loop: LoopSettings
+    lr: Rate
+    lr_critic: Rate
+    generator_every: Count
+    """k of the two time scales"""
+    gan_generator: Weight = 0.0
+    gan_critic: Weight = 0.0
+    """weights of the GAN losses; 0 and 0 is no GAN"""
+    resumed: bool = False
+    """whether student and fake score go on from the run of --student instead of from the teacher's weights"""
+    sigmas: Levels = (80.0,)
+    timesteps: Timesteps = ()
+    """of the student's steps, descending; σ for EDM's teachers, timesteps for Stable Diffusion's, the other empty"""
+    guidance_scale: Weight = 1.0
+    """the teacher's"""
+    student_init: Folder | None = None
+    """subfolder of the weights that the student starts from; None: the teacher's"""
+    optimizer: OptimizerName = "adamw"
+    beta2: Decay = 0.999
+    data: DataName = "images"
+    precision: Precision = "auto"
+    compile: bool = False
+    inputs: ClassVar = DISTILLATION_INPUTS
+    kind = "dmd2"
+    pairs_batch: ClassVar = 0
+    paired: ClassVar = False
+    keeps_fake_score: ClassVar = True
+
+    @property
+    def needs_images(self) -> bool:
+        return self.gan_critic > 0
+
+    def conflict(self) -> str | None:
+        return levels_conflict(self) or gan_conflict(self.gan_generator, self.gan_critic)
+
+    def method(self, inputs: Inputs) -> Method:
+        return distil(self, inputs)
+
+    def phases(self, kit: Kit) -> list[Phase]:
+        head = new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
+        critic = nn.ModuleDict({"network": kit.fake_score} | ({"head": head} if head else {}))
+        return dmd2_phases(
+            replace(kit.networks, head=head),
+            Dmd2Settings(kit.sigmas, self.guidance_scale, self.generator_every, self.gan_generator, self.gan_critic),
+            (kit.student, critic),
+            (
+                kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2),
+                kit.optimizer(self.optimizer, critic, self.lr_critic, self.beta2),
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,63 +103,11 @@ class Dmd2Settings:
     """the part of the σ table that the distribution-matching gradient draws from"""
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a step works on: conditions for generated samples, and real ones with theirs (None without a GAN)."""
-
-    shape: tuple[int, ...]
-    cond: Cond
-    uncond: Cond
-    real: Tensor | None = None
-    real_cond: Cond = None
-
-
-def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], generator: torch.Generator) -> Tensor:
-    """The student's x0 at a random exit step, whose input is its own rollout from pure noise.
-
-    DMD2's backward simulation (sec. 4.5): the student sees in training what it will see when sampling.
-    Gradients flow through the last step only. One exit step for the whole batch.
-    """
-    device = student.sigmas.device
-    last = int(torch.randint(len(sigmas), (1,), generator=generator))
-    noise = [torch.randn(samples.shape, generator=generator).to(device) for _ in range(last + 1)]
-    denoise = conditioned(student, samples.cond)
-    sigma = torch.full((samples.shape[0],), sigmas[last], device=device)
-    if last == 0:
-        return denoise(student.scale_initial_noise(noise[0], sigma), sigma)
-    with torch.no_grad():
-        x0 = sample_few_step(denoise, student.scale_initial_noise, noise[:last], sigmas[:last])
-    return denoise(add_noise(x0, sigma, noise[last]), sigma)
-
-
-class SharedImages:
-    """What the student generates in a step, once for both updates.
-
-    As in the published runs, the critic learns from the very images that the generator was just judged by, and
-    generates its own only in steps without the generator's update.
-    """
-
-    def __init__(self) -> None:
-        self._step, self._images = -1, dict[int, tuple[Batch, Tensor]]()
-
-    def put(self, batch: Batch, x0: Tensor) -> None:
-        """By the generator's loss, for each part of a step."""
-        if batch.step != self._step:
-            self._step, self._images = batch.step, {}
-        self._images[id(batch)] = batch, x0.detach()
-
-    def take(self, batch: Batch) -> Tensor | None:
-        """By the critic's: the images, without gradient. None: this step has none."""
-        owner, x0 = self._images.pop(id(batch), (None, None))
-        return x0 if owner is batch else None
-
-
 def dmd2_phases(
     networks: Networks,
     settings: Dmd2Settings,
     modules: tuple[nn.Module, nn.Module],
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
-    samples_of: Callable[[Batch], Samples],
 ) -> list[Phase]:
     """Generator and critic phases.
 
@@ -108,36 +116,35 @@ def dmd2_phases(
         settings: DMD2's numbers.
         modules: what the two phases train: the student's; the fake score's (with head).
         optimizers: theirs.
-        samples_of: what a batch of the loop holds, on the networks' device.
     """
     n, shared = networks, SharedImages()
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples = samples_of(batch)
+        samples: Samples = batch.data
         x = generate(n.student, samples, settings.student_sigmas, batch.generator)
         shared.put(batch, x)
         with torch.no_grad():
             sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *settings.dm_range)
             noisy = add_noise(x, sigma, torch.randn(x.shape, generator=batch.generator).to(x.device))
             mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, settings.guidance_scale)
-            mu_fake = n.fake(noisy, sigma, samples.cond)
+            mu_fake = n.fake_score(noisy, sigma, samples.cond)
             gradient = distribution_matching_gradient(x, mu_real, mu_fake)
         loss = distribution_matching(x, gradient)
         logs: Logs = {"dm_gradient": gradient.square().mean().sqrt()}
         if n.head is not None and settings.gan_generator > 0:
-            adversarial = gan_generator(noised_logits(n.fake, n.head, x, samples.cond, batch.generator))
+            adversarial = gan_generator(noised_logits(n.fake_score, n.head, x, samples.cond, batch.generator))
             logs["gan_generator"] = adversarial.detach()
             loss = loss + settings.gan_generator * adversarial
         return loss, logs
 
     def fake_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples = samples_of(batch)
+        samples: Samples = batch.data
         fake = shared.take(batch)
         if fake is None:
             with torch.no_grad():
                 fake = generate(n.student, samples, settings.student_sigmas, batch.generator)
         loss, logs = critic_loss(
-            n.fake,
+            n.fake_score,
             n.head,
             fake,
             samples.cond,
@@ -152,8 +159,3 @@ def dmd2_phases(
         Phase("generator", settings.generator_every, modules[0], optimizers[0], generator_loss),
         Phase("critic", 1, modules[1], optimizers[1], fake_loss),
     ]
-
-
-def copies(teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Student and fake score both start as the teacher."""
-    return deepcopy(teacher), deepcopy(teacher)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +13,49 @@ from torch import Tensor, nn
 from dmd2.emoji.classifier import Classifier
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes
 from dmd2.evaluation.classifiers import save_classifier_file
-from dmd2.runtime.precision import autocast_dtype
-from dmd2.training.loop import Batch, Logs, Method, Phase
-from dmd2.training.recipes.kinds import ClassifierRecipe
+from dmd2.runtime.precision import Precision, autocast_dtype
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
+from dmd2.training.ranges import Blur, Part, Rate, Width
+from dmd2.training.sources import EmojiSource, Inputs
 
 
-def build_classifier(recipe: ClassifierRecipe, emoji: int) -> Classifier:
+@dataclass(frozen=True)
+class EmojiClassifierRecipe:
+    """The judge that scores the embedded model. See `dmd2/training/methods/emoji_classifier.py`."""
+
+    loop: LoopSettings
+    lr: Rate
+    weight_decay: Part
+    widths: tuple[Width, Width, Width, Width]
+    """channels at 1/2, 1/4, 1/8 and 1/16 of the image's side"""
+    features: Width
+    contrast: Part
+    brightness: Part
+    noise: Part
+    """contrast: largest relative change; the other two: in units of images in [−1, 1], at most"""
+    blur_pixels: Blur
+    """largest standard deviation of the blur"""
+    precision: Precision = "auto"
+    kind = "classifier"
+    inputs: ClassVar = ("data",)
+    data: ClassVar = "emoji"
+
+    def conflict(self) -> str | None:
+        return None
+
+    def method(self, inputs: Inputs) -> Method:
+        return train_classifier(
+            self, EmojiScenes(inputs.with_defaults(EmojiSource.defaults).need("data")), inputs.device
+        )
+
+
+def build_classifier(recipe: EmojiClassifierRecipe, emoji: int) -> Classifier:
     """An untrained classifier of `emoji` emoji and the backgrounds, initialised from `recipe.loop.seed`."""
     torch.manual_seed(recipe.loop.seed)
     return Classifier(emoji, len(BACKGROUNDS), recipe.widths, recipe.features)
 
 
-def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torch.device) -> Method:
+def train_classifier(recipe: EmojiClassifierRecipe, scenes: EmojiScenes, device: torch.device) -> Method:
     """Cross-entropy of both heads, on blurred, dimmed and noisy scenes of every pair, held out or not.
 
     A judge must know the pairs that the judged has never seen, and must not stumble over the slight blur and
@@ -81,7 +114,7 @@ def train_classifier(recipe: ClassifierRecipe, scenes: EmojiScenes, device: torc
     )
 
 
-def save_classifier(model: Classifier, recipe: ClassifierRecipe, scenes: EmojiScenes, path: Path) -> None:
+def save_classifier(model: Classifier, recipe: EmojiClassifierRecipe, scenes: EmojiScenes, path: Path) -> None:
     """See `dmd2.evaluation.classifiers`."""
     config = {
         "emoji": scenes.names,
@@ -93,7 +126,7 @@ def save_classifier(model: Classifier, recipe: ClassifierRecipe, scenes: EmojiSc
     save_classifier_file(model, "emoji", config, path)
 
 
-def augment(x: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> Tensor:
+def augment(x: Tensor, recipe: EmojiClassifierRecipe, generator: torch.Generator) -> Tensor:
     """Images, float (B, 3, H, W) in [−1, 1]: half of them blurred, each dimmed and noisy in its own way."""
     n = len(x)
     u_contrast, u_brightness, u_noise, u_blur = torch.rand(4, n, 1, 1, 1, generator=generator).to(x.device)

@@ -8,18 +8,97 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
-from dmd2.training.loop import Batch, Logs, Phase
+from dmd2.models.family import Family
+from dmd2.runtime.precision import Precision
+from dmd2.training.discriminators.projected import Backbone, DenoiserFeatures, ProjectedDiscriminator, TimmFeatures
+from dmd2.training.discriminators.published import PublishedDiscriminator, class_embeddings
+from dmd2.training.distil import DISTILLATION_INPUTS, distil
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
 from dmd2.training.losses import gan_critic, gan_generator, r1
-from dmd2.training.methods.dmd2 import Samples, SharedImages, generate
+from dmd2.training.methods.common import Kit, Samples, SharedImages, generate
+from dmd2.training.ranges import Count, DataName, Levels, Name, Part, Rate, Timesteps, Weight, levels_conflict
+from dmd2.training.sources import Inputs
 
-FROZEN_IN_GDD_I = re.compile(r"\.(conv\d+|proj)\.(weight|bias)$")
-"""EDM's names: convolutions and attention's last layer within blocks, not the network's first and last convolution"""
+
+@dataclass(frozen=True)
+class GddRecipe:
+    """A one-step student by GDD, or GDD-I, which freezes most convolutions."""
+
+    loop: LoopSettings
+    lr: Rate
+    lr_critic: Rate
+    freeze: bool
+    """GDD-I"""
+    backbones: Annotated[tuple[Name, ...], Field(max_length=8)] = ()
+    """timm's names of the discriminator's feature networks; none: the teacher's own features"""
+    discriminator: Literal["published", "small"] = "small"
+    """GDD's, or one of our own; each is a file in `dmd2/training/discriminators`"""
+    r1_gamma: Weight = 1e-4 / 128
+    """beside losses that are means; the paper's is beside sums (see `dmd2.training.recipes.edm`)"""
+    r1_every: Count = 16
+    boundary: Part = 0.002
+    """ε of the preconditioning (GDD, app. C), for EDM's networks alone; 0 is EDM's own"""
+    sigmas: Levels = (80.0,)
+    timesteps: Timesteps = ()
+    """of the student's step: σ for EDM's teachers, a timestep for Stable Diffusion's, the other empty"""
+    data: DataName = "images"
+    precision: Precision = "auto"
+    compile: bool = False
+    inputs: ClassVar = DISTILLATION_INPUTS
+    needs_images = True
+    pairs_batch: ClassVar = 0
+    paired: ClassVar = True
+    keeps_fake_score: ClassVar = False
+
+    @property
+    def kind(self) -> str:
+        return "gdd-i" if self.freeze else "gdd"
+
+    def conflict(self) -> str | None:
+        if problem := levels_conflict(self, most=1):
+            return problem
+        if self.sigmas and self.boundary >= self.sigmas[-1]:
+            return f"boundary={self.boundary:g}: expected less than the level in sigmas, {self.sigmas[-1]:g}"
+        if self.discriminator == "published" and not self.backbones:
+            return "discriminator=published with backbones=[]: expected timm's networks, or discriminator=small"
+        return None
+
+    def method(self, inputs: Inputs) -> Method:
+        return distil(self, inputs)
+
+    def phases(self, kit: Kit) -> list[Phase]:
+        student, family = kit.student, kit.family
+        trained = freeze_for_gdd_i(student, family.frozen_in_gdd_i) if self.freeze else student
+        discriminator = self._discriminator(family, kit.inputs.device)
+        return gdd_phases(
+            kit.networks.student,
+            discriminator,
+            GddSettings(kit.sigmas[0], self.r1_gamma, self.r1_every),
+            (trained, discriminator),
+            (
+                torch.optim.Adam(trained.parameters(), lr=self.lr, betas=(0.0, 0.99)),
+                lazy_adam(discriminator.parameters(), self.lr_critic, (0.0, 0.99), self.r1_every),
+            ),
+        )
+
+    def _discriminator(self, family: Family, device: torch.device) -> nn.Module:
+        backbones: list[Backbone] = [TimmFeatures(name, device, family.to_rgb) for name in self.backbones]
+        if not backbones:
+            backbones = [DenoiserFeatures(family.teacher, family.encoder_levels())]
+        example, cond = torch.zeros(1, *family.shape, device=device), family.condition(family.any_labels(1))
+        classes, labels_of = family.classes, (lambda c: c.labels) if family.classes else None
+        if self.discriminator == "published":
+            rows = class_embeddings(classes) if classes else None
+            return PublishedDiscriminator(backbones, example, cond, embeddings=rows, labels_of=labels_of).to(device)
+        return ProjectedDiscriminator(backbones, example, cond, classes=classes, labels_of=labels_of).to(device)
 
 
 @dataclass(frozen=True)
@@ -40,7 +119,6 @@ def gdd_phases(
     settings: GddSettings,
     modules: tuple[nn.Module, nn.Module],
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
-    samples_of: Callable[[Batch], Samples],
 ) -> list[Phase]:
     """Generator and discriminator phases, one update each a step, and R1's at every n-th step.
 
@@ -51,7 +129,6 @@ def gdd_phases(
         modules: what the phases train: the student's (for GDD-I what `freeze_for_gdd_i` returns); the
             discriminator's.
         optimizers: theirs; see `lazy_adam` for the discriminator's.
-        samples_of: what a batch of the loop holds, real images too, on the networks' device.
     """
     shared = SharedImages()
 
@@ -61,13 +138,13 @@ def gdd_phases(
         return samples.real
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples = samples_of(batch)
+        samples: Samples = batch.data
         fake = generate(student, samples, (settings.sigma,), batch.generator)
         shared.put(batch, fake)
         return gan_generator(discriminator(fake, samples.cond)), {}
 
     def r1_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples = samples_of(batch)
+        samples: Samples = batch.data
         real = reals(samples).detach().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             penalty = r1(discriminator(real, samples.real_cond), real)
@@ -75,7 +152,7 @@ def gdd_phases(
         return settings.r1_every * settings.r1_gamma / 2 * penalty, {"r1_penalty": penalty.detach()}
 
     def discriminator_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples = samples_of(batch)
+        samples: Samples = batch.data
         fake = shared.take(batch)
         if fake is None:
             with torch.no_grad():
@@ -94,7 +171,7 @@ def gdd_phases(
     return phases
 
 
-def freeze_for_gdd_i(network: nn.Module) -> nn.ParameterList:
+def freeze_for_gdd_i(network: nn.Module, frozen: re.Pattern[str]) -> nn.ParameterList:
     """Freezes what GDD-I leaves as the teacher has it: 84 to 85 % of DDPM++ and NCSN++, 79 % of ADM.
 
     Norms, `affine`, `qkv` and `skip` stay trainable, and what is outside of blocks (GDD, sec. 4).
@@ -108,12 +185,11 @@ def freeze_for_gdd_i(network: nn.Module) -> nn.ParameterList:
     """
     trainable: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
-        frozen = FROZEN_IN_GDD_I.search(name) is not None
-        parameter.requires_grad_(not frozen)
-        if not frozen:
+        parameter.requires_grad_(frozen.search(name) is None)
+        if parameter.requires_grad:
             trainable.append(parameter)
     if len(trainable) == len(list(network.parameters())):
-        raise ValueError("network: expected convolutions with EDM's names (conv0, conv1, proj) to freeze")
+        raise ValueError(f"network: has no parameters called {frozen.pattern} to freeze")
     return nn.ParameterList(trainable)
 
 

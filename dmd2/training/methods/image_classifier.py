@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from dmd2.data.images import ImageSet
 from dmd2.evaluation.classifiers import save_classifier_file
 from dmd2.evaluation.image_classifier import ImageClassifier
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.precision import autocast_dtype
-from dmd2.training.loop import Batch, Logs, Method, Phase
-from dmd2.training.recipes.kinds import ImageClassifierRecipe
+from dmd2.runtime.precision import Precision, autocast_dtype
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
+from dmd2.training.ranges import Name, Part, Rate, Steps, Width
+from dmd2.training.sources import Inputs
+
+
+@dataclass(frozen=True)
+class ImageClassifierRecipe:
+    """The judge of small class-conditional models. See `dmd2/training/methods/image_classifier.py`."""
+
+    loop: LoopSettings
+    lr: Rate
+    weight_decay: Part
+    widths: tuple[Width, Width, Width]
+    """channels at the image's own side, at a half, at a quarter and below"""
+    features: Width
+    held_out: Steps
+    """images of the data that only score it"""
+    classes: Annotated[tuple[Name, ...], Field(min_length=2)]
+    """what the labels 0, 1, … mean"""
+    precision: Precision = "auto"
+    kind = "classifier"
+    inputs: ClassVar = ("data",)
+    data: ClassVar = "images"
+
+    def conflict(self) -> str | None:
+        return None
+
+    def method(self, inputs: Inputs) -> Method:
+        images = ImageSet(inputs.need("data"), classes=len(self.classes))
+        return train_image_classifier(self, images, inputs.device)
+
 
 CROP = 4  # pixels that a crop may be shifted by
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from dmd2.runtime.errors import UserError, shown
+from dmd2.training.distil import FAKE_SCORE
+from dmd2.training.loop import LoopSettings, Method
+from dmd2.training.methods.common import Recipe
+from dmd2.training.ranges import checked, field_types
 from dmd2.training.recipes.edm import EDM_RECIPES
 from dmd2.training.recipes.emoji import EMOJI_RECIPES
-from dmd2.training.recipes.kinds import (
-    Dmd2Recipe,
-    EdmDmd2Recipe,
-    EdmDmdRecipe,
-    EdmGddRecipe,
-    EdmTeacherRecipe,
-    LoopSettings,
-    Recipe,
-    TeacherRecipe,
-    edm_conflict,
-    gan_conflict,
-)
-from dmd2.training.recipes.ranges import checked, field_types
+from dmd2.training.sources import SOURCES, Inputs
 
 RECIPES: dict[str, Recipe] = {**EMOJI_RECIPES, **EDM_RECIPES}
 
@@ -52,25 +48,10 @@ def resolve(name: str, overrides: list[str]) -> Recipe:
             recipe = replace(recipe, loop=replace(recipe.loop, **{field: value}))
         else:
             recipe = replace(recipe, **{field: value})
-    problem = _conflict(recipe)  # after the last override: two fields may have to change together
+    problem = recipe.conflict()  # after the last override: two fields may have to change together
     if problem is not None:
         raise UserError(f"--set {problem}")
     return recipe
-
-
-def _conflict(recipe: Recipe) -> str | None:
-    """Which fields do not go together, and what would; None if all do."""
-    match recipe:
-        case EdmTeacherRecipe() | EdmDmdRecipe() | EdmDmd2Recipe() | EdmGddRecipe():
-            return edm_conflict(recipe)
-        case TeacherRecipe() if recipe.free_from < recipe.still_until:
-            return f"free_from={recipe.free_from}: expected still_until={recipe.still_until} or more"
-        case Dmd2Recipe():
-            steps = list(recipe.timesteps)
-            if steps != sorted(set(steps), reverse=True):
-                return f"timesteps={shown(steps, 100)}: expected descending timesteps within 0 to 999"
-            return gan_conflict(recipe.gan_generator, recipe.gan_critic)
-    return None
 
 
 def _literal(text: str) -> Any:
@@ -79,3 +60,25 @@ def _literal(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):  # not JSON; a number of thousands of digits; nested too deep
         return text
+
+
+def build_method(recipe: Recipe, paths: Mapping[str, Path | None], device: torch.device) -> Method:
+    """What `recipe` trains.
+
+    Args:
+        paths: `data`, `init`, `classifier`, `student`, `pairs` and `lpips`, as on the command line; None for what it
+            has not said. Recipes of the embedded model have defaults for the first three.
+
+    Raises:
+        UserError: a path that this recipe needs is not given, or what is there does not do.
+    """
+    return recipe.method(Inputs(paths, device))
+
+
+def inputs_of(recipe: Recipe, paths: Mapping[str, Path | None]) -> dict[str, Path]:
+    """Option → path of everything that the results depend on. The classifier only looks on."""
+    defaults = SOURCES[recipe.data].defaults
+    found = {name: path for name in recipe.inputs if (path := paths.get(name) or defaults.get(name))}
+    if getattr(recipe, "resumed", False) and "student" in found:
+        found["student (its fake score)"] = found["student"].parent / FAKE_SCORE
+    return found

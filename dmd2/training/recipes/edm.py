@@ -6,16 +6,13 @@ from dataclasses import replace
 from functools import partial
 
 from dmd2.data.cifar10 import CLASSES as CIFAR10
-from dmd2.training.recipes.kinds import (
-    EdmDmd2Recipe,
-    EdmDmdRecipe,
-    EdmGddRecipe,
-    EdmRecipe,
-    EdmTeacherRecipe,
-    ImageClassifierRecipe,
-    LoopSettings,
-    Recipe,
-)
+from dmd2.training.loop import LoopSettings
+from dmd2.training.methods.common import Recipe
+from dmd2.training.methods.denoising import DenoisingRecipe
+from dmd2.training.methods.dmd import DmdRecipe
+from dmd2.training.methods.dmd2 import Dmd2Recipe
+from dmd2.training.methods.gdd import GddRecipe
+from dmd2.training.methods.image_classifier import ImageClassifierRecipe
 
 
 def _small(iterations: int) -> LoopSettings:
@@ -73,11 +70,11 @@ def _gdd(mimg: int, batch_size: int, ema_half_life: float = 5e5) -> LoopSettings
     )
 
 
-def _gdd_both(name: str, recipe: EdmGddRecipe) -> dict[str, EdmRecipe]:
+def _gdd_both(name: str, recipe: GddRecipe) -> dict[str, Recipe]:
     return {f"{name}-gdd": recipe, f"{name}-gdd-i": replace(recipe, freeze=True)}
 
 
-_published_gdd = partial(EdmGddRecipe, freeze=False, discriminator="published")
+_published_gdd = partial(GddRecipe, freeze=False, discriminator="published")
 
 VGG = ("vgg16_bn", "tf_efficientnet_lite0")
 
@@ -97,7 +94,7 @@ EDM_RECIPES: dict[str, Recipe] = {
         classes=CIFAR10,
     ),
     # An hour on two idle cores: nine epochs
-    "cifar10-small-teacher": EdmTeacherRecipe(
+    "cifar10-small-teacher": DenoisingRecipe(
         loop=LoopSettings(
             iterations=7000, batch_size=64, warmup=100, ema_decay=0.998, sample_every=500, checkpoint_every=250
         ),
@@ -108,11 +105,11 @@ EDM_RECIPES: dict[str, Recipe] = {
     ),
     # Students of cifar10-small-teacher, about twelve minutes on one core each. Muon: after a few hundred steps, Adam
     # is still on its way.
-    "cifar10-small-dmd": EdmDmdRecipe(
+    "cifar10-small-dmd": DmdRecipe(
         _small(460), lr=7e-4, lr_critic=2e-3, regression_weight=0.25, pairs_batch=16, optimizer="muon"
     ),
-    "cifar10-small-dmd2": EdmDmd2Recipe(_small(720), lr=7e-4, lr_critic=2e-3, generator_every=2, optimizer="muon"),
-    "cifar10-small-dmd2-gan": EdmDmd2Recipe(
+    "cifar10-small-dmd2": Dmd2Recipe(_small(720), lr=7e-4, lr_critic=2e-3, generator_every=2, optimizer="muon"),
+    "cifar10-small-dmd2-gan": Dmd2Recipe(
         _small(580),
         lr=7e-4,
         lr_critic=2e-3,
@@ -121,9 +118,9 @@ EDM_RECIPES: dict[str, Recipe] = {
         gan_critic=1e-2,
         optimizer="muon",
     ),
-    **_gdd_both("cifar10-small", EdmGddRecipe(_small(660), lr=1e-3, lr_critic=2e-3, freeze=False, r1_gamma=1e-4)),
+    **_gdd_both("cifar10-small", GddRecipe(_small(660), lr=1e-3, lr_critic=2e-3, freeze=False, r1_gamma=1e-4)),
     # Teachers in pixel space, EDM's own recipe (Karras et al. 2022, table 7): FID 1.79 and 1.97 with Heun 18
-    "cifar10-teacher": EdmTeacherRecipe(
+    "cifar10-teacher": DenoisingRecipe(
         loop=_edm(200, 512),
         network="edm-cifar10-32x32-cond-vp",
         lr=1e-3,
@@ -131,31 +128,29 @@ EDM_RECIPES: dict[str, Recipe] = {
         class_names=CIFAR10,
         precision="fp32",
     ),
-    "cifar10-uncond-teacher": EdmTeacherRecipe(
+    "cifar10-uncond-teacher": DenoisingRecipe(
         loop=_edm(200, 512), network="edm-cifar10-32x32-uncond-vp", lr=1e-3, augment=0.12, precision="fp32"
     ),
     # What published recipes have in common that the published runs had otherwise: one seeded order of the data on
     # any number of processes; precision is what is faster ("auto") where theirs is fixed.
     # DMD (Yin et al. 2311.18828, app. B and tables 1 and 2). FID 2.66 (with L2 2.78), 3.77, 2.62
     # --init: edm-cifar10-32x32-cond-vp; --pairs: 100,000 by Heun 18
-    "cifar10-dmd": EdmDmdRecipe(_dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.25, pairs_batch=392),
+    "cifar10-dmd": DmdRecipe(_dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.25, pairs_batch=392),
     # --init: edm-cifar10-32x32-uncond-vp; --pairs: 500,000 by Heun 18
-    "cifar10-uncond-dmd": EdmDmdRecipe(
+    "cifar10-uncond-dmd": DmdRecipe(
         _dmd(300_000, 392), lr=5e-5, lr_critic=5e-5, regression_weight=0.5, pairs_batch=392
     ),
     # --init: edm-imagenet-64x64-cond-adm; --pairs: 25,000 by Heun 256
-    "imagenet64-dmd": EdmDmdRecipe(
-        _dmd(350_000, 336), lr=2e-6, lr_critic=2e-6, regression_weight=0.25, pairs_batch=336
-    ),
+    "imagenet64-dmd": DmdRecipe(_dmd(350_000, 336), lr=2e-6, lr_critic=2e-6, regression_weight=0.25, pairs_batch=336),
     # DMD2 (Yin et al. 2405.14867, app. F and tables 1 and 3). FID 2.61, 1.51, 1.28. The published runs are in bf16,
     # and their critic judges generated images with noise of its own; here it sees those that its score denoises.
     # --init: edm-imagenet-64x64-cond-adm
-    "imagenet64-dmd2": EdmDmd2Recipe(_dmd(410_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5),
-    "imagenet64-dmd2-gan": EdmDmd2Recipe(
+    "imagenet64-dmd2": Dmd2Recipe(_dmd(410_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5),
+    "imagenet64-dmd2-gan": Dmd2Recipe(
         _dmd(200_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5, gan_generator=3e-3, gan_critic=1e-2
     ),
     # --student: model/ of a run of imagenet64-dmd2; its fake_score/ goes on, too, and only the head is new
-    "imagenet64-dmd2-gan-resumed": EdmDmd2Recipe(
+    "imagenet64-dmd2-gan-resumed": Dmd2Recipe(
         _dmd(140_000, 280),
         lr=5e-7,
         lr_critic=5e-7,
@@ -167,7 +162,7 @@ EDM_RECIPES: dict[str, Recipe] = {
     # The numbers of NVIDIA's FastGen, whose run gives FID 1.99 with EMAs of 0.9996 … 0.99995, but DMD2's method:
     # FastGen puts the head on the frozen teacher's features, may add an approximate R1, updates student and critic on
     # disjoint iterations, has no warm-up and computes in fp32. It names no weight for the critic's GAN loss: DMD2's.
-    "cifar10-dmd2": EdmDmd2Recipe(
+    "cifar10-dmd2": Dmd2Recipe(
         _dmd(100_000, 2048, ema_decay=0.9999),
         lr=1e-4,
         lr_critic=1e-4,

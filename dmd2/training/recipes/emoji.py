@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dmd2.training.recipes.kinds import (
-    AutoencoderRecipe,
-    ClassifierRecipe,
-    Dmd2Recipe,
-    LoopSettings,
-    Recipe,
-    TeacherRecipe,
-)
+from dmd2.training.loop import LoopSettings
+from dmd2.training.methods.autoencoder import AutoencoderRecipe
+from dmd2.training.methods.common import Recipe
+from dmd2.training.methods.denoising import DenoisingRecipe
+from dmd2.training.methods.dmd2 import Dmd2Recipe
+from dmd2.training.methods.emoji_classifier import EmojiClassifierRecipe
 
 # How long the emoji recipes take: hours of one x86-64 core with AVX-512 in fp32, from the CPU time of two or three
 # steps of each while other work went on (so rather more than less), without samples and scores.
@@ -31,7 +29,7 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         latent_noise=0.05,
     ),
     # 0.3 core hours
-    "emoji-classifier": ClassifierRecipe(
+    "emoji-classifier": EmojiClassifierRecipe(
         loop=LoopSettings(
             iterations=4000, batch_size=64, warmup=300, max_grad_norm=5.0, ema_decay=0.99, sample_every=500
         ),
@@ -47,7 +45,10 @@ EMOJI_RECIPES: dict[str, Recipe] = {
     # 2.5 core hours, uncompiled.
     # v-prediction, unlike SDXL's eps: at t = 999 an eps error is multiplied by σ = 14.6 on its way to x0, which
     # a small network in bf16 feels; the UNet, the schedule and all code paths are the same.
-    "emoji-teacher": TeacherRecipe(
+    "emoji-teacher": DenoisingRecipe(
+        network="emoji",
+        data="emoji",
+        optimizer="muon",
         loop=LoopSettings(
             iterations=3300,
             batch_size=64,
@@ -63,6 +64,7 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         prediction_type="v_prediction",
         still_until=1500,
         free_from=2500,
+        compile=True,
     ),
     # 2.3 core hours.
     # Not compiled: in runs as short as these, compiling five graphs costs what it saves. A GAN heavier than
@@ -73,6 +75,9 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         ),
         lr=1e-4,
         lr_critic=2e-4,
+        data="emoji",
+        beta2=0.99,
+        sigmas=(),
         timesteps=(999, 749, 499, 249),
         guidance_scale=1.5,
         generator_every=3,
@@ -89,6 +94,9 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         ),
         lr=1e-4,
         lr_critic=2e-4,
+        data="emoji",
+        beta2=0.99,
+        sigmas=(),
         timesteps=(999,),
         guidance_scale=1.5,
         generator_every=3,

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmd2.runtime.errors import UserError, first_error
 from dmd2.runtime.files import read_object, sha256_file
+from dmd2.training.methods.common import Recipe
 from dmd2.training.recipes import resolve
-from dmd2.training.recipes.kinds import Recipe
 from dmd2.weights.manifest import MANIFEST, read_manifest
 
 RECORD = "recipe.json"

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd2.diffusion.denoiser import Cond
+from dmd2.models.edm.family import encoder_levels
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork
 from dmd2.runtime.errors import UserError
 from dmd2.training.discriminators.projected import (
     DenoiserFeatures,
     ProjectedDiscriminator,
     TimmFeatures,
-    encoder_levels,
 )
 from dmd2.training.losses import gan_critic
 

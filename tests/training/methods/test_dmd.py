@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork
 from dmd2.training.discriminators.head import ClassifierHead
-from dmd2.training.loop import Batch, Phase, training_step
+from dmd2.training.loop import Batch, LoopSettings, Phase, training_step
 from dmd2.training.losses import l2
+from dmd2.training.methods.common import Networks, Samples
 from dmd2.training.methods.dmd import DmdSettings, RegressionPairs, dmd_phases
-from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, dmd2_phases
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.methods.dmd2 import Dmd2Settings, dmd2_phases
 
 CONFIG = EdmConfig(
     architecture="ddpmpp",
@@ -53,10 +53,18 @@ def randn(n: int, seed: int) -> Tensor:
 class Setting:
     student: EdmNetwork
     fake: EdmNetwork
-    pairs: RegressionPairs
+    samples: Samples
     phases: list[Phase]
     matching: list[Phase]
     """DMD2's phases on the same networks"""
+
+    @property
+    def pairs(self) -> RegressionPairs:
+        assert self.samples.pairs is not None
+        return self.samples.pairs
+
+    def batch(self, step: int = 0) -> Batch:
+        return Batch(step, self.samples, torch.Generator().manual_seed(step))
 
     def generate(self) -> Tensor:
         level = torch.full((PAIRS,), SIGMA)
@@ -66,18 +74,13 @@ class Setting:
 def setting(*, weight: float = 0.25, fake_seed: int = 1, lr: float = 1e-3) -> Setting:
     teacher, fake = network(0).requires_grad_(False), network(fake_seed)
     student = deepcopy(teacher).requires_grad_(True)
-    samples = Samples((SAMPLES, 3, 8, 8), labels(SAMPLES), labels(SAMPLES).unconditional())
     pairs = RegressionPairs(randn(PAIRS, 5), randn(PAIRS, 6).clamp(-1, 1), labels(PAIRS))
+    samples = Samples((SAMPLES, 3, 8, 8), labels(SAMPLES), labels(SAMPLES).unconditional(), pairs=pairs)
     networks = Networks(Edm(student), Edm(teacher), Edm(fake))
     optimizers = torch.optim.Adam(student.parameters(), lr), torch.optim.Adam(fake.parameters(), lr)
-    shared = networks, (student, fake), optimizers, lambda batch: samples
-    phases = dmd_phases(shared[0], DmdSettings(SIGMA, weight), *shared[1:], pairs_of=lambda batch: pairs, distance=l2)
-    matching = dmd2_phases(shared[0], Dmd2Settings((SIGMA,), 1.0, 1), *shared[1:])
-    return Setting(student, fake, pairs, phases, matching)
-
-
-def batch(step: int = 0) -> Batch:
-    return Batch(step, None, torch.Generator().manual_seed(step))
+    phases = dmd_phases(networks, DmdSettings(SIGMA, weight), (student, fake), optimizers, distance=l2)
+    matching = dmd2_phases(networks, Dmd2Settings((SIGMA,), 1.0, 1), (student, fake), optimizers)
+    return Setting(student, fake, samples, phases, matching)
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
@@ -86,28 +89,28 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 def test_nothing_is_matched_when_the_teacher_equals_the_fake() -> None:
     s = setting(weight=0.0, fake_seed=0)
-    loss, _ = s.phases[0].loss(batch())
+    loss, _ = s.phases[0].loss(s.batch())
     loss.backward()
     assert all(not gradient.any() for gradient in gradients(s.student))
     other = setting(weight=0.0, fake_seed=1)
-    loss, _ = other.phases[0].loss(batch())
+    loss, _ = other.phases[0].loss(other.batch())
     loss.backward()
     assert any(bool(gradient.any()) for gradient in gradients(other.student))
 
 
 def test_regression_is_zero_on_the_student_s_own_images() -> None:
     s = setting()
-    assert float(s.phases[0].loss(batch())[1]["regression"]) > 0.01
+    assert float(s.phases[0].loss(s.batch())[1]["regression"]) > 0.01
     with torch.no_grad():
         object.__setattr__(s.pairs, "target", s.generate())
-    assert float(s.phases[0].loss(batch())[1]["regression"]) == 0
+    assert float(s.phases[0].loss(s.batch())[1]["regression"]) == 0
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])
 def test_generator_s_loss_is_matching_and_weighted_regression(weight: float) -> None:
     s = setting(weight=weight)
-    loss, logs = s.phases[0].loss(batch())
-    matching, _ = s.matching[0].loss(batch())
+    loss, logs = s.phases[0].loss(s.batch())
+    matching, _ = s.matching[0].loss(s.batch())
     with torch.no_grad():
         regression = (s.generate() - s.pairs.target).square().mean()
     assert float(logs["regression"]) == pytest.approx(float(regression), rel=1e-5)
@@ -117,8 +120,8 @@ def test_generator_s_loss_is_matching_and_weighted_regression(weight: float) -> 
 
 def test_critic_is_dmd2_s_without_a_gan() -> None:
     s = setting()
-    loss, logs = s.phases[1].loss(batch(3))
-    same, _ = s.matching[1].loss(batch(3))
+    loss, logs = s.phases[1].loss(s.batch(3))
+    same, _ = s.matching[1].loss(s.batch(3))
     assert torch.equal(loss, same) and set(logs) == {"fake_score"}
 
 
@@ -128,7 +131,7 @@ def test_both_networks_learn_at_every_step() -> None:
     loop = LoopSettings(iterations=10, batch_size=SAMPLES)
     for step in (0, 1):
         before = deepcopy(s.student.state_dict()), deepcopy(s.fake.state_dict())
-        logs = training_step(s.phases, batch(step), loop)
+        logs = training_step(s.phases, s.batch(step), loop)
         for module, old in zip((s.student, s.fake), before, strict=True):
             assert any(not torch.equal(value, old[name]) for name, value in module.state_dict().items())
         assert {"generator", "critic", "regression", "dm_gradient", "fake_score"} <= logs.keys()
@@ -137,9 +140,9 @@ def test_both_networks_learn_at_every_step() -> None:
 def test_regression_leads_to_the_teacher_s_images() -> None:
     s = setting(weight=100.0, lr=1e-2)  # drowns the matching
     loop = LoopSettings(iterations=1000, batch_size=SAMPLES)
-    first = float(training_step(s.phases[:1], batch(0), loop)["regression"])
+    first = float(training_step(s.phases[:1], s.batch(0), loop)["regression"])
     for step in range(1, 30):
-        last = float(training_step(s.phases[:1], batch(step), loop)["regression"])
+        last = float(training_step(s.phases[:1], s.batch(step), loop)["regression"])
     assert last < 0.5 * first
 
 
@@ -152,7 +155,5 @@ def test_a_classifier_head_has_no_place_here() -> None:
             DmdSettings(SIGMA, 0.25),
             (s.student, s.fake),
             (s.phases[0].optimizer, s.phases[1].optimizer),
-            lambda batch: None,  # type: ignore[arg-type, return-value]
-            lambda batch: s.pairs,
             l2,
         )

@@ -15,10 +15,10 @@ from dmd2.diffusion.denoiser import Denoiser
 from dmd2.diffusion.noise import sample_sigma, sd_sigmas
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.training.discriminators.head import ClassifierHead
-from dmd2.training.loop import Batch, Logs, Phase, training_step
+from dmd2.training.loop import Batch, Logs, LoopSettings, Phase, training_step
 from dmd2.training.losses import denoising
-from dmd2.training.methods.dmd2 import Dmd2Settings, Networks, Samples, copies, dmd2_phases, generate
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.methods.common import Networks, Samples, generate
+from dmd2.training.methods.dmd2 import Dmd2Settings, dmd2_phases
 
 MODES, RADIUS, SPREAD = 6, math.sqrt(2), 0.12  # unit variance in each of the two dimensions
 SHAPE = (16, 2, 4, 4)  # 16 images of 16 points
@@ -140,8 +140,7 @@ def distilled(ring: Ring, seed: int, timestep: int, iterations: int) -> tuple[Te
     torch.manual_seed(seed)
     teacher = Net()
     imitate(ring, teacher, seed)
-    student, fake = copies(teacher)
-    assert isinstance(student, Net) and isinstance(fake, Net)
+    student, fake = deepcopy(teacher), deepcopy(teacher)
     sigmas = (float(ring.sigmas[timestep]),)
     settings = Dmd2Settings(student_sigmas=sigmas, guidance_scale=1.0, generator_every=2)
     samples = Samples(SHAPE, None, None)
@@ -150,7 +149,6 @@ def distilled(ring: Ring, seed: int, timestep: int, iterations: int) -> tuple[Te
         settings,
         (student, fake),
         (adam(student, 5e-3), adam(fake, 5e-3)),
-        lambda batch: samples,
     )
 
     @torch.no_grad()
@@ -161,7 +159,7 @@ def distilled(ring: Ring, seed: int, timestep: int, iterations: int) -> tuple[Te
     before = generate()
     loop = LoopSettings(iterations=iterations, batch_size=16, warmup=20)
     for step in range(iterations):
-        training_step(phases, Batch(step, None, generator(10**6 + 10**5 * seed + step)), loop)
+        training_step(phases, Batch(step, samples, generator(10**6 + 10**5 * seed + step)), loop)
     return before, generate()
 
 
@@ -292,6 +290,7 @@ class Setting:
     critic: nn.ModuleDict
     teacher: Sized
     phases: list[Phase]
+    samples: Samples
     loop: LoopSettings
 
 
@@ -311,9 +310,9 @@ def setting(*, gan: float = 0.0, every: int = 2, scale: float = 1.0, n: int = 16
         Dmd2Settings((5.0, 0.9), scale, every, gan_generator=gan, gan_critic=gan),
         (student, critic),
         (adam(student, 1e-3), adam(critic, 1e-3)),
-        lambda batch: Samples((n, 2, 4, 4), cond, uncond, real, cond),
     )
-    return Setting(student, fake, head, critic, teacher, phases, LoopSettings(iterations=1000, batch_size=n))
+    samples = Samples((n, 2, 4, 4), cond, uncond, real, cond)
+    return Setting(student, fake, head, critic, teacher, phases, samples, LoopSettings(iterations=1000, batch_size=n))
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
@@ -325,7 +324,7 @@ def changed(module: nn.Module, before: list[Tensor]) -> list[bool]:
 
 
 def train_one(s: Setting, step: int) -> Logs:
-    return training_step(s.phases, Batch(step, None, generator(step)), s.loop)
+    return training_step(s.phases, Batch(step, s.samples, generator(step)), s.loop)
 
 
 @pytest.mark.parametrize("gan", [0.0, 0.1])
@@ -376,7 +375,7 @@ def test_the_critic_learns_to_denoise_and_to_tell_real_from_fake() -> None:
 def test_the_classifier_reaches_the_student_s_gradient() -> None:
     def gradients(gan: float) -> list[Tensor]:
         s = setting(gan=gan)
-        loss, _ = s.phases[0].loss(Batch(0, None, generator(0)))
+        loss, _ = s.phases[0].loss(Batch(0, s.samples, generator(0)))
         loss.backward()
         return [p.grad for p in s.student.parameters() if p.grad is not None]
 
@@ -393,9 +392,8 @@ def test_a_teacher_that_equals_the_fake_moves_nothing() -> None:
         Dmd2Settings((5.0, 0.9), 1.0, 1),
         (student, nn.Module()),
         (adam(student, 1e-3), adam(Net(8), 1e-3)),
-        lambda batch: Samples((16, 2, 4, 4), None, None),
     )
-    loss, logs = phases[0].loss(Batch(0, None, generator(0)))
+    loss, logs = phases[0].loss(Batch(0, Samples((16, 2, 4, 4), None, None), generator(0)))
     loss.backward()
     assert float(logs["dm_gradient"]) == 0
     assert all(p.grad is not None and not p.grad.any() for p in student.parameters())
@@ -405,7 +403,7 @@ def test_the_teacher_is_guided_the_fake_is_not() -> None:
     s = setting(scale=3.0, every=1, n=16)
     fake_batches: list[int] = []
     s.fake.register_forward_hook(lambda module, inputs, output: fake_batches.append(len(inputs[0])))
-    s.phases[0].loss(Batch(0, None, generator(0)))
+    s.phases[0].loss(Batch(0, s.samples, generator(0)))
     assert s.teacher.batches == [32]
     assert fake_batches == [16]
 
@@ -413,7 +411,7 @@ def test_the_teacher_is_guided_the_fake_is_not() -> None:
 def test_distribution_matching_draws_from_the_middle_of_the_table() -> None:
     s = setting(every=1, n=512)
     for step in range(10):
-        s.phases[0].loss(Batch(step, None, generator(step)))
+        s.phases[0].loss(Batch(step, s.samples, generator(step)))
     levels, table = torch.cat(s.teacher.levels), s.teacher.sigmas
     assert float(levels.min()) >= float(table[20]) and float(levels.max()) <= float(table[980])
     assert float(levels.min()) < float(table[30]) and float(levels.max()) > float(table[970])

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.emoji.scores import EmojiClassifier
 from dmd2.training.loop import Batch, training_step
-from dmd2.training.methods.emoji_classifier import augment, blur, build_classifier, train_classifier
+from dmd2.training.methods.emoji_classifier import (
+    EmojiClassifierRecipe,
+    augment,
+    blur,
+    build_classifier,
+    train_classifier,
+)
 from dmd2.training.recipes import RECIPES
-from dmd2.training.recipes.kinds import ClassifierRecipe
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -23,10 +28,10 @@ def scenes() -> EmojiScenes:
 
 
 @pytest.fixture
-def recipe() -> ClassifierRecipe:
+def recipe() -> EmojiClassifierRecipe:
     """The named recipe with a small network."""
     named = RECIPES["emoji-classifier"]
-    assert isinstance(named, ClassifierRecipe)
+    assert isinstance(named, EmojiClassifierRecipe)
     loop = replace(named.loop, iterations=60, batch_size=16, warmup=5)
     return replace(named, loop=loop, widths=(8, 16, 32, 32), features=32, lr=5e-3)
 
@@ -36,7 +41,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def test_one_batch_is_learned_by_heart_and_exported(
-    recipe: ClassifierRecipe, scenes: EmojiScenes, tmp_path: Path
+    recipe: EmojiClassifierRecipe, scenes: EmojiScenes, tmp_path: Path
 ) -> None:
     method = train_classifier(recipe, scenes, torch.device("cpu"))
     batch = method.data(0)
@@ -66,7 +71,7 @@ def test_one_batch_is_learned_by_heart_and_exported(
     assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())  # fp16 weights
 
 
-def test_same_seed_builds_the_same_network(recipe: ClassifierRecipe) -> None:
+def test_same_seed_builds_the_same_network(recipe: EmojiClassifierRecipe) -> None:
     first, second = (build_classifier(recipe, 7).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["emoji.weight"].shape == (7, recipe.features)
@@ -74,7 +79,7 @@ def test_same_seed_builds_the_same_network(recipe: ClassifierRecipe) -> None:
 
 def test_named_recipe_fits_two_megabytes_in_fp16(scenes: EmojiScenes) -> None:
     named = RECIPES["emoji-classifier"]
-    assert isinstance(named, ClassifierRecipe)
+    assert isinstance(named, EmojiClassifierRecipe)
     count = sum(parameter.numel() for parameter in build_classifier(named, len(scenes)).parameters())
     assert 700_000 <= count <= 900_000
 
@@ -93,7 +98,7 @@ def test_blur_is_a_gaussian_of_the_asked_width() -> None:
     assert torch.allclose(blur(flat, torch.ones(2, 1, 1, 1)), flat)  # borders too
 
 
-def test_augmentation_is_mild_seeded_and_off_at_zero(recipe: ClassifierRecipe) -> None:
+def test_augmentation_is_mild_seeded_and_off_at_zero(recipe: EmojiClassifierRecipe) -> None:
     x = torch.rand(8, 3, 16, 16, generator=generator(0)) * 2 - 1
     off = replace(recipe, contrast=0.0, brightness=0.0, noise=0.0, blur_pixels=0.0)
     assert torch.allclose(augment(x, off, generator(1)), x)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.denoiser import Cond
+from dmd2.models.edm.family import EdmFamily, encoder_levels
 from dmd2.models.edm.network import PUBLISHED, ClassCondition, Edm, EdmConfig, EdmNetwork
-from dmd2.training.discriminators.projected import DenoiserFeatures, ProjectedDiscriminator, encoder_levels
-from dmd2.training.loop import Batch, Logs, Method, Phase, train, training_step
+from dmd2.training.discriminators.projected import DenoiserFeatures, ProjectedDiscriminator
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train, training_step
 from dmd2.training.losses import gan_critic, gan_generator, r1
-from dmd2.training.methods.dmd2 import Samples, SharedImages
-from dmd2.training.methods.gdd import GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
+from dmd2.training.methods.common import Samples, SharedImages
+from dmd2.training.methods.gdd import GddRecipe, GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
 from dmd2.training.recipes.edm import EDM_RECIPES
-from dmd2.training.recipes.kinds import EdmGddRecipe, LoopSettings
 
 N, SIDE = 4, 8
 CONFIG = EdmConfig(
@@ -40,8 +40,8 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch(step: int) -> Batch:
-    return Batch(step, None, generator(step))
+def batch(step: int, samples: Samples | None = None) -> Batch:
+    return Batch(step, samples, generator(step))
 
 
 # R1
@@ -104,7 +104,7 @@ def setting(*, improved: bool = False, gamma: float = 1e-4, every: int = 16) -> 
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     student = deepcopy(teacher)
-    trained = freeze_for_gdd_i(student) if improved else student
+    trained = freeze_for_gdd_i(student, EdmFamily.frozen_in_gdd_i) if improved else student
     teacher.requires_grad_(False)
     cond = ClassCondition.of(torch.arange(N) % 3, 3)
     real = torch.rand(N, 3, SIDE, SIDE, generator=generator(1)) * 2 - 1
@@ -120,7 +120,6 @@ def setting(*, improved: bool = False, gamma: float = 1e-4, every: int = 16) -> 
             torch.optim.Adam(trained.parameters(), 1e-3, betas=(0.0, 0.99)),
             lazy_adam(d.parameters(), 1e-3, (0.0, 0.99), every),
         ),
-        lambda _: samples,
     )
     return Setting(student, teacher, d, samples, phases)
 
@@ -142,7 +141,7 @@ def test_generator_and_discriminator_take_turns_and_r1_comes_now_and_then() -> N
     seen = []
     for step in range(7):
         student, d = weights(s.student), weights(s.discriminator)
-        logs = training_step(s.phases, batch(step), LOOP)
+        logs = training_step(s.phases, batch(step, s.samples), LOOP)
         assert changed(s.student, student) and changed(s.discriminator, d)
         seen.append("r1" in logs)
         assert {"generator", "discriminator", "gan_accuracy"} <= logs.keys()
@@ -161,7 +160,7 @@ def test_each_phase_trains_its_own_network_only(name: str) -> None:
 
     # The others get gradients of zero, with which Adam moves nothing.
     others = {p.name: replace(p, loss=lambda _, p=p: nothing(p)) for p in s.phases if p.name != name}
-    training_step([others.get(p.name, p) for p in s.phases], batch(16), LOOP)
+    training_step([others.get(p.name, p) for p in s.phases], batch(16, s.samples), LOOP)
     assert bool(changed(s.student, student)) == (name == "generator")
     assert bool(changed(s.discriminator, d)) == (name != "generator")
 
@@ -169,7 +168,7 @@ def test_each_phase_trains_its_own_network_only(name: str) -> None:
 def test_losses_are_softplus_of_the_logits() -> None:
     s = setting()
     s.discriminator.eval()  # spectral norm's estimate stands still
-    b = batch(0)
+    b = batch(0, s.samples)
     loss, _ = phase_of(s, "generator").loss(b)
     noise = torch.randn(s.samples.shape, generator=again())
     level = torch.full((N,), 80.0)
@@ -179,7 +178,7 @@ def test_losses_are_softplus_of_the_logits() -> None:
     real = s.samples.real
     assert real is not None
     logits_real = s.discriminator(real, s.samples.real_cond)
-    loss, logs = phase_of(s, "discriminator").loss(batch(0))
+    loss, logs = phase_of(s, "discriminator").loss(batch(0, s.samples))
     assert float(loss.detach()) == pytest.approx(float(gan_critic(logits_real, logits_fake).detach()), rel=1e-4)
     assert 0 <= float(logs["gan_accuracy"]) <= 1
 
@@ -193,7 +192,7 @@ def again() -> torch.Generator:
 
 def test_r1_is_as_strong_as_if_it_came_at_every_step() -> None:
     s = setting(gamma=0.5, every=8)
-    loss, logs = phase_of(s, "r1").loss(batch(0))
+    loss, logs = phase_of(s, "r1").loss(batch(0, s.samples))
     assert float(logs["r1_penalty"]) > 0
     assert float(loss.detach()) == pytest.approx(8 * 0.5 / 2 * float(logs["r1_penalty"]), rel=1e-5)
     loss.backward()  # a second derivative, through the teacher's attention
@@ -212,10 +211,9 @@ def test_without_real_images_there_is_nothing_to_learn() -> None:
         GddSettings(),
         (s.student, s.discriminator),
         (s.phases[0].optimizer, s.phases[1].optimizer),
-        lambda _: Samples(s.samples.shape, s.samples.cond, None),
     )
     with pytest.raises(ValueError, match="real images"):
-        phases[-1].loss(batch(0))
+        phases[-1].loss(batch(0, Samples(s.samples.shape, s.samples.cond, None)))
 
 
 # GDD-I
@@ -223,7 +221,7 @@ def test_without_real_images_there_is_nothing_to_learn() -> None:
 
 def frozen_share(network: nn.Module) -> float:
     total = sum(p.numel() for p in network.parameters())
-    return 1 - sum(p.numel() for p in freeze_for_gdd_i(network)) / total
+    return 1 - sum(p.numel() for p in freeze_for_gdd_i(network, EdmFamily.frozen_in_gdd_i)) / total
 
 
 @pytest.mark.parametrize(
@@ -243,14 +241,14 @@ def test_gdd_i_freezes_most_of_a_published_network(name: str, share: float) -> N
 
 def test_gdd_i_freezes_convolutions_of_blocks_alone() -> None:
     network = EdmNetwork(CONFIG)
-    trainable = freeze_for_gdd_i(network)
+    trainable = freeze_for_gdd_i(network, EdmFamily.frozen_in_gdd_i)
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     assert {id(p) for p in network.parameters() if p.requires_grad} == {id(p) for p in trainable}
     assert {name.split(".")[-2] for name in frozen} == {"conv0", "conv1", "proj"}
     kept = {name.split(".")[-2] for name, p in network.named_parameters() if p.requires_grad}
     assert {"norm0", "norm1", "norm2", "affine", "qkv", "skip", "8x8_conv", "8x8_aux_conv", "map_layer0"} <= kept
-    with pytest.raises(ValueError, match="EDM's names"):
-        freeze_for_gdd_i(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="has no parameters called"):
+        freeze_for_gdd_i(nn.Linear(2, 2), EdmFamily.frozen_in_gdd_i)
 
 
 def test_frozen_parameters_do_not_change_and_the_others_do() -> None:
@@ -258,7 +256,7 @@ def test_frozen_parameters_do_not_change_and_the_others_do() -> None:
     frozen = {name for name, p in s.student.named_parameters() if not p.requires_grad}
     before = weights(s.student)
     for step in range(3):
-        training_step(s.phases, batch(step), LOOP)
+        training_step(s.phases, batch(step, s.samples), LOOP)
     moved = changed(s.student, before)
     assert frozen and not moved & frozen
     assert moved == before.keys() - frozen
@@ -270,7 +268,7 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     def run(out: Path, *parts: int) -> dict[str, Tensor]:
         for i, iterations in enumerate(parts):
             s = setting(improved=True, every=2)
-            method = Method(s.phases, data=lambda step: None, ema_model=s.student)
+            method = Method(s.phases, data=lambda step, data=s.samples: data, ema_model=s.student)
             loop = LoopSettings(iterations, N, max_grad_norm=float("inf"), decay=False, checkpoint_every=1000)
             assert train(method, loop, out, resume=i > 0, recipe={"name": "gdd-i"})
         return s.student.state_dict() | s.discriminator.state_dict()
@@ -320,8 +318,8 @@ def test_the_generator_s_mean_moves_to_the_data_s() -> None:
     student, target = Shift(), torch.tensor([0.4, -0.3, 0.2])
     d = ProjectedDiscriminator([Colours()], torch.zeros(1, 3, 8, 8), None, channels=8)
 
-    def samples(b: Batch) -> Samples:
-        noise = torch.randn(16, 3, 8, 8, generator=generator(10**6 + b.step))
+    def samples(step: int) -> Samples:
+        noise = torch.randn(16, 3, 8, 8, generator=generator(10**6 + step))
         return Samples((16, 3, 8, 8), None, None, target[:, None, None] + 0.2 * noise)
 
     phases = gdd_phases(
@@ -333,13 +331,12 @@ def test_the_generator_s_mean_moves_to_the_data_s() -> None:
             torch.optim.Adam(student.parameters(), 2e-2, betas=(0.0, 0.99)),
             lazy_adam(d.parameters(), 4e-3, (0.0, 0.99), 16),
         ),
-        samples,
     )
     first = float((student.mean.detach().flatten() - target).abs().max())
     loop = LoopSettings(iterations=1000, batch_size=16, max_grad_norm=float("inf"), decay=False)
     path = []
     for step in range(240):
-        training_step(phases, batch(step), loop)
+        training_step(phases, batch(step, samples(step)), loop)
         path.append(student.mean.detach().flatten().clone())
     last = float((torch.stack(path[-40:]).mean(0) - target).abs().max())  # it circles around where it should be
     assert first == pytest.approx(1.0) and last < 0.1, last
@@ -351,7 +348,7 @@ def test_generated_images_are_shared_by_both_updates_of_a_step() -> None:
     seen: list[Tensor] = []
     discriminator = s.discriminator.forward
     s.discriminator.forward = lambda x, cond: (seen.append(x.detach().clone()), discriminator(x, cond))[1]
-    training_step(s.phases, batch(1), LOOP)
+    training_step(s.phases, batch(1, s.samples), LOOP)
     assert len(seen) == 3 and torch.equal(seen[0], seen[1])  # generated twice shown, then the real ones
     assert s.samples.real is not None and torch.equal(seen[2], s.samples.real)
 
@@ -369,7 +366,7 @@ def test_shared_images_are_those_of_the_same_part_of_the_same_step() -> None:
 
 def test_published_recipes_weigh_r1_as_the_published_runs() -> None:
     """1e-4 beside sums over 64 (ImageNet: 128) images and two feature networks is this beside means."""
-    weights = {name: recipe.r1_gamma for name, recipe in EDM_RECIPES.items() if isinstance(recipe, EdmGddRecipe)}
+    weights = {name: recipe.r1_gamma for name, recipe in EDM_RECIPES.items() if isinstance(recipe, GddRecipe)}
     for name, gamma in weights.items():
         sums = 1 if "small" in name else 256 if "imagenet" in name else 128
         assert gamma == pytest.approx(1e-4 / sums)

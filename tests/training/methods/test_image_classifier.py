@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from dmd2.data.images import ImageSet
 from dmd2.evaluation.image_classifier import load_image_classifier
 from dmd2.runtime.errors import UserError
-from dmd2.training.loop import train
-from dmd2.training.methods.image_classifier import CROP, flip_and_crop, train_image_classifier
+from dmd2.training.loop import LoopSettings, train
+from dmd2.training.methods.image_classifier import CROP, ImageClassifierRecipe, flip_and_crop, train_image_classifier
 from dmd2.training.recipes import RECIPES
-from dmd2.training.recipes.kinds import ImageClassifierRecipe, LoopSettings
 
 CPU = torch.device("cpu")
 RECIPE = ImageClassifierRecipe(

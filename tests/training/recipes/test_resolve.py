@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmd2.runtime.errors import UserError
+from dmd2.training.loop import LoopSettings
+from dmd2.training.methods.dmd2 import Dmd2Recipe
+from dmd2.training.ranges import field_types
 from dmd2.training.recipes import RECIPES, resolve
-from dmd2.training.recipes.kinds import Dmd2Recipe, LoopSettings
-from dmd2.training.recipes.ranges import field_types
 
 
 def test_every_recipe_resolves_to_itself() -> None:

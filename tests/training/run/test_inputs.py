@@ -13,9 +13,8 @@ import pytest
 
 from dmd2.cli import main
 from dmd2.runtime.errors import UserError
-from dmd2.training import build as methods
 from dmd2.training import recipes
-from dmd2.training.build import inputs_of
+from dmd2.training.recipes import inputs_of
 from dmd2.training.run.inputs import Record, continued, origin, read_record, sha256
 from tests.training.run.test_runs import stop_at
 from tests.training.test_loop import assert_same_runs, checkpoint, log, toy
@@ -35,7 +34,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                 raise AssertionError("something was made before the folder was looked at")
             return toy(recipe.loop) if stop is None else stop_at(toy(recipe.loop), stop)
 
-        monkeypatch.setattr(methods, "build_method", build)
+        monkeypatch.setattr(recipes, "build_method", build)
         monkeypatch.setattr(sys, "argv", ["dmd2", "train", *map(str, words), "--device", "cpu"])
         try:
             main()

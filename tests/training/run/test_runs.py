@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import atomic_path
-from dmd2.training.loop import Batch, Logs, Method, Phase, train
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train
 from dmd2.training.run.checkpoints import Checkpoints, check_inputs, check_recipe, digest, read
 from dmd2.training.run.folder import check_out
 from dmd2.training.run.signals import stop_signals

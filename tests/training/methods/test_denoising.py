@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import dmd2.training.recipes.edm
 from dmd2.data.images import ImageSet
+from dmd2.models.edm.family import EdmFamily
 from dmd2.models.edm.folder import load_edm
-from dmd2.models.edm.network import ClassCondition, EdmNetwork
+from dmd2.models.edm.network import ClassCondition, Edm, EdmNetwork
 from dmd2.runtime.errors import UserError
-from dmd2.training.build import build_method
-from dmd2.training.loop import Batch, train, training_step
-from dmd2.training.methods.edm_teacher import edm_loss, train_edm_teacher
-from dmd2.training.recipes import resolve
-from dmd2.training.recipes.kinds import EdmTeacherRecipe, LoopSettings
+from dmd2.training.loop import Batch, LoopSettings, train, training_step
+from dmd2.training.losses import denoising
+from dmd2.training.methods.denoising import DenoisingRecipe
+from dmd2.training.recipes import build_method, resolve
+from dmd2.training.sources import Inputs
 from dmd2.weights.manifest import read_manifest
 from tests.training.pixels import CONFIG, same_weights, write_set
 
 CPU = torch.device("cpu")
-RECIPE = EdmTeacherRecipe(
+RECIPE = DenoisingRecipe(
     loop=LoopSettings(iterations=6, batch_size=8, sample_every=100),
     network="tiny",
     lr=2e-3,
@@ -37,26 +37,30 @@ RECIPE = EdmTeacherRecipe(
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     tiny = {"tiny": CONFIG, "tiny-augmented": CONFIG.model_copy(update={"augment_dim": 9})}
-    monkeypatch.setattr(dmd2.training.recipes.edm, "NETWORKS", tiny)
-    monkeypatch.setattr("dmd2.training.methods.edm_teacher.NETWORKS", tiny)
-    monkeypatch.setattr("dmd2.training.build.NETWORKS", tiny)
-    monkeypatch.setattr("dmd2.training.methods.edm_teacher.heun_steps", lambda config: 2)
+    monkeypatch.setattr("dmd2.training.methods.denoising.NETWORKS", tiny)
+    monkeypatch.setattr("dmd2.models.edm.family.heun_steps", lambda config: 2)
     return ImageSet(write_set(tmp_path / "set.zip"), 8, 2)
+
+
+def edm_loss(denoiser: Edm, x0: Tensor) -> Tensor:
+    """As a teacher's training puts it together, of images without class."""
+    generator = torch.Generator().manual_seed(0)
+    family = EdmFamily(denoiser.network, "tiny", "none", (), torch.float32)
+    sigma = family.sample_sigma(len(x0), generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    return denoising(denoiser, x0, sigma, noise, family.condition(family.any_labels(len(x0))))[0]
 
 
 def test_the_loss_is_edm_s() -> None:
     """For a network that answers with zeros, λ(σ)·x0² with ln σ ~ N(−1.2, 1.2²); its noisy input has that σ."""
     seen: list[Tensor] = []
 
-    class Zeros(torch.nn.Module):
-        config = CONFIG
-
-        def forward(self, x: Tensor, sigma: Tensor, labels: Tensor, augment: Tensor | None) -> tuple[Tensor, Tensor]:
+    class Zeros(Edm):
+        def features(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> tuple[Tensor, Tensor]:
             seen.extend([x, sigma])
             return torch.zeros_like(x), x
 
-    x0 = torch.full((20_000, 3, 1, 1), 0.3)
-    loss = edm_loss(Zeros(), x0, torch.zeros(20_000, 2), None, torch.Generator().manual_seed(0))
+    loss = edm_loss(Zeros(EdmNetwork(CONFIG)), x0 := torch.full((20_000, 3, 1, 1), 0.3))
     x, sigma = seen
     assert abs(float(sigma.log().mean()) + 1.2) < 0.03 and abs(float(sigma.log().std()) - 1.2) < 0.03
     n = (x - x0) / sigma[:, None, None, None]
@@ -70,11 +74,11 @@ def test_a_new_network_s_loss_is_about_one_at_every_level() -> None:
     x0 = 0.5 * torch.randn(600, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
     with torch.no_grad():
-        loss = edm_loss(EdmNetwork(CONFIG), x0, torch.zeros(600, 2), None, torch.Generator().manual_seed(0))
+        loss = edm_loss(Edm(EdmNetwork(CONFIG)), x0)
     assert abs(float(loss) - 1) < 0.03
 
 
-def one_step(method: Any, recipe: EdmTeacherRecipe) -> float:
+def one_step(method: Any, recipe: DenoisingRecipe) -> float:
     """On the same batch with the same noise, each time. Returns the loss before the step."""
     batch = Batch(0, method.data(0), torch.Generator().manual_seed(0))
     return float(training_step(method.phases, batch, recipe.loop)["denoising"])
@@ -83,7 +87,7 @@ def one_step(method: Any, recipe: EdmTeacherRecipe) -> float:
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_teacher_learns_with_either_optimizer(images: ImageSet, optimizer: Literal["adam", "muon"]) -> None:
     recipe = replace(RECIPE, optimizer=optimizer, lr={"adam": 2e-3, "muon": 1e-2}[optimizer])
-    method = train_edm_teacher(recipe, images, CPU)
+    method = recipe.method(Inputs({"data": images.path}, CPU))
     losses = [one_step(method, recipe) for _ in range(15)]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -92,7 +96,7 @@ def test_the_network_is_told_of_augmentation_in_training_but_never_in_samples(
     images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(RECIPE, network="tiny-augmented", augment=0.5)
-    method = train_edm_teacher(recipe, images, CPU)
+    method = recipe.method(Inputs({"data": images.path}, CPU))
     assert method.sample is not None
     told: list[Tensor | None] = []
     original = EdmNetwork.forward
@@ -107,8 +111,7 @@ def test_the_network_is_told_of_augmentation_in_training_but_never_in_samples(
     told.clear()
     method.sample(None)
     assert told and all(augment is None for augment in told)
-    with pytest.raises(UserError, match="augment"):
-        train_edm_teacher(replace(RECIPE, augment=0.5), images, CPU)
+    assert "augment" in str(replace(RECIPE, augment=0.5).conflict()) and recipe.conflict() is None
 
 
 def test_a_run_writes_a_teacher_and_resumes_bit_for_bit(images: ImageSet, tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_a_run_writes_a_teacher_and_resumes_bit_for_bit(images: ImageSet, tmp_pa
     (tmp_path / "parts" / "model").rename(tmp_path / "half")
     run(tmp_path / "parts", 6, resume=True)
     run(tmp_path / "parts", 6, resume=True)  # finished: it is exported again
-    assert "trained from scratch" in (tmp_path / "parts" / "model" / "README.md").read_text()
+    assert "Trained from scratch" in (tmp_path / "parts" / "model" / "README.md").read_text()
     whole, parts = tmp_path / "whole" / "model", tmp_path / "parts" / "model"
     assert same_weights(whole, parts) and not same_weights(whole, tmp_path / "half")
     assert (tmp_path / "whole" / "samples" / "0000006.png").is_file()

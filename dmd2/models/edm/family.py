@@ -1,0 +1,159 @@
+"""EDM's networks as a `Family`: pixels, conditioned on classes or on nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
+from dmd2.models.edm.folder import WEIGHTS_FILE, heun_steps, load_edm, save_edm
+from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.precision import Precision, training_dtype
+from dmd2.weights.manifest import read_manifest
+
+P_MEAN, P_STD = -1.2, 1.2  # ln σ ~ N(P_mean, P_std²) (Karras et al. 2022, table 1)
+
+
+class EdmFamily:
+    """See `dmd2.models.family.Family`."""
+
+    takes_classes, guidance_scale = True, 1.0
+    codec = RgbCodec()
+    frozen_in_gdd_i = re.compile(r"\.(conv\d+|proj)\.(weight|bias)$")
+    """convolutions and attention's last layer within blocks, not the network's first and last convolution"""
+
+    def __init__(
+        self,
+        network: EdmNetwork,
+        name: str,
+        licence: str,
+        class_names: Sequence[str],
+        dtype: torch.dtype,
+        sha256: str = "",
+    ) -> None:
+        self.name, self.origin, self.licence, self.class_names = name, name, licence, class_names
+        self.config, self.teacher_network, self.dtype, self.sha256 = network.config, network, dtype, sha256
+        network.dtype = dtype
+        self.teacher = Edm(network)
+        self.device, self.classes = self.teacher.device, self.config.classes
+        self.shape = (self.config.channels, self.config.resolution, self.config.resolution)
+        multiples = self.config.channel_mult
+        self.bottleneck = self.config.model_channels * multiples[-1], self.config.resolution >> (len(multiples) - 1)
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device, precision: Precision) -> EdmFamily:
+        manifest = read_manifest(folder)
+        if manifest.students:
+            raise UserError(f"--init {folder}: a student; expected the teacher of an EDM network")
+        network = load_edm(folder, device).network
+        dtype = training_dtype(precision, device)
+        return cls(
+            network, manifest.name, manifest.licence, manifest.class_names, dtype, manifest.files[WEIGHTS_FILE]
+        )
+
+    @classmethod
+    def new(
+        cls, config: EdmConfig, name: str, class_names: Sequence[str], device: torch.device, precision: Precision
+    ) -> EdmFamily:
+        """An untrained network, initialised from torch's seed."""
+        licence = "not stated: trained on data of your own choice"
+        dtype = training_dtype(precision, device)
+        return cls(EdmNetwork(config, dtype).to(device), name, licence, class_names, dtype)
+
+    def student(
+        self, levels: Sequence[float], *, boundary: float, subfolder: str | None, start: Path | None
+    ) -> EdmNetwork:
+        if subfolder is not None:
+            raise UserError(
+                f"--set student_init={subfolder}: expected null; an EDM teacher's folder holds no student"
+            )
+        network = deepcopy(self.teacher_network) if start is None else load_edm(start, self.device).network
+        wanted = self.config.model_copy(
+            update={"sigmas": tuple(levels), "boundary": boundary or self.config.boundary}
+        )
+        if start is not None and network.config != wanted:
+            raise UserError(f"--student {start}: expected a student of {self.name} at σ {tuple(levels)}")
+        network.config, network.dtype = EdmConfig.model_validate(wanted.model_dump()), self.dtype
+        return network.requires_grad_(True).train()
+
+    def fake_score(self, start: Path | None) -> EdmNetwork:
+        network = deepcopy(self.teacher_network) if start is None else load_edm(start, self.device).network
+        if network.config != self.config:
+            raise UserError(f"--student: {start} is not of the structure of {self.name}")
+        network.dtype = self.dtype
+        return network.requires_grad_(True).train()
+
+    def denoiser(self, network: EdmNetwork, compile: bool = False) -> Edm:
+        return Edm(network, compile=compile)
+
+    def sigmas(self, timesteps: Sequence[int], sigmas: Sequence[float]) -> tuple[float, ...]:
+        if timesteps:
+            raise UserError("--set timesteps: expected [], and sigmas instead: this teacher's levels are σ")
+        return tuple(sigmas)
+
+    def condition(self, labels: Tensor, network: Any = None) -> ClassCondition:
+        return ClassCondition.of(labels, self.classes).to(self.device)
+
+    def unconditional(self, cond: ClassCondition) -> ClassCondition:
+        return cond.unconditional()
+
+    def any_labels(self, n: int) -> Tensor:
+        return torch.full((n,), -1)
+
+    def encoder_levels(self) -> list[nn.Module]:
+        return encoder_levels(self.teacher_network)
+
+    def to_rgb(self, x0: Tensor) -> Tensor:
+        return x0
+
+    def trainable(self) -> EdmNetwork:
+        return self.teacher_network.requires_grad_(True).train()
+
+    def sample_sigma(self, n: int, generator: torch.Generator) -> Tensor:
+        """Log-normal (Karras et al. 2022, table 1)."""
+        return (torch.randn(n, generator=generator) * P_STD + P_MEAN).exp().to(self.device)
+
+    def sample(self, denoiser: Any, cond: ClassCondition, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
+        """Heun's method (Karras et al. 2022, algorithm 1); `steps` 0 for what the paper takes."""
+        sigmas = teacher_sigmas(denoiser, steps or heun_steps(self.config))
+        denoise = conditioned(denoiser, cond, cond.unconditional(), guidance_scale)
+        return sample_heun(
+            denoise, denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device)), sigmas
+        )
+
+    def _save(self, out: Path, network: EdmNetwork, name: str, recipe: Any, card: str) -> None:
+        save_edm(
+            out, network, name=name, licence=self.licence, recipe=recipe, class_names=self.class_names, card=card
+        )
+
+    def save_student(
+        self, out: Path, network: EdmNetwork, levels: Sequence[float], kind: str, recipe: Any, card: str
+    ) -> None:
+        self._save(out, network, f"{self.name}-{kind}", recipe, card)
+
+    def save_fake_score(self, out: Path, network: EdmNetwork, kind: str, recipe: Any, card: str) -> None:
+        self._save(out, network, f"{self.name}-{kind}-fake-score", recipe, card)
+
+    def save_teacher(
+        self, out: Path, network: EdmNetwork, steps: int, guidance_scale: float, recipe: Any, card: str
+    ) -> None:
+        self._save(out, network, self.name, recipe, card)
+
+
+def encoder_levels(network: nn.Module) -> list[nn.Module]:
+    """The last block of each resolution of an EDM network's encoder, finest first."""
+    last: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():
+        parts = name.split(".")
+        if len(parts) >= 2 and parts[-2] == "enc" and "_block" in parts[-1]:
+            last[parts[-1].split("_")[0]] = module
+    if not last:
+        raise ValueError("network: expected an EDM network, whose encoder's blocks are enc.{R}x{R}_block{i}")
+    return list(last.values())

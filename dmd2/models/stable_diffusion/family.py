@@ -1,0 +1,238 @@
+"""SD 1.5 and SDXL as a `Family`: latents, conditioned on text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.diffusion.noise import sample_sigma
+from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_sigmas
+from dmd2.models.stable_diffusion.codec import LatentCodec
+from dmd2.models.stable_diffusion.folder import (
+    LICENCE,
+    UNET_FILE,
+    load_text_to_image,
+    load_vae,
+    save_module,
+    save_text_to_image,
+)
+from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
+from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.loading import load_network
+from dmd2.runtime.precision import Precision, autocast_dtype
+from dmd2.weights.manifest import MANIFEST, Student, Teacher, read_manifest
+
+TEACHER = "unet_teacher"
+
+
+class StableDiffusionFamily:
+    """See `dmd2.models.family.Family`.
+
+    Args:
+        folder: what exports begin as a copy of: the teacher's, or one with a VAE for a teacher that is new.
+        unet: the teacher's.
+        sigmas: (1000,) its table; SD's own unless given.
+        encode_text: its text encoders, frozen.
+        text: tokenizer and text encoders that are trained with the UNet, of a new teacher.
+        autocast: the dtype that networks are trained in; None for fp32.
+        subfolder: of the teacher.
+    """
+
+    classes, class_names, takes_classes = 0, (), False
+    frozen_in_gdd_i = re.compile(r"\.(conv\d|to_out\.0|proj_out)\.(weight|bias)$")
+    """convolutions and attention's last layers within blocks, as in EDM's networks"""
+
+    def __init__(
+        self,
+        folder: Path,
+        unet: Any,
+        codec: LatentCodec,
+        prediction_type: PredictionType,
+        sigmas: Tensor | None,
+        encode_text: TextEncoder,
+        size: tuple[int, int],
+        autocast: torch.dtype | None,
+        subfolder: str = TEACHER,
+        text: tuple[Any, nn.Module, nn.Module] | None = None,
+    ) -> None:
+        self.folder, self.teacher_network, self.codec, self.prediction_type = folder, unet, codec, prediction_type
+        self.encode_text, self.size, self.autocast, self.subfolder, self.text = (
+            encode_text,
+            size,
+            autocast,
+            subfolder,
+            text,
+        )
+        self._sigmas = sigmas
+        plain_attention(unet)
+        manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+        self.name = manifest.name if manifest else "the weights it began with"
+        self.licence = manifest.licence if manifest else LICENCE
+        self.sha256 = manifest.files.get(f"{subfolder}/{UNET_FILE}", "") if manifest else ""
+        self.guidance_scale = manifest.teacher.guidance_scale if manifest and manifest.teacher else 1.0
+        self.origin = f"the teacher of {self.name}, which is in `{subfolder}`"
+        self.teacher = self.denoiser(unet)
+        self.device = self.teacher.device
+        width, height = size
+        self.shape = codec.channels, height // codec.factor, width // codec.factor
+        channels = unet.config.block_out_channels
+        self.bottleneck = channels[-1], self.shape[1] // 2 ** (len(channels) - 1)
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device, precision: Precision) -> StableDiffusionFamily:
+        manifest = read_manifest(folder)
+        if manifest.teacher is None:
+            raise UserError(f"--init {folder}: holds no teacher; `dmd2 train emoji-teacher` makes one")
+        name = manifest.teacher.subfolder
+        model = load_text_to_image(folder, [name], device, torch.float32)
+        teacher = model.denoisers[name]
+        return cls(
+            folder,
+            teacher.unet,
+            model.codec,
+            teacher.prediction_type,
+            teacher.table,
+            model.encode_text,
+            manifest.native_size,
+            autocast_dtype(precision, device),
+            name,
+        )
+
+    @classmethod
+    def new(
+        cls,
+        folder: Path,
+        unet: nn.Module,
+        text: tuple[Any, nn.Module, nn.Module],
+        prediction_type: PredictionType,
+        size: tuple[int, int],
+        device: torch.device,
+        precision: Precision,
+    ) -> StableDiffusionFamily:
+        """Networks without training, on the latents of `folder`/vae. UNet and text encoders are trained together."""
+        autocast = autocast_dtype(precision, device)
+        codec = LatentCodec(load_vae(folder / "vae", device, autocast or torch.float32))
+        tokenizer, *encoders = text
+        for network in (unet, *encoders):
+            network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encode = TextEncoder([tokenizer] * 2, encoders)
+        return cls(folder, unet, codec, prediction_type, None, encode, size, autocast, text=text)
+
+    def student(self, levels: Sequence[float], *, boundary: float, subfolder: str | None, start: Path | None) -> Any:
+        if boundary:
+            raise UserError(f"--set boundary={boundary:g}: expected 0; only EDM's networks have such preconditioning")
+        if start is not None:
+            return self._load(start / _subfolder(levels))
+        if subfolder is None:
+            return deepcopy(self.teacher_network).requires_grad_(True).train()
+        return self._load(self.folder / subfolder)
+
+    def fake_score(self, start: Path | None) -> Any:
+        return deepcopy(self.teacher_network).requires_grad_(True).train() if start is None else self._load(start)
+
+    def _load(self, folder: Path) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; expected a UNet to go on from")
+        unet = load_network(UNet2DConditionModel, folder / UNET_FILE, self.device, torch.float32)
+        plain_attention(unet)
+        return unet.requires_grad_(True).train()
+
+    def denoiser(self, network: Any, compile: bool = False) -> StableDiffusion:
+        unet = network["unet"] if isinstance(network, nn.ModuleDict) else network
+        return StableDiffusion(unet, self.prediction_type, self._sigmas, autocast=self.autocast, compile=compile)
+
+    def sigmas(self, timesteps: Sequence[int], sigmas: Sequence[float]) -> tuple[float, ...]:
+        if sigmas:
+            raise UserError("--set sigmas: expected [], and timesteps instead: this teacher's levels are timesteps")
+        return tuple(float(self.teacher.sigmas[t]) for t in timesteps)
+
+    def condition(self, labels: list[str], network: Any = None) -> TextCondition:
+        if not isinstance(network, nn.ModuleDict):
+            return self.encode_text(labels, self.size)
+        encode = TextEncoder(self.encode_text.tokenizers, [network["text_encoder"], network["text_encoder_2"]])
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return encode(labels, self.size)
+
+    def unconditional(self, cond: TextCondition) -> TextCondition:
+        """SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
+        if len(self.encode_text.encoders) > 1:
+            return cond.unconditional()
+        empty = self.encode_text([""], self.size)
+        return TextCondition(empty.context.repeat(len(cond), cond.length // empty.length, 1))
+
+    def any_labels(self, n: int) -> list[str]:
+        return [""] * n
+
+    def encoder_levels(self) -> list[nn.Module]:
+        return [block.resnets[-1] for block in self.teacher_network.down_blocks]
+
+    def to_rgb(self, x0: Tensor) -> Tensor:
+        return self.codec.decoded(x0)
+
+    def trainable(self) -> Any:
+        if self.text is None:
+            return self.teacher_network.requires_grad_(True).train()
+        return nn.ModuleDict(
+            {"unet": self.teacher_network, "text_encoder": self.text[1], "text_encoder_2": self.text[2]}
+        )
+
+    def sample_sigma(self, n: int, generator: torch.Generator) -> Tensor:
+        return sample_sigma(self.teacher.sigmas, n, generator)
+
+    def sample(self, denoiser: Any, cond: TextCondition, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
+        """DPM-Solver++(2M)."""
+        sigmas = teacher_sigmas(denoiser, steps)
+        start = denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
+        denoise = conditioned(denoiser, cond, self.unconditional(cond), guidance_scale)
+        return sample_dpm_solver_2m(denoise, start, sigmas)
+
+    def _save(self, out: Path, subfolder: str, network: Any, recipe: Any, card: str, **others: Any) -> None:
+        save_text_to_image(
+            out,
+            self.folder,
+            unet_subfolder=subfolder,
+            unet=network,
+            prediction_type=self.prediction_type,
+            recipe=recipe,
+            native_size=self.size,
+            card=card,
+            **others,
+        )
+
+    def save_student(
+        self, out: Path, network: Any, levels: Sequence[float], kind: str, recipe: Any, card: str
+    ) -> None:
+        student = Student(subfolder=_subfolder(levels), timesteps=[int(t) for t in levels])
+        self._save(out, student.subfolder, network, recipe, card, student=(len(levels), student))
+
+    def save_fake_score(self, out: Path, network: Any, kind: str, recipe: Any, card: str) -> None:
+        save_module(network, out, UNET_FILE, recipe, torch.float32)
+
+    def save_teacher(
+        self, out: Path, network: Any, steps: int, guidance_scale: float, recipe: Any, card: str
+    ) -> None:
+        teacher = Teacher(subfolder=self.subfolder, steps=steps, guidance_scale=guidance_scale)
+        if not isinstance(network, nn.ModuleDict):
+            return self._save(out, self.subfolder, network, recipe, card, teacher=teacher)
+        text = (self.encode_text.tokenizers[0], network["text_encoder"], network["text_encoder_2"])
+        self._save(out, self.subfolder, network["unet"], recipe, card, teacher=teacher, text=text)
+
+
+def _subfolder(levels: Sequence[float]) -> str:
+    return "unet" if len(levels) == 4 else f"unet_{len(levels)}step"
+
+
+def plain_attention(unet: Any) -> None:
+    """Matrix products for attention: with few tokens the fused kernel's backward is slow on a CPU."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet.set_attn_processor(AttnProcessor())

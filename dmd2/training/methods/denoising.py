@@ -1,0 +1,180 @@
+"""Training a teacher: denoising alone (Karras et al. 2022, eq. 2), of a new network or of weights that go on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.data.augment import AUGMENT_DIM, augment
+from dmd2.diffusion.noise import seeded_noise
+from dmd2.emoji.architecture import build_models
+from dmd2.emoji.scenes import EmojiScenes, vocabulary
+from dmd2.models.edm.family import EdmFamily
+from dmd2.models.edm.network import PUBLISHED, EdmConfig
+from dmd2.models.family import Family, Labels, open_family
+from dmd2.models.stable_diffusion.family import StableDiffusionFamily
+from dmd2.models.stable_diffusion.unet import PredictionType
+from dmd2.runtime.errors import shown
+from dmd2.runtime.precision import Precision, training_dtype
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
+from dmd2.training.losses import denoising
+from dmd2.training.muon import Muon
+from dmd2.training.ranges import DataName, Name, Part, Rate, SamplerSteps, Steps, Weight
+from dmd2.training.run.card import model_card
+from dmd2.training.sources import SOURCES, Examples, Inputs, Source
+
+NETWORKS: dict[str, EdmConfig] = PUBLISHED | {
+    # What two CPU cores train at 120 images a second
+    "cifar10-small": EdmConfig(
+        architecture="ddpmpp",
+        resolution=32,
+        classes=10,
+        model_channels=32,
+        channel_mult=(1, 2, 4),
+        blocks=1,
+        attention=(8,),
+    ),
+}
+"""EDM networks by name: the published ones, and small ones of our own"""
+EMOJI_NETWORK = "emoji"
+"""SDXL's architecture in small, with text encoders and a tokenizer of its own"""
+
+
+@dataclass(frozen=True)
+class DenoisingRecipe:
+    """A teacher. Samples that it shows are of its deterministic sampler."""
+
+    loop: LoopSettings
+    lr: Rate
+    network: Name | None = None
+    """what to train from scratch: "emoji", or one of `NETWORKS`; null: the teacher in --init goes on"""
+    optimizer: Literal["adam", "muon"] = "adam"
+    weight_decay: Part = 0.0
+    """of Muon"""
+    augment: Part = 0.0
+    """probability of each of EDM's augmentations; more than 0 needs a network with nine augmentation inputs"""
+    class_names: tuple[Name, ...] = ()
+    guidance_scale: Weight = 1.0
+    sample_steps: SamplerSteps | None = None
+    """of its sampler: of the samples it shows, and what the manifest recommends; null: what EDM's paper takes"""
+    prediction_type: PredictionType = "epsilon"
+    """of a new text-to-image network"""
+    warm_start: bool = False
+    """whether a new text-to-image network takes its weights from the teacher in --init"""
+    still_until: Steps = 0
+    """the step until which scenes have no freedom: what things look like is learned before where they may lie"""
+    free_from: Steps = 0
+    """the step from which they have all of it"""
+    data: DataName = "images"
+    precision: Precision = "auto"
+    compile: bool = False
+    kind = "denoising"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("data", "init") if self.network in (None, EMOJI_NETWORK) else ("data",)
+
+    def conflict(self) -> str | None:
+        if self.free_from < self.still_until:
+            return f"free_from={self.free_from}: expected still_until={self.still_until} or more"
+        if self.network in (None, EMOJI_NETWORK):
+            return None if self.augment == 0 else f"augment={self.augment:g}: expected 0 for this network"
+        config = NETWORKS.get(str(self.network))
+        if config is None:
+            return f"network={shown(self.network, 100)}: expected one of {', '.join((EMOJI_NETWORK, *NETWORKS))}"
+        if self.augment > 0 and config.augment_dim != AUGMENT_DIM:
+            return f"augment={self.augment:g}: expected 0; {self.network} has no inputs to be told by"
+        if self.class_names and len(self.class_names) != config.classes:
+            found = f"{len(self.class_names)} names"
+            return f"class_names: {found} for the {config.classes} classes of {self.network}; expected as many, or []"
+        return None
+
+    def method(self, inputs: Inputs) -> Method:
+        source = SOURCES[self.data]
+        inputs = inputs.with_defaults(source.defaults)
+        torch.manual_seed(self.loop.seed)
+        family = self._family(inputs)
+        return train_teacher(self, family, source(inputs, family, True), inputs)
+
+    def _family(self, inputs: Inputs) -> Family:
+        device, size = inputs.device, 64
+        if self.network is None:
+            return open_family(inputs.need("init"), device, self.precision)
+        if self.network != EMOJI_NETWORK:
+            return EdmFamily.new(NETWORKS[self.network], self.network, self.class_names, device, self.precision)
+        scenes, init = EmojiScenes(inputs.need("data")), inputs.need("init")
+        tokenizer, models = build_models(vocabulary(scenes), self.loop.seed)
+        if self.warm_start:
+            _take_weights(models, init, device)
+        text = (tokenizer, models["text_encoder"], models["text_encoder_2"])
+        size = scenes.size
+        return StableDiffusionFamily.new(
+            init, models["unet"], text, self.prediction_type, (size, size), device, self.precision
+        )
+
+
+def _take_weights(models: nn.ModuleDict, init: Path, device: torch.device) -> None:
+    """Of the teacher in `init`, UNet and text encoders."""
+    teacher = StableDiffusionFamily.open(init, device, "fp32")
+    networks = (teacher.teacher_network, *teacher.encode_text.encoders)
+    for name, network in zip(("unet", "text_encoder", "text_encoder_2"), networks, strict=True):
+        models[name].load_state_dict(network.state_dict())
+
+
+def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, inputs: Inputs) -> Method:
+    """The one phase, on whatever `family.trainable` returns.
+
+    Augmented images come with labels that say what was done to them. Samples, here and later, are made without any,
+    which means "nothing was done", so that augmentation never shows in them.
+    """
+    module: Any = family.trainable()
+    denoiser, dtype = family.denoiser(module, recipe.compile), training_dtype(recipe.precision, inputs.device)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "muon":
+        optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=dtype)
+    else:
+        optimizer = torch.optim.Adam(module.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)
+    preview = source.preview()
+
+    def data(step: int) -> Examples:
+        freedom = (step - recipe.still_until) / max(1, recipe.free_from - recipe.still_until)
+        freedom = min(1.0, max(0.0, freedom))
+        return source.lesson(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, freedom=freedom)
+
+    def loss(batch: Batch) -> tuple[Tensor, Logs]:
+        x0, told = family.codec.encode(batch.data.images.to(inputs.device)), None
+        if recipe.augment > 0:
+            x0, told = augment(x0, recipe.augment, batch.generator)
+        sigma = family.sample_sigma(len(x0), batch.generator)
+        noise = torch.randn(x0.shape, generator=batch.generator).to(x0.device)
+        cond = family.condition(batch.data.labels, module)
+        if told is not None:
+            cond = cond.augmented(told)
+        return denoising(denoiser, x0, sigma, noise, cond)[0], {}
+
+    @torch.no_grad()
+    def generate(ema: nn.Module | None, labels: Labels, seeds: list[int]) -> Tensor:
+        network = ema or module
+        noise = seeded_noise(seeds, family.shape, inputs.device)
+        cond, steps = family.condition(labels, network), recipe.sample_steps or 0
+        x0 = family.sample(family.denoiser(network), cond, noise, steps, recipe.guidance_scale)
+        return family.codec.decode(x0)
+
+    def export(ema: nn.Module | None, out: Path) -> None:
+        began = f"Trained from scratch as {recipe.network}." if recipe.network else f"Began as {family.origin}."
+        card = model_card("teacher", family.licence, began, recipe)
+        steps = recipe.sample_steps or 0
+        family.save_teacher(out / "model", ema or module, steps, recipe.guidance_scale, asdict(recipe), card)
+
+    def sample(ema: nn.Module | None) -> Tensor:
+        return preview.grid(lambda labels, seeds: generate(ema, labels, seeds))
+
+    def score(ema: nn.Module | None) -> dict[str, float]:
+        return preview.score(lambda labels, seeds: generate(ema, labels, seeds))
+
+    phase = Phase("denoising", 1, module, optimizer, loss)
+    return Method([phase], data, module, sample, score if preview.scores else None, export)

@@ -1,0 +1,142 @@
+"""Where a run's batches come from: what was named on the command line, and the two kinds of data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dmd2.data.images import ImageSet
+from dmd2.emoji.scenes import EmojiScenes
+from dmd2.emoji.scores import EmojiJudge
+from dmd2.models.family import Family, Labels
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.paths import EMOJI
+from dmd2.runtime.terminal import say
+from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files and folders of a run, by option: data, init, classifier, student, pairs, lpips."""
+
+    paths: Mapping[str, Path | None]
+    device: torch.device
+
+    def get(self, name: str) -> Path | None:
+        return self.paths.get(name)
+
+    def need(self, name: str, why: str = "this recipe needs it") -> Path:
+        """Raises UserError if it was not given."""
+        path = self.get(name)
+        if path is None:
+            raise UserError(f"--{name}: missing; {why}")
+        return path
+
+    def with_defaults(self, defaults: Mapping[str, Path]) -> Inputs:
+        given = {name: path for name, path in self.paths.items() if path is not None}
+        return replace(self, paths={**defaults, **given})
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What one step works on."""
+
+    labels: Labels
+    """of the images to generate"""
+    images: Tensor | None = None
+    """uint8 (B, 3, H, W): real ones; None unless they were asked for"""
+    image_labels: Labels = None
+    """of the real ones"""
+
+
+class Source(Protocol):
+    """Batches that are a pure function of (seed, step)."""
+
+    defaults: ClassVar[Mapping[str, Path]]
+    """what inputs are unless they are named"""
+
+    def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
+        """For `n` images of a student. `images`: also real ones; `paired`: generate with the labels of these."""
+        ...
+
+    def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
+        """`n` real images for a teacher; `freedom` in [0, 1] is how far scenes may vary."""
+        ...
+
+    def preview(self) -> Preview:
+        """What the run shows of its images."""
+        ...
+
+
+class EmojiSource:
+    """Scenes of emoji with their captions. See `dmd2.emoji.scenes`."""
+
+    defaults: ClassVar[Mapping[str, Path]] = {
+        "data": EMOJI / "emoji.zip",
+        "init": EMOJI,
+        "classifier": EMOJI / "classifier.safetensors",
+    }
+
+    def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
+        self.scenes, path = EmojiScenes(inputs.need("data")), inputs.need("classifier")
+        if not path.is_file():
+            say(f"--classifier {path}: no such file; samples get no scores")
+        self._classifier = EmojiJudge.load(path, inputs.device) if path.is_file() else None
+
+    def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
+        # One caption in ten is empty: a student is never asked for "no text", so more are drawn than are kept.
+        batch = self.scenes.batch(n + n // 2, seed=seed + 1, step=step)
+        kept = [i for i, caption in enumerate(batch.captions) if caption][:n]
+        captions = [batch.captions[i] for i in kept]
+        return Examples(captions, batch.images[kept], captions) if images else Examples(captions)
+
+    def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
+        batch = self.scenes.batch(n, seed=seed, step=step, freedom=freedom)
+        return Examples(batch.captions, batch.images, batch.captions)
+
+    def preview(self) -> Preview:
+        return CaptionPreview(self.scenes, self._classifier)
+
+
+class ImageSource:
+    """Images with their classes, if there are any. See `dmd2.data.images.ImageSet`."""
+
+    defaults: ClassVar[Mapping[str, Path]] = {}
+
+    def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
+        self.family, self.inputs = family, inputs
+        path = inputs.get("data")
+        if path is None and needs_images:
+            raise UserError("--data: missing; this recipe learns from real images, a zip or a folder")
+        self.images = None if path is None else ImageSet(path, family.shape[1], family.classes)
+
+    def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
+        """Classes are drawn uniformly, but where they are `paired` with those of real images."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        classes = torch.randint(self.family.classes, (n,), generator=generator) if self.family.classes else None
+        labels = self.family.any_labels(n) if classes is None else classes
+        if not images:
+            return Examples(labels)
+        real = self.lesson(n, seed=seed, step=step, freedom=1.0)
+        return replace(real, labels=real.image_labels if paired else labels)
+
+    def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
+        assert self.images is not None
+        rows = self.images.batch(n, seed, step)
+        known = self.images.labels if self.family.classes else None
+        labels = self.family.any_labels(n) if known is None else known[rows]
+        return Examples(labels, self.images.images(rows), labels)
+
+    def preview(self) -> Preview:
+        names, classes = self.family.class_names, self.family.classes
+        score = ClassScore.find(self.inputs.get("classifier"), self.family, self.images, self.inputs.device)
+        return ClassPreview(names, classes, score)
+
+
+SOURCES: dict[str, type[EmojiSource] | type[ImageSource]] = {"emoji": EmojiSource, "images": ImageSource}
+"""by what a recipe's `data` says"""
