@@ -122,6 +122,21 @@ def make_pairs(
     if batch < 1:
         raise InvalidInput("batch", "expected at least 1", batch)
     family = open_family(weights, torch.device(device), "fp32")
+    make_pairs_of(family, out, count, steps, batch, prompts=prompts, shard=shard, compile=compile)
+
+
+def make_pairs_of(
+    family: Family,
+    out: Path,
+    count: int,
+    steps: int,
+    batch: int,
+    *,
+    prompts: Sequence[str] = (),
+    shard: int = SHARD,
+    compile: bool = False,
+) -> None:
+    """As `make_pairs`, of a teacher that is open already."""
     if bool(prompts) == family.takes_classes:
         expected = "expected none for a teacher of classes" if prompts else "missing; this teacher draws prompts"
         raise InvalidInput("prompts", expected)

@@ -87,21 +87,21 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
 
 
 def _networks(recipe: Distillation, family: Family, inputs: Inputs) -> tuple[Any, Any]:
-    """Student and fake score: of the teacher's weights, or both of a run to go on from, for only together they fit."""
+    """Student and fake score: the teacher's weights, or both of a run, for only together they give its gradient."""
     start, fake = inputs.get("student"), None
     if getattr(recipe, "resumed", False):
         start = inputs.need("student", "this recipe goes on from a student that was trained without GAN")
         fake = start.parent / FAKE_SCORE
-        if not fake.is_dir():
-            raise UserError(
-                f"--student {start}: has no fake score beside it ({fake}); expected the model/ of a run of DMD2"
-            )
     elif start is not None:
         raise UserError(f"--student {start}: this recipe starts from its teacher")
     levels: Any = recipe.timesteps or recipe.sigmas
     family.sigmas(recipe.timesteps, recipe.sigmas)
     boundary, subfolder = getattr(recipe, "boundary", 0.0), getattr(recipe, "student_init", None)
-    return family.student(levels, boundary=boundary, subfolder=subfolder, start=start), family.fake_score(fake)
+    student = family.student(levels, boundary=boundary, subfolder=subfolder, start=start)
+    if fake is not None and not fake.is_dir():
+        expected = "expected the model/ of a run of DMD2"
+        raise UserError(f"--student {start}: has no fake score beside it ({fake}); {expected}")
+    return student, family.fake_score(fake)
 
 
 def _data(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -> Callable[[int], Samples]:

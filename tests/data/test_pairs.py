@@ -256,7 +256,7 @@ def test_what_is_no_teacher_and_what_is_no_folder_of_pairs(
     occupied.mkdir()
     (occupied / "letter.txt").write_text("dear")
     for weights, out, message in (
-        (student, tmp_path / "out", "a student of 1 step"),
+        (student, tmp_path / "out", "a student of 1 steps"),
         (tmp_path / "nowhere", tmp_path / "out", "no such folder"),
         (teacher, occupied, "holds no pairs"),
         (teacher, occupied / "letter.txt", "holds no pairs"),

@@ -51,7 +51,7 @@ class EdmFamily:
     def open(cls, folder: Path, device: torch.device, precision: Precision) -> EdmFamily:
         manifest = read_manifest(folder)
         if manifest.students:
-            raise UserError(f"--init {folder}: a student; expected the teacher of an EDM network")
+            raise UserError(f"{folder}: a student of {max(manifest.students)} steps; expected a teacher")
         network = load_edm(folder, device).network
         dtype = training_dtype(precision, device)
         return cls(

@@ -177,11 +177,11 @@ def test_hashes_are_of_content(weights: Path, tmp_path: Path) -> None:
 
 
 def test_each_recipe_names_what_it_depends_on(tmp_path: Path) -> None:
-    given = {name: tmp_path / name for name in ("data", "init", "judge", "student", "pairs", "lpips")}
+    given = {name: tmp_path / name for name in ("data", "init", "classifier", "student", "pairs", "lpips")}
     found = {name: set(inputs_of(recipe, given)) for name, recipe in recipes.RECIPES.items()}
     assert found["emoji-vae"] == found["cifar10-classifier"] == found["cifar10-small-teacher"] == {"data"}
-    assert found["emoji-teacher"] == found["emoji-dmd2-1step"] == {"data", "init"}
-    assert found["cifar10-small-dmd"] == {"data", "init", "student", "pairs", "lpips"}
+    assert found["emoji-teacher"] == {"data", "init"}
+    assert found["emoji-dmd2-1step"] == found["cifar10-small-dmd"] == {"data", "init", "student", "pairs", "lpips"}
     resumed = inputs_of(recipes.RECIPES["imagenet64-dmd2-gan-resumed"], given)
     assert resumed["student (its fake score)"] == tmp_path / "fake_score"
     defaults = inputs_of(recipes.RECIPES["emoji-dmd2-1step"], {})
