@@ -22,9 +22,8 @@ from dmd2.inference.inputs import InputImages
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.paths import ROOT
 from dmd2.service.images import ImageService
-from dmd2.training.build import build_method
 from dmd2.training.loop import train
-from dmd2.training.recipes import resolve
+from dmd2.training.recipes import build_method, resolve
 
 EMOJI = ROOT / "weights" / "emoji"
 CPU = torch.device("cpu")

@@ -61,7 +61,7 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
         denoiser = family.denoiser(module or student)
         noise = seeded_noise(seeds, (len(sigmas), *family.shape), inputs.device)
         denoise = conditioned(denoiser, family.condition(labels))
-        return family.codec.decode(sample_few_step(denoise, denoiser.start, noise.unbind(1), sigmas))
+        return family.codec.decode(sample_few_step(denoise, denoiser.scale_initial_noise, noise.unbind(1), sigmas))
 
     def export(module: nn.Module | None, out: Path) -> None:
         levels: Any = recipe.timesteps or recipe.sigmas

@@ -86,7 +86,7 @@ class Method:
 class LoopSettings:
     """How long, how fast, how often. Intervals are in steps; a step is one turn of the loop.
 
-    Ranges are checked where a recipe is resolved (`dmd2.training.recipes.kinds`).
+    Ranges are checked where a recipe is resolved (`dmd2.training.recipes`).
     """
 
     iterations: Count

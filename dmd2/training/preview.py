@@ -13,7 +13,7 @@ from torch import Tensor
 from dmd2.data.cifar10 import CLASSES as CIFAR10
 from dmd2.data.images import ImageSet
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiJudge, quick_score
+from dmd2.emoji.scores import EmojiClassifier, quick_score
 from dmd2.evaluation.frechet import frechet_distance_of
 from dmd2.evaluation.metrics import SmallFeatures
 from dmd2.inference.image_output import labelled_grid
@@ -46,7 +46,9 @@ class Preview(Protocol):
 class CaptionPreview:
     """Images of 32 captions that name emoji and background. Without a classifier there is a grid but no score."""
 
-    def __init__(self, scenes: EmojiScenes, classifier: EmojiJudge | None, columns: int = 8, rows: int = 4) -> None:
+    def __init__(
+        self, scenes: EmojiScenes, classifier: EmojiClassifier | None, columns: int = 8, rows: int = 4
+    ) -> None:
         self.scenes, self.classifier, self.columns, self.told = scenes, classifier, columns, False
         self.scores = classifier is not None
         pairs = scenes.pairs("all")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmd2.data.images import ImageSet
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.emoji.scores import EmojiJudge
+from dmd2.emoji.scores import EmojiClassifier
 from dmd2.models.family import Family, Labels
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.paths import EMOJI
@@ -86,7 +86,7 @@ class EmojiSource:
         self.scenes, path = EmojiScenes(inputs.need("data")), inputs.need("classifier")
         if not path.is_file():
             say(f"--classifier {path}: no such file; samples get no scores")
-        self._classifier = EmojiJudge.load(path, inputs.device) if path.is_file() else None
+        self._classifier = EmojiClassifier.load(path, inputs.device) if path.is_file() else None
 
     def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
         # One caption in ten is empty: a student is never asked for "no text", so more are drawn than are kept.

@@ -140,7 +140,7 @@ def test_a_run_can_go_on_from_a_student(sources: Inputs, tmp_path: Path) -> None
     alone = Path(shutil.copytree(student, tmp_path / "alone" / "model"))
     with pytest.raises(UserError, match="has no fake score beside it"):
         distil(resumed, given(sources, student=alone))
-    with pytest.raises(UserError, match="--student: missing"):
+    with pytest.raises(UserError, match="student: missing"):
         distil(resumed, sources)
     with pytest.raises(UserError, match="this recipe starts from its teacher"):
         distil(RECIPES["dmd2"], given(sources, student=student))
@@ -178,7 +178,7 @@ def test_the_recipe_says_which_discriminator(sources: Inputs, monkeypatch: pytes
 def test_a_teacher_too_narrow_for_a_gan_is_one_line(sources: Inputs, tmp_path: Path) -> None:
     narrow = CONFIG.model_copy(update={"model_channels": 8})
     save_edm(tmp_path / "narrow", EdmNetwork(narrow), name="narrow", licence="none", recipe={})
-    with pytest.raises(UserError, match=r"--init: narrow has 16 channels in its middle; expected a multiple of 32"):
+    with pytest.raises(UserError, match=r"init: narrow has 16 channels in its middle; expected a multiple of 32"):
         distil(RECIPES["dmd2-gan"], given(sources, init=tmp_path / "narrow"))
 
 
@@ -215,13 +215,13 @@ def test_data_is_a_function_of_the_step(sources: Inputs) -> None:
 @pytest.mark.parametrize(
     ("name", "lacks", "message"),
     [
-        ("dmd", "pairs", "--pairs: missing"),
-        ("dmd2-gan", "data", "--data: missing"),
-        ("gdd", "data", "--data: missing"),
+        ("dmd", "pairs", "pairs: missing"),
+        ("dmd2-gan", "data", "data: missing"),
+        ("gdd", "data", "data: missing"),
     ],
 )
 def test_what_is_missing_is_said(name: str, lacks: str, message: str, sources: Inputs) -> None:
     with pytest.raises(UserError, match=message):
         distil(RECIPES[name], given(sources, **{lacks: None}))
-    with pytest.raises(UserError, match="--init: missing"):
+    with pytest.raises(UserError, match="init: missing"):
         build_method(RECIPES[name], {}, CPU)

@@ -73,7 +73,7 @@ def family(config: EdmConfig = CONFIG, names: Sequence[str] = ("dark", "bright")
 def test_a_classifier_of_other_images_is_refused_and_none_is_guessed(brightness: None) -> None:
     assert ClassScore.find(None, family(), None, "cpu") is None
     larger = EdmConfig.model_validate(CONFIG.model_dump() | {"resolution": 32, "classes": 10})
-    with pytest.raises(UserError, match="--classifier judge: knows 2 classes at 8x8 pixels; expected 10 at 32x32"):
+    with pytest.raises(UserError, match="classifier judge: knows 2 classes at 8x8 pixels; expected 10 at 32x32"):
         ClassScore.find(Path("judge"), family(larger, CIFAR10), None, "cpu")
 
 

@@ -179,7 +179,7 @@ class PointNet(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, cond: Points) -> Tensor:
         return self.features(x, sigma, cond)[0]
 
-    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+    def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return noise * (1 + per_image(sigma, noise) ** 2).sqrt()
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class PointFamily:
 
     def sample(self, denoiser: Any, cond: Points, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
         sigmas = teacher_sigmas(denoiser, steps or 4)
-        start = denoiser.start(noise, torch.full((len(noise),), sigmas[0]))
+        start = denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0]))
         return sample_dpm_solver_2m(conditioned(denoiser, cond), start, sigmas)
 
     def _save(self, out: Path, network: PointNet, *rest: Any) -> None:

@@ -125,7 +125,9 @@ class EdmFamily:
         sigmas = teacher_sigmas(denoiser, steps or heun_steps(self.config))
         denoise = conditioned(denoiser, cond, cond.unconditional(), guidance_scale)
         return sample_heun(
-            denoise, denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device)), sigmas
+            denoise,
+            denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=noise.device)),
+            sigmas,
         )
 
     def _save(self, out: Path, network: EdmNetwork, name: str, recipe: Any, card: str) -> None:

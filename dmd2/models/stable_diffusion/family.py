@@ -191,7 +191,7 @@ class StableDiffusionFamily:
     def sample(self, denoiser: Any, cond: TextCondition, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
         """DPM-Solver++(2M)."""
         sigmas = teacher_sigmas(denoiser, steps)
-        start = denoiser.start(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
+        start = denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
         denoise = conditioned(denoiser, cond, self.unconditional(cond), guidance_scale)
         return sample_dpm_solver_2m(denoise, start, sigmas)
 

@@ -142,9 +142,9 @@ def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], gener
     denoise = conditioned(student, samples.cond)
     sigma = torch.full((samples.shape[0],), sigmas[last], device=device)
     if last == 0:
-        return denoise(student.start(noise[0], sigma), sigma)
+        return denoise(student.scale_initial_noise(noise[0], sigma), sigma)
     with torch.no_grad():
-        x0 = sample_few_step(denoise, student.start, noise[:last], sigmas[:last])
+        x0 = sample_few_step(denoise, student.scale_initial_noise, noise[:last], sigmas[:last])
     return denoise(add_noise(x0, sigma, noise[last]), sigma)
 
 

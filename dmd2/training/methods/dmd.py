@@ -74,7 +74,7 @@ class DmdRecipe:
 
 @dataclass(frozen=True)
 class DmdSettings:
-    """DMD's own numbers (see `dmd2.training.recipes.kinds` for the paper's values)."""
+    """DMD's own numbers (see `dmd2.training.recipes` for the paper's values)."""
 
     sigma: float
     """the level that the one-step student starts from"""

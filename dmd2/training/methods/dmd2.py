@@ -89,7 +89,7 @@ class Dmd2Recipe:
 
 @dataclass(frozen=True)
 class Dmd2Settings:
-    """DMD2's own numbers (see `dmd2.training.recipes.kinds` for the papers' values)."""
+    """DMD2's own numbers (see `dmd2.training.recipes` for the papers' values)."""
 
     student_sigmas: tuple[float, ...]
     """descending: one level for a one-step student"""

@@ -103,7 +103,7 @@ class GddRecipe:
 
 @dataclass(frozen=True)
 class GddSettings:
-    """GDD's own numbers (see `dmd2.training.recipes.kinds` for the paper's values)."""
+    """GDD's own numbers (see `dmd2.training.recipes` for the paper's values)."""
 
     sigma: float = 80.0
     """the level that the one-step student starts from"""

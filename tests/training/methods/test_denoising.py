@@ -141,7 +141,7 @@ def test_a_run_writes_a_teacher_and_resumes_bit_for_bit(images: ImageSet, tmp_pa
 
 
 def test_what_is_missing_is_said(images: ImageSet) -> None:
-    with pytest.raises(UserError, match="--data: missing"):
+    with pytest.raises(UserError, match="data: missing"):
         build_method(RECIPE, {}, CPU)
-    with pytest.raises(UserError, match="--set network=small: expected one of"):
+    with pytest.raises(UserError, match="set network=small: expected one of"):
         resolve("cifar10-small-teacher", ["network=small"])

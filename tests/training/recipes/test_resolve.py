@@ -107,7 +107,7 @@ def test_every_number_of_every_recipe_has_a_range(value: str) -> None:
     for name, field in SETTABLE:
         if getattr(types_of(name)[field], "__origin__", None) in (int, float):
             tried += 1
-            with pytest.raises(UserError, match=f"--set {field}="):
+            with pytest.raises(UserError, match=f"set {field}="):
                 resolve(name, [f"{field}={value}"])
     assert tried > 100
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.tensors import os_errors, save_tensors
-from dmd2.training.loop import Batch, Logs, Method, Phase, train, training_step
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train, training_step
 from dmd2.training.run.divergence import IN_A_ROW, WINDOW, Guard, TrainingDiverged
 from tests.training.run.test_runs import SHORT, one_line
 from tests.training.test_loop import TOY, checkpoint, differences, toy

@@ -133,7 +133,7 @@ def test_the_folder_is_looked_at_before_anything_is_made(command: Command, tmp_p
     early = ("--data", tmp_path / "data.zip", "--set", "seed=99")
     cases = {
         ("--out", out): "holds a run already",
-        ("--out", tmp_path / "new", "--resume"): "holds no checkpoint to --resume from",
+        ("--out", tmp_path / "new", "--resume"): "holds no checkpoint to resume from",
         ("--out", tmp_path / "data.zip"): "is a file; expected a folder",
         ("--out", tmp_path / "data.zip" / "run"): "is a file; expected a folder",
     }

@@ -304,7 +304,7 @@ def test_other_inputs_are_refused_by_name() -> None:
     check_inputs({"data": "a"}, {"data": "a"})
     check_inputs(None, {"data": "a"})
     for now in ({"data": "b", "init": "i"}, {"init": "i"}):
-        with pytest.raises(UserError, match="--data: not what this run began with"):
+        with pytest.raises(UserError, match="data: not what this run began with"):
             check_inputs(now, {"data": "a", "init": "i"})
 
 
@@ -324,7 +324,7 @@ def test_resuming_nothing_is_an_error_and_touches_nothing(tmp_path: Path) -> Non
     out = tmp_path / "run"
     out.mkdir()
     (out / "log.jsonl").write_text('{"step": 3}\n')
-    with pytest.raises(UserError, match="holds no checkpoint to --resume from") as error:
+    with pytest.raises(UserError, match="holds no checkpoint to resume from") as error:
         resume(out)
     one_line(error)
     assert [p.name for p in out.iterdir()] == ["log.jsonl"]
@@ -338,7 +338,7 @@ def test_a_second_trainer_is_told_so(tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with (out / ".lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=rf"--out .*: process {os.getpid()} is at work there") as error:
+        with pytest.raises(UserError, match=rf"out .*: process {os.getpid()} is at work there") as error:
             resume(out)
     one_line(error)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
@@ -389,7 +389,7 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
-    with pytest.raises(UserError, match=f"--out .*run: {tmp_path} cannot be written to") as error:
+    with pytest.raises(UserError, match=f"out .*run: {tmp_path} cannot be written to") as error:
         check_out(tmp_path / "new" / "run", resume=False)
     one_line(error)
     monkeypatch.undo()
@@ -398,7 +398,7 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_first_step(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(UserError, match=r"--out .*run: cannot be written to \(Permission denied\)") as error:
+    with pytest.raises(UserError, match=r"out .*run: cannot be written to \(Permission denied\)") as error:
         train(toy(SHORT), SHORT, tmp_path / "run")
     one_line(error)
 
