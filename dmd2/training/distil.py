@@ -14,7 +14,7 @@ from dmd2.data.pairs import Pairs
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.family import Family, Labels, open_family
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Method
 from dmd2.training.run.card import model_card
@@ -93,14 +93,14 @@ def _networks(recipe: Distillation, family: Family, inputs: Inputs) -> tuple[Any
         start = inputs.need("student", "this recipe goes on from a student that was trained without GAN")
         fake = start.parent / FAKE_SCORE
     elif start is not None:
-        raise UserError(f"--student {start}: this recipe starts from its teacher")
+        raise InvalidInput("student", "this recipe starts from its teacher", start)
     levels: Any = recipe.timesteps or recipe.sigmas
     family.sigmas(recipe.timesteps, recipe.sigmas)
     boundary, subfolder = getattr(recipe, "boundary", 0.0), getattr(recipe, "student_init", None)
     student = family.student(levels, boundary=boundary, subfolder=subfolder, start=start)
     if fake is not None and not fake.is_dir():
         expected = "expected the model/ of a run of DMD2"
-        raise UserError(f"--student {start}: has no fake score beside it ({fake}); {expected}")
+        raise InvalidInput("student", f"has no fake score beside it ({fake}); {expected}", start)
     return student, family.fake_score(fake)
 
 

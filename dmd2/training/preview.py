@@ -18,7 +18,7 @@ from dmd2.evaluation.frechet import frechet_distance_of
 from dmd2.evaluation.metrics import SmallFeatures
 from dmd2.inference.image_output import labelled_grid
 from dmd2.models.family import Family, Labels
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.paths import ROOT
 from dmd2.runtime.terminal import say
 
@@ -122,7 +122,7 @@ class ClassScore:
         network = SmallFeatures(path or CIFAR10_CLASSIFIER, device)
         if network.size != side or len(network.classes) != family.classes or channels != 3:
             found = f"{len(network.classes)} classes at {network.size}x{network.size} pixels"
-            raise UserError(f"--classifier {path}: knows {found}; expected {family.classes} at {side}x{side}")
+            raise InvalidInput("classifier", f"knows {found}; expected {family.classes} at {side}x{side}", path)
         return cls(network, images)
 
     def score(self, generate: Generate) -> dict[str, float]:

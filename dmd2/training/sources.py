@@ -14,7 +14,7 @@ from dmd2.data.images import ImageSet
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.emoji.scores import EmojiClassifier
 from dmd2.models.family import Family, Labels
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.paths import EMOJI
 from dmd2.runtime.terminal import say
 from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview
@@ -34,7 +34,7 @@ class Inputs:
         """Raises UserError if it was not given."""
         path = self.get(name)
         if path is None:
-            raise UserError(f"--{name}: missing; {why}")
+            raise InvalidInput(name, f"missing; {why}")
         return path
 
     def with_defaults(self, defaults: Mapping[str, Path]) -> Inputs:
@@ -112,7 +112,7 @@ class ImageSource:
         self.family, self.inputs = family, inputs
         path = inputs.get("data")
         if path is None and needs_images:
-            raise UserError("--data: missing; this recipe learns from real images, a zip or a folder")
+            raise InvalidInput("data", "missing; this recipe learns from real images, a zip or a folder")
         self.images = None if path is None else ImageSet(path, family.shape[1], family.classes)
 
     def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:

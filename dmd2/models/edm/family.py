@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import WEIGHTS_FILE, heun_steps, load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.precision import Precision, training_dtype
 from dmd2.weights.manifest import read_manifest
 
@@ -71,22 +71,20 @@ class EdmFamily:
         self, levels: Sequence[float], *, boundary: float, subfolder: str | None, start: Path | None
     ) -> EdmNetwork:
         if subfolder is not None:
-            raise UserError(
-                f"--set student_init={subfolder}: expected null; an EDM teacher's folder holds no student"
-            )
+            raise InvalidInput("student_init", "expected null; an EDM teacher's folder holds no student", subfolder)
         network = deepcopy(self.teacher_network) if start is None else load_edm(start, self.device).network
         wanted = self.config.model_copy(
             update={"sigmas": tuple(levels), "boundary": boundary or self.config.boundary}
         )
         if start is not None and network.config != wanted:
-            raise UserError(f"--student {start}: expected a student of {self.name} at σ {tuple(levels)}")
+            raise InvalidInput("student", f"expected a student of {self.name} at σ {tuple(levels)}", start)
         network.config, network.dtype = EdmConfig.model_validate(wanted.model_dump()), self.dtype
         return network.requires_grad_(True).train()
 
     def fake_score(self, start: Path | None) -> EdmNetwork:
         network = deepcopy(self.teacher_network) if start is None else load_edm(start, self.device).network
         if network.config != self.config:
-            raise UserError(f"--student: {start} is not of the structure of {self.name}")
+            raise InvalidInput("student", f"{start} is not of the structure of {self.name}")
         network.dtype = self.dtype
         return network.requires_grad_(True).train()
 
@@ -95,7 +93,7 @@ class EdmFamily:
 
     def sigmas(self, timesteps: Sequence[int], sigmas: Sequence[float]) -> tuple[float, ...]:
         if timesteps:
-            raise UserError("--set timesteps: expected [], and sigmas instead: this teacher's levels are σ")
+            raise InvalidInput("timesteps", "expected [], and sigmas instead: this teacher's levels are σ")
         return tuple(sigmas)
 
     def condition(self, labels: Tensor, network: Any = None) -> ClassCondition:

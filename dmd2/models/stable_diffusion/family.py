@@ -24,7 +24,7 @@ from dmd2.models.stable_diffusion.folder import (
 )
 from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
 from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError, WeightsError
 from dmd2.runtime.loading import load_network
 from dmd2.runtime.precision import Precision, autocast_dtype
 from dmd2.weights.manifest import MANIFEST, Student, Teacher, read_manifest
@@ -89,7 +89,7 @@ class StableDiffusionFamily:
     def open(cls, folder: Path, device: torch.device, precision: Precision) -> StableDiffusionFamily:
         manifest = read_manifest(folder)
         if manifest.teacher is None:
-            raise UserError(f"--init {folder}: holds no teacher; `dmd2 train emoji-teacher` makes one")
+            raise WeightsError("holds no teacher; `dmd2 train emoji-teacher` makes one", folder)
         name = manifest.teacher.subfolder
         model = load_text_to_image(folder, [name], device, torch.float32)
         teacher = model.denoisers[name]
@@ -127,7 +127,9 @@ class StableDiffusionFamily:
 
     def student(self, levels: Sequence[float], *, boundary: float, subfolder: str | None, start: Path | None) -> Any:
         if boundary:
-            raise UserError(f"--set boundary={boundary:g}: expected 0; only EDM's networks have such preconditioning")
+            raise InvalidInput(
+                "boundary", "expected 0; only EDM's networks have such preconditioning", f"{boundary:g}"
+            )
         if start is not None:
             return self._load(start / _subfolder(levels))
         if subfolder is None:
@@ -152,7 +154,7 @@ class StableDiffusionFamily:
 
     def sigmas(self, timesteps: Sequence[int], sigmas: Sequence[float]) -> tuple[float, ...]:
         if sigmas:
-            raise UserError("--set sigmas: expected [], and timesteps instead: this teacher's levels are timesteps")
+            raise InvalidInput("sigmas", "expected [], and timesteps instead: this teacher's levels are timesteps")
         return tuple(float(self.teacher.sigmas[t]) for t in timesteps)
 
     def condition(self, labels: list[str], network: Any = None) -> TextCondition:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 from dmd2.training.losses import denoising, gan_critic
 
 GROUPS = 32
@@ -42,7 +42,7 @@ def new_head(family: Family) -> ClassifierHead:
     channels, side = family.bottleneck
     if channels % GROUPS or channels < 2 * GROUPS:
         expected = "expected a multiple of 32, at least 64, for a GAN's head; or gan_generator=0, gan_critic=0"
-        raise UserError(f"--init: {family.name} has {channels} channels in its middle; {expected}")
+        raise InvalidInput("init", f"{family.name} has {channels} channels in its middle; {expected}")
     return ClassifierHead(channels, side)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmd2.data.images import ImageSet
 from dmd2.evaluation.classifiers import save_classifier_file
 from dmd2.evaluation.image_classifier import ImageClassifier
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.precision import Precision, autocast_dtype
 from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
 from dmd2.training.ranges import Name, Part, Rate, Steps, Width
@@ -115,12 +115,12 @@ def train_image_classifier(recipe: ImageClassifierRecipe, dataset: ImageSet, dev
 def _checked_labels(recipe: ImageClassifierRecipe, dataset: ImageSet) -> Tensor:
     n, least, labels = len(dataset), recipe.held_out + recipe.loop.batch_size, dataset.labels
     if labels is None:
-        raise UserError(f"--data {dataset.path}: has no labels; a classifier needs the class of every image")
+        raise InvalidInput("data", "has no labels; a classifier needs the class of every image", dataset.path)
     if n < least:
-        raise UserError(f"--data {dataset.path}: {n} images; this recipe needs at least {least}")
+        raise InvalidInput("data", f"{n} images; this recipe needs at least {least}", dataset.path)
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(recipe.classes):
         found = f"{int(labels.min())} to {int(labels.max())}"
-        raise UserError(f"--data {dataset.path}: labels {found}; this recipe knows 0 to {len(recipe.classes) - 1}")
+        raise InvalidInput("data", f"labels {found}; this recipe knows 0 to {len(recipe.classes) - 1}", dataset.path)
     return labels
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.training.distil import FAKE_SCORE
 from dmd2.training.loop import LoopSettings, Method
 from dmd2.training.methods.common import Recipe
@@ -34,24 +34,31 @@ def resolve(name: str, overrides: list[str]) -> Recipe:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"--set {shown(override, 100)}: expected key=value")
+            raise InvalidInput("set", "expected key=value", shown(override, 100))
         field = key.removeprefix("loop.")
         part = recipe.loop if field in field_types(LoopSettings) else recipe
         if field not in field_types(type(part)) or field == "loop":
             valid = sorted((field_types(type(recipe)).keys() | field_types(LoopSettings).keys()) - {"loop"})
-            raise UserError(f"--set {shown(key, 100)}: {name} has no such key; expected one of {', '.join(valid)}")
+            known = f"{name} has no such key; expected one of {', '.join(valid)}"
+            raise InvalidInput("set", known, shown(key, 100))
         try:
             value = checked(type(part), field, _literal(text))
         except UserError as error:
-            raise UserError(f"--set {key.removesuffix(field)}{error}") from None
+            raise _of_set(f"{key.removesuffix(field)}{error}") from None
         if part is recipe.loop:
             recipe = replace(recipe, loop=replace(recipe.loop, **{field: value}))
         else:
             recipe = replace(recipe, **{field: value})
     problem = recipe.conflict()  # after the last override: two fields may have to change together
     if problem is not None:
-        raise UserError(f"--set {problem}")
+        raise _of_set(problem)
     return recipe
+
+
+def _of_set(problem: str) -> InvalidInput:
+    """ "lr=2: expected …" as what is wrong with one `--set`."""
+    given, _, message = problem.partition(": ")
+    return InvalidInput("set", message, given)
 
 
 def _literal(text: str) -> Any:

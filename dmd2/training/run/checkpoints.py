@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_path
 from dmd2.runtime.terminal import say
 
@@ -185,7 +185,7 @@ def check_inputs(mine: Mapping[str, str] | None, theirs: Mapping[str, str] | Non
     for name in sorted(mine.keys() | theirs.keys()):
         now, then = (str(hashes.get(name) or "nothing")[:12] for hashes in (mine, theirs))
         if mine.get(name) != theirs.get(name):
-            raise UserError(f"--{name}: not what this run began with (sha256 {then}, now {now}); name that, or --out")
+            raise InvalidInput(name, f"not what this run began with (sha256 {then}, now {now}); name that, or --out")
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

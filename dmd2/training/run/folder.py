@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.locks import locked
 from dmd2.training.run.checkpoints import Checkpoints
 
@@ -29,20 +29,20 @@ def check_out(out: Path, resume: bool) -> None:
     """
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {out}: {folder} is a file; expected a folder")
+            raise InvalidInput("out", f"{folder} is a file; expected a folder", out)
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {nearest} cannot be written to")
+        raise InvalidInput("out", f"{nearest} cannot be written to", out)
     there = Checkpoints(out).exist()
     if resume and not there:
-        raise UserError(f"--out {out}: holds no checkpoint to --resume from; without --resume, a run begins there")
+        raise InvalidInput("out", "holds no checkpoint to resume from; without --resume, a run begins there", out)
     if there and not resume:
-        raise UserError(f"--out {out}: holds a run already; add --resume to continue it, or name another folder")
+        raise InvalidInput("out", "holds a run already; add --resume to continue it, or name another folder", out)
     for path in (out / name for name in EXPORTS):
         if path.exists() and path.is_dir() == bool(path.suffix):
             raise UserError(f"{path}: in the way of what the run is going to write there; move it")
         if not resume and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-            raise UserError(f"--out {out}: holds {path.name} already, of no run that is there; name another folder")
+            raise InvalidInput("out", f"holds {path.name} already, of no run that is there; name another folder", out)
 
 
 @contextmanager
