@@ -83,7 +83,7 @@ def test_from_a_request_to_files(tmp_path: Path) -> None:
 def test_train_a_student_and_generate_with_it(weights: Path, emoji_zip: Path, tmp_path: Path) -> None:
     """A recipe of the project in small: three steps, on four emoji, with an untrained teacher."""
     recipe = resolve("emoji-dmd2-1step", ["iterations=3", "batch_size=2", "generator_every=1", "precision=fp32"])
-    method = build_method(recipe, {"data": emoji_zip, "init": weights, "judge": tmp_path / "none"}, CPU)
+    method = build_method(recipe, {"data": emoji_zip, "init": weights, "classifier": tmp_path / "none"}, CPU)
     assert train(method, recipe.loop, tmp_path / "run", recipe=dataclasses.asdict(recipe))
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) >= 1
 

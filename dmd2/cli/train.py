@@ -53,7 +53,7 @@ def train(
     if recipe is None and not (resume and out):
         raise InvalidInput("recipe", "missing; expected a name from `dmd2 recipes`, or --resume with --out")
 
-    from dmd2.training.recipes import resolve
+    from dmd2.training.recipes import build_method, inputs_of, resolve
 
     settings = overrides or []
     settled = resolve(recipe, settings) if recipe is not None else None
@@ -61,7 +61,6 @@ def train(
     from dmd2.inference.engine import resolve_device
     from dmd2.runtime.precision import recorded_precision, resolve_precision
     from dmd2.runtime.terminal import say
-    from dmd2.training.build import build_method, inputs_of
     from dmd2.training.loop import train as run
     from dmd2.training.run.folder import check_out
     from dmd2.training.run.inputs import begun, continued, hashes, origin
@@ -74,7 +73,7 @@ def train(
     paths = {
         "data": data,
         "init": init,
-        "judge": classifier,
+        "classifier": classifier,
         "student": student,
         "pairs": pairs_folder,
         "lpips": lpips,
@@ -129,18 +128,23 @@ def recipes(
 
 
 def pairs(
-    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of an EDM teacher.")],
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of a teacher.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pairs, or one to continue.")],
     count: Annotated[int, typer.Option("-n", help="Pairs to make.")] = 100_000,
-    steps: Annotated[int, typer.Option(help="Steps of Heun's method for each pair.")] = 18,
+    steps: Annotated[int, typer.Option(help="Steps of the teacher's sampler for each pair.")] = 18,
     batch: Annotated[int, typer.Option(help="Pairs made at once.")] = 100,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text, one prompt a line, for the teacher of a text-to-image model.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
 ) -> None:
     """Make noise-image pairs for DMD with the teacher's deterministic sampler. Run again to continue."""
     from dmd2.data.pairs import make_pairs
+    from dmd2.evaluation.samples import read_prompts
     from dmd2.inference.engine import resolve_device
     from dmd2.runtime.terminal import say
 
-    make_pairs(weights, out, count, steps, batch, resolve_device(device), compile=compile)
+    texts = [] if prompts is None else read_prompts(prompts)
+    make_pairs(weights, out, count, steps, batch, resolve_device(device), prompts=texts, compile=compile)
     say(f"done: {count} pairs in {out}")
