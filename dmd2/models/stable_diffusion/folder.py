@@ -39,7 +39,6 @@ LICENCE = "Apache-2.0; the emoji it learned are Noto Color Emoji, SIL OFL 1.1"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", "vae_tiny", "LICENSE", "LICENSE.md")
-
 """what a text-to-image model has besides UNets"""
 
 

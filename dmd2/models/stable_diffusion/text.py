@@ -15,7 +15,6 @@ from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import InvalidInput
 
 MOST_TOKENS = 1500
-
 """of a prompt: 20 windows of CLIP's. Rare characters are up to four tokens each, and all the others wait meanwhile"""
 
 

@@ -18,13 +18,11 @@ from dmd2.runtime.compiled import Compiler, Traced
 from dmd2.runtime.errors import UserError
 
 INPAINTING_CHANNELS = 9
-
 """latents to denoise, the mask, the latents of what is not masked"""
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
 Control = Callable[[Tensor, Tensor, TextCondition], dict[str, Any]]
-
 """What the UNet is given besides in a step: (its input (B, 4, h, w), timesteps (B,), condition) in its own dtype →
 keyword arguments of its `forward`. See `dmd2.models.adapters.control`."""
 

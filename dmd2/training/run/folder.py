@@ -13,7 +13,6 @@ from dmd2.runtime.locks import locked
 from dmd2.training.run.checkpoints import Checkpoints
 
 EXPORTS = ("model", "fake_score", "classifier.safetensors")
-
 """what `Method.export` may write"""
 
 STALE = re.compile(
