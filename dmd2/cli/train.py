@@ -45,6 +45,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out, with its own --set and inputs.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what the run would hold and take; write nothing."),
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
     ] = None,
@@ -69,7 +73,8 @@ def train(
     logging.getLogger("dmd2").setLevel(logging.INFO)
     where = resolve_device(device)
     folder = out or Path("runs") / str(recipe)
-    check_out(folder, resume)
+    if not dry_run:
+        check_out(folder, resume)
     paths = {
         "data": data,
         "init": init,
@@ -88,6 +93,11 @@ def train(
     recorded = recorded_precision(folder) if resume else None
     settled = replace(settled, precision=resolve_precision(settled.precision, where, recorded))
     method = build_method(settled, paths, where)
+    if dry_run:
+        from dmd2.training.run.rehearsal import rehearse
+
+        print(json.dumps({"name": recipe, "recipe": asdict(settled), **rehearse(method, settled.loop)}, indent=2))
+        return
     finished = run(
         method,
         settled.loop,

@@ -371,6 +371,23 @@ def test_recipes_are_listed_or_one_is_resolved(
     assert "--set: given without NAME" in refused(monkeypatch, capsys, "recipes", "--set", "lr=1")
 
 
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], emoji_zip: Path
+) -> None:
+    sets = ["--set", "batch_size=2", "--set", "precision=fp32"]
+    assert (
+        run(monkeypatch, "train", "emoji-classifier", "--dry-run", "--data", emoji_zip, "--device", "cpu", *sets) == 0
+    )
+    text = capsys.readouterr().out
+    said = json.loads(text[text.index("{") :])
+    assert said["name"] == "emoji-classifier" and said["recipe"]["loop"]["batch_size"] == 2
+    assert (
+        said["parameters"]["classifier"] > 1000
+        and said["megabytes"]["optimizer"] > said["megabytes"]["gradients"] > 0
+    )
+    assert len(said["seconds"]) == 3 and list(Path.cwd().iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [("dmd2 train emoji-v", ["emoji-vae"]), ("dmd2 generate owl --steps teacher-", ["teacher-4", "teacher-1"])],
