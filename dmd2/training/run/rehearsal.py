@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd2.training.loop import Batch, Method, training_step
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.loop import Batch, LoopSettings, Method, training_step
 
 
 def rehearse(method: Method, settings: LoopSettings) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmd2.training.loop import Batch, Logs, Method, Phase
-from dmd2.training.recipes.kinds import LoopSettings
+from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
 from dmd2.training.run.rehearsal import rehearse
 
 
