@@ -26,19 +26,15 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x (B, C, H, W) fp32, sigma (B,) → x0 (B, C, H, W), fp32."""
-        ...
 
     def features(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """As a call, and beside x0 the bottleneck activations (B, C', h, w) of the same forward pass."""
-        ...
 
     def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """What a generator is given at its first step, from unit noise (B, C, H, W)."""
-        ...
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """(B,) weight of the squared x0 error in the denoising loss."""
-        ...
 
 
 class Codec(Protocol):
@@ -51,11 +47,9 @@ class Codec(Protocol):
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) → x0 space, fp32."""
-        ...
 
     def decode(self, x: Tensor) -> Tensor:
         """x0 space → uint8 (B, 3, H, W)."""
-        ...
 
 
 def cfg_denoise(denoiser: Predict, x: Tensor, sigma: Tensor, cond: Cond, uncond: Cond, scale: float) -> Tensor:

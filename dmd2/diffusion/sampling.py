@@ -81,20 +81,13 @@ def check_strength(strength: float) -> None:
         raise InvalidInput("prompt_strength", f"{strength}; expected more than 0, at most 1")
 
 
-def image_to_image(
-    denoise: Denoise,
-    image: Tensor,
-    noise: Iterable[Tensor],
-    sigmas: Sequence[float],
-    callback: Callback | None = None,
-) -> Tensor:
-    """`sample_few_step`, begun with an image noised to the first level instead of noise (Meng et al. 2021, SDEdit).
+def noised(image: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The `start` of `sample_few_step` that begins with an image instead of noise (Meng et al. 2021, SDEdit).
 
     Args:
-        image: (B, C, H, W), the encoded image.
-        noise, sigmas, callback: as for `sample_few_step`; see `timesteps_for_strength`.
+        image: (B, C, H, W), encoded. See `timesteps_for_strength` for the levels to go through.
     """
-    return sample_few_step(denoise, lambda n, sigma: add_noise(image, sigma, n), noise, sigmas, callback)
+    return lambda n, sigma: add_noise(image, sigma, n)
 
 
 def inpaint(
@@ -112,7 +105,7 @@ def inpaint(
     that part all the way down, as in diffusers' pipelines for networks that were not trained to inpaint.
 
     Args:
-        start: `Denoiser.scale_initial_noise` to begin with noise alone; to begin with the image, what noises it.
+        start: `Denoiser.scale_initial_noise` to begin with noise alone; `noised(image)` to begin with the image.
         image: (B, C, H, W) in the denoiser's space.
         mask: bool, (B, 1, H, W).
         noise, sigmas, callback: as for `sample_few_step`.

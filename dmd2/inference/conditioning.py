@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.diffusion.denoiser import Codec, Denoiser
-from dmd2.diffusion.noise import add_noise
-from dmd2.diffusion.sampling import Callback, Denoise, check_strength, image_to_image, inpaint, sample_few_step
+from dmd2.diffusion.denoiser import Codec
+from dmd2.diffusion.sampling import Callback, Denoise, check_strength, inpaint, noised, sample_few_step
 from dmd2.models.adapters.control import SCALE
 from dmd2.models.adapters.lora import Lora
 from dmd2.runtime.errors import InvalidInput, UserError
@@ -81,33 +80,29 @@ class ImageConditioning:
     def sample(
         self,
         denoise: Denoise,
-        denoiser: Denoiser,
+        denoiser: Any,
         codec: Codec,
         noise: Tensor,
         sigmas: Sequence[float],
         callback: Callback | None = None,
-        *,
-        inpaints: bool = False,
     ) -> Tensor:
         """x0 (B, C, h, w) by the few-step sampler that fits; see `dmd2.diffusion.sampling`.
+
+        Where the denoiser `inpaints`, it is told what is `known` of the image: nothing is put back between steps.
 
         Args:
             denoise: `denoiser` with its condition.
             noise: unit noise (B, N, C, h, w), one for each of the N `sigmas`.
-            inpaints: the network is told what is known of the image (see `known`): nothing is put back between steps.
         """
         start, steps = denoiser.scale_initial_noise, noise.unbind(1)
-        masked = self.mask is not None and not inpaints
+        masked = self.mask is not None and not denoiser.inpaints
         if self.image is None or not (masked or self.strength < 1):
             return sample_few_step(denoise, start, steps, sigmas, callback)
         image = codec.encode(self.image[None]).to(noise.device)
-        if not masked:
-            return image_to_image(denoise, image, steps, sigmas, callback)
-        if self.strength < 1:
-            return inpaint(
-                denoise, lambda n, s: add_noise(image, s, n), image, self._cells(image), steps, sigmas, callback
-            )
-        return inpaint(denoise, start, image, self._cells(image), steps, sigmas, callback)
+        start = noised(image) if self.strength < 1 else start
+        if masked:
+            return inpaint(denoise, start, image, self._cells(image), steps, sigmas, callback)
+        return sample_few_step(denoise, start, steps, sigmas, callback)
 
     def known(self, codec: Any, size: tuple[int, int]) -> Tensor:
         """(1, 5, h, w): mask and latents of `size` for a network that inpaints, see `StableDiffusion.features`.

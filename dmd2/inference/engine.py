@@ -230,14 +230,13 @@ class Engine:
     ) -> Tensor:
         """x0 (B, C, h, w): the mode's network by the mode's sampler."""
         denoiser, codec = self.model.denoiser(mode.subfolder), self.model.codec
-        inpaints = self.model.inpaints(mode.subfolder)
-        given: dict[str, Any] = {"known": edit.known(codec, size)} if inpaints else {}
+        given: dict[str, Any] = {"known": edit.known(codec, size)} if denoiser.inpaints else {}
         if edit.control is not None and edit.control_image is not None:
             control = self.model.control(edit.control)
             given["control"] = control.guide(edit.control_image, mode.timesteps(edit.strength), edit.control_scale)
         denoise = conditioned(partial(denoiser, **given), cond, uncond, mode.guidance_scale or 0.0)
         if mode.levels is not None:
-            return edit.sample(denoise, denoiser, codec, noise, sigmas, callback, inpaints=inpaints)
+            return edit.sample(denoise, denoiser, codec, noise, sigmas, callback)
         x = denoiser.scale_initial_noise(noise[:, 0], torch.full((len(noise),), sigmas[0], device=noise.device))
         return self.model.sample_teacher(denoise, x, noise[:, 1:], sigmas, callback)
 

@@ -25,7 +25,6 @@ class PromptEncoder(Protocol):
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> Cond:
         """B prompts, of equally many token chunks, for images of `size` (width, height) in pixels."""
-        ...
 
     def token_chunks(self, prompt: str) -> int:
         """How many windows of the text encoder the prompt fills. Prompts of unequal numbers do not go into one batch.
@@ -33,7 +32,6 @@ class PromptEncoder(Protocol):
         Raises:
             UserError: it is too long, or names nothing that the networks know.
         """
-        ...
 
 
 class Model(Protocol):
@@ -44,60 +42,49 @@ class Model(Protocol):
     takes_churn: bool
     """the teacher's sampler can add noise, see `Churn`"""
 
-    @property
-    def manifest(self) -> Manifest: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the networks compute in."""
-        ...
+    classes: int
+    """how many the networks know; 0 for none"""
+    manifest: Manifest
+    device: torch.device
+    dtype: torch.dtype
+    """what the networks compute in"""
+    placement: Placement
 
-    @property
-    def classes(self) -> int:
-        """How many classes the networks know; 0 for none."""
-        ...
-
-    @property
-    def placement(self) -> Placement: ...
     @property
     def codec(self) -> Codec: ...
     @property
     def preview_codec(self) -> Codec:
         """The codec for images that are not finished: quick rather than sharp."""
-        ...
 
     @property
     def encode_text(self) -> PromptEncoder: ...
     @property
     def denoisers(self) -> Mapping[str, Any]:
         """By subfolder: those that were loaded so far."""
-        ...
 
     def denoiser(self, subfolder: str) -> Any:
-        """The `Denoiser` in a subfolder, loaded at its first use. Raises UserError if it is missing or damaged."""
-        ...
+        """The `Denoiser` in a subfolder, loaded at its first use. Calls within its `recording()` prepare it for their
+        shapes; if it `inpaints`, it must be told the mask and what is `known` of the image.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
 
     @property
     def size_unit(self) -> int:
         """Pixels that suit every stage as a unit of width and height."""
-        ...
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises UserError unless width and height (pixels) suit the networks."""
-        ...
 
     def check_takes_images(self) -> None:
         """Raises UserError unless images, masks, controls and LoRAs can be given beside a prompt."""
-        ...
 
     def unconditional(self, cond: Any, empty: Callable[[], Cond]) -> Cond:
         """What guidance leads away from, for the batch of `cond`; `empty` encodes the empty prompt."""
-        ...
 
     def teacher_noises(self, steps: int) -> int:
         """How many unit noises `sample_teacher` takes for so many steps, the first to start from."""
-        ...
 
     def sample_teacher(
         self, denoise: Denoise, x: Tensor, noise: Tensor, sigmas: list[float], callback: Callback | None = None
@@ -109,11 +96,6 @@ class Model(Protocol):
             noise: (B, teacher_noises - 1, C, h, w), further unit noise.
             sigmas: descending, one a step.
         """
-        ...
-
-    def inpaints(self, subfolder: str) -> bool:
-        """Whether the network must be told the mask and what is known of the image (`known`)."""
-        ...
 
     def use_loras(self, subfolder: str, student: Student | None, loras: Loras) -> Hashable:
         """Has the network in `subfolder` and the text encoders carry these LoRAs, and the student's own, from now on.
@@ -124,11 +106,9 @@ class Model(Protocol):
         Raises:
             UserError: a LoRA was made for another model. None is in use then.
         """
-        ...
 
     def control(self, folder: Path) -> ControlModel:
         """A ControlNet or T2I-Adapter, loaded at its first use. Raises UserError if it is missing or damaged."""
-        ...
 
 
 FAMILIES: dict[str, type[StableDiffusionModel] | type[EdmModel]] = {

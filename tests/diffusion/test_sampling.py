@@ -15,8 +15,8 @@ from dmd2.diffusion.noise import karras_sigmas, sd_sigmas, seeded_noise
 from dmd2.diffusion.sampling import (
     Churn,
     conditioned,
-    image_to_image,
     inpaint,
+    noised,
     sample_dpm_solver_2m,
     sample_few_step,
     sample_heun,
@@ -318,7 +318,7 @@ def test_churn_is_one_number_or_four() -> None:
 
 SAMPLERS: dict[str, Any] = {
     "few-step": lambda denoise, noise, sigmas, call: sample_few_step(denoise, start, noise, sigmas, call),
-    "image": lambda denoise, noise, sigmas, call: image_to_image(denoise, 1 + noise[0], noise, sigmas, call),
+    "image": lambda denoise, noise, sigmas, call: sample_few_step(denoise, noised(noise[1]), noise, sigmas, call),
     "inpaint": lambda denoise, noise, sigmas, call: inpaint(
         denoise, start, 1 + noise[0], torch.ones(1, 1, 4, 4, dtype=torch.bool), noise, sigmas, call
     ),

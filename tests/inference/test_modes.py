@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dmd2.diffusion.noise import add_noise, seeded_noise
-from dmd2.diffusion.sampling import conditioned, image_to_image, inpaint, sample_few_step, timesteps_for_strength
+from dmd2.diffusion.sampling import conditioned, inpaint, noised, sample_few_step, timesteps_for_strength
 from dmd2.inference.inputs import fitted, fitted_mask
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.text import TextEncoder
@@ -92,7 +92,7 @@ def test_image_to_image_is_that_of_diffusers(
     assert len(timesteps) == left
     latents = codec.encode(fitted(image, (SIDE, SIDE))[None]).expand(2, -1, -1, -1)
     sigmas = [float(denoiser.sigmas[t]) for t in timesteps]
-    check(image_to_image(denoise, latents, drawn, sigmas), theirs)
+    check(sample_few_step(denoise, noised(latents), drawn, sigmas), theirs)
 
 
 def hole() -> Image.Image:
@@ -144,7 +144,7 @@ def test_image_to_image_begins_with_the_noised_image_and_forgets_it_step_by_step
 
     image = torch.full((2, 4, 8, 8), 3.0)
     drawn = list(seeded_noise([0, 1], (2, 4, 8, 8)).unbind(1))
-    image_to_image(denoise, image, drawn, [2.0, 0.5])
+    sample_few_step(denoise, noised(image), drawn, [2.0, 0.5])
     assert torch.equal(seen[0], image + 2 * drawn[0])
     assert torch.equal(seen[1], 7 + 0.5 * drawn[1])
 

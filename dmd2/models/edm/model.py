@@ -123,9 +123,6 @@ class EdmModel:
     ) -> Tensor:
         return sample_heun(denoise, x, sigmas, noise.unbind(1), self._churn, callback)
 
-    def inpaints(self, subfolder: str) -> bool:
-        return False
-
     def use_loras(self, subfolder: str, student: Student | None, loras: Sequence[Any]) -> Hashable:
         if loras:
             self.check_takes_images()

@@ -364,6 +364,8 @@ class Edm:
         compile: compile the network at its first call (one graph for each new shape).
     """
 
+    inpaints = False
+
     def __init__(self, network: EdmNetwork, *, compile: bool = False) -> None:
         self.network, self.config = network, network.config
         self.device = next(network.parameters()).device

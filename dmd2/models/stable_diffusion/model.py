@@ -119,9 +119,6 @@ class StableDiffusionModel:
 
     # Adapters
 
-    def inpaints(self, subfolder: str) -> bool:
-        return self.denoiser(subfolder).inpaints
-
     def use_loras(self, subfolder: str, student: Student | None, loras: Loras) -> Hashable:
         denoiser = self.denoiser(subfolder)
         loras = (*self._students_own(student), *loras)

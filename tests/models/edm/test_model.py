@@ -202,7 +202,7 @@ def test_generate_classes_writes_an_image_each_and_a_labelled_grid(
     [
         (["--classes", "0-x"], "--classes 0-x: expected numbers and ranges, such as 0,3-5"),
         (["--classes", "5-3"], "--classes 5-3: expected numbers and ranges"),
-        (["--classes", "2-3"], "prompt: class 3; expected 0 to 2"),
+        (["--classes", "2-3"], "PROMPT: class 3; expected 0 to 2"),
         (["--classes", "0", "a cat"], "--classes: given beside PROMPT"),
         ([], "PROMPT: missing; expected what to draw, or --classes"),
         (["a horse"], "names no class"),
