@@ -24,6 +24,7 @@ from dmd2.cli import main
 from dmd2.data.pairs import make_pairs, make_pairs_of
 from dmd2.diffusion.noise import per_image, sample_sigma, sd_sigmas
 from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_sigmas
+from dmd2.models.family import Family, open_family
 from dmd2.models.stable_diffusion.folder import save_pipeline_configs
 from dmd2.runtime.precision import Precision
 from dmd2.training.distil import DISTILLATION_INPUTS, distil, wire
@@ -62,6 +63,9 @@ class Case:
     of_family: Mapping[str, Any]
     """what its recipes say"""
     prompt: str
+
+    def family(self) -> Family:
+        return open_family(self.inputs.need("init"), CPU, "fp32")
 
 
 def sd15(folder: Path, text_models: tuple[Any, Any, Any]) -> Path:
@@ -153,6 +157,20 @@ def test_trains_resumes_to_the_bit_and_exports_what_generates(
     (path,) = (tmp_path / "images").glob("*.png")
     with Image.open(path) as image:
         assert image.size in ((64, 64), (8, 8))
+
+
+def test_a_student_goes_on_with_its_fake_score_in_either_family(case: Case, tmp_path: Path) -> None:
+    fields = {**case.of_family, "precision": "fp32"}
+    run(replace(METHODS["dmd2"], **fields), case.inputs, tmp_path / "first", 1)  # type: ignore[type-var]
+    paths = {**case.inputs.paths, "student": tmp_path / "first" / "model"}
+    resumed: Any = replace(METHODS["dmd2-gan"], resumed=True, **fields)  # type: ignore[type-var]
+    made = resumed.method(Inputs(paths, CPU))
+    critic = next(phase.module for phase in made.phases if phase.name == "critic")
+    assert isinstance(critic, nn.ModuleDict)
+    (fake,) = (load_file(path) for path in (tmp_path / "first" / "fake_score").glob("*.safetensors"))
+    assert equal(dict(critic["network"].state_dict()), fake)
+    teacher = case.family().fake_score(None).state_dict()
+    assert not equal(fake, teacher) and made.ema_model is not None
 
 
 # A family that is here alone: points of the plane, sixteen to an image
