@@ -6,6 +6,7 @@ like those that are not run; files that any page names must be there.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import typer.main
 from PIL import Image
 
 from dmd2.cli import app
-from dmd2.training.recipes import resolve
+from dmd2.training.loop import LoopSettings, train
+from dmd2.training.recipes import RECIPES, build_method, resolve
 from tests.service.cog.cog_server import CogServer
+from tests.training.pixels import same_weights, write_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -168,7 +172,45 @@ def test_sections_that_the_readme_links_to_are_there() -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= sections
 
 
+def tree() -> dict[str, set[str]]:
+    """Folder → files that the README's tree names in it."""
+    found: dict[str, set[str]] = {"": set()}
+    folders: list[tuple[int, str]] = [(-1, "")]
+    for line in TREE.code.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent < 20:  # otherwise the line goes on with what is in the last folder
+            while folders[-1][0] >= indent:
+                folders.pop()
+            if (first := line.split()[0]).endswith("/"):
+                folders.append((indent, folders[-1][1] + first))
+        found.setdefault(folders[-1][1], set()).update(re.findall(r"[\w-]+\.(?:py|md)\b", line))
+    return found
+
+
 def test_the_tree_names_what_is_there() -> None:
     top = {name.rstrip("/") for name in re.findall(r"^(\S+)", TREE.code, re.MULTILINE)}
-    missing = {name for name in top if not (ROOT / name).exists()}
-    assert not missing
+    assert {name for name in top if not (ROOT / name).exists()} == set()
+    named = {folder + name for folder, names in tree().items() for name in names}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_the_tree_names_every_module() -> None:
+    named = tree()
+    for path in sorted((ROOT / "dmd2").rglob("*.py")):
+        folder = path.parent.relative_to(ROOT).as_posix() + "/"
+        if not path.name.startswith("__"):
+            assert path.name in named.get(folder, set()), f"the tree does not name {folder}{path.name}"
+
+
+def test_the_method_in_extending_md_trains_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (block for block in blocks(ROOT / "docs" / "extending.md") if block.language == "python")
+    (tmp_path / "mine.py").write_text(block.code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("mine")
+    monkeypatch.setitem(
+        RECIPES, "mine", mine.ScoreDistillationRecipe(LoopSettings(iterations=1, batch_size=2), lr=1e-4)
+    )
+    recipe = resolve("mine", ["precision=fp32", "iterations=2"])
+    method = build_method(recipe, {"init": write_teacher(tmp_path / "teacher")}, torch.device("cpu"))
+    assert train(method, recipe.loop, tmp_path / "run")
+    assert not same_weights(tmp_path / "teacher", tmp_path / "run" / "model")
