@@ -164,6 +164,11 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     assert [str(path) for path in paths if not path.exists()] == []
 
 
+def test_tests_that_ci_runs_again_are_there() -> None:
+    named = re.findall(r"tests/\S+\.py", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_sections_that_the_readme_links_to_are_there() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     sections = {
