@@ -15,7 +15,7 @@ from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import InvalidInput
 
 MOST_TOKENS = 1500
-"""of a prompt: 20 windows of CLIP's. Rare characters are up to four tokens each, and all the others wait meanwhile"""
+"""of a prompt, at most: 20 chunks of CLIP's window. A rare character is up to four tokens"""
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class TextEncoder:
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
         """Encodes B prompts for images of `size` (width, height) in pixels. An empty prompt is "no text"."""
         device = self._device or next(self.encoders[0].parameters()).device
-        ids = [self._windows(tokenizer, prompts) for tokenizer in self.tokenizers]
-        windows = max(t.shape[1] for t in ids)
+        ids = [self._chunks(tokenizer, prompts) for tokenizer in self.tokenizers]
+        chunks = max(t.shape[1] for t in ids)
         hidden, pooled = [], None
         for tokens, tokenizer, run in zip(ids, self.tokenizers, self._run, strict=True):
-            if tokens.shape[1] < windows:
-                empty = self._windows(tokenizer, [""])[:, :1].expand(len(prompts), windows - tokens.shape[1], -1)
+            if tokens.shape[1] < chunks:
+                empty = self._chunks(tokenizer, [""])[:, :1].expand(len(prompts), chunks - tokens.shape[1], -1)
                 tokens = torch.cat([tokens, empty], dim=1)
             states, *embeds = run(tokens.flatten(0, 1).to(device))
             hidden.append(states.unflatten(0, tokens.shape[:2]).flatten(1, 2))
@@ -129,7 +129,7 @@ class TextEncoder:
         return TextCondition(context, pooled, ids_row.expand(len(prompts), -1)).masked(keep)
 
     def token_chunks(self, prompt: str) -> int:
-        """How many windows the prompt fills. Prompts of unequal numbers do not go into one batch.
+        """How many chunks of CLIP's window the prompt fills. Prompts of unequal numbers do not go into one batch.
 
         Raises:
             UserError: it has more than `MOST_TOKENS` tokens.
@@ -145,15 +145,15 @@ class TextEncoder:
         return most
 
     @staticmethod
-    def _windows(tokenizer: Any, prompts: list[str]) -> Tensor:
-        """Token ids, int64 (B, windows, window length), each window with its own begin and end mark."""
+    def _chunks(tokenizer: Any, prompts: list[str]) -> Tensor:
+        """Token ids, int64 (B, chunks, window length), each chunk with its own begin and end mark."""
         length = tokenizer.model_max_length
         body = length - 2
         rows = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
-        windows = max(1, *(-(-len(row) // body) for row in rows))
-        out = torch.full((len(rows), windows, length), tokenizer.pad_token_id, dtype=torch.int64)
+        chunks = max(1, *(-(-len(row) // body) for row in rows))
+        out = torch.full((len(rows), chunks, length), tokenizer.pad_token_id, dtype=torch.int64)
         for i, row in enumerate(rows):
-            for w in range(windows):
+            for w in range(chunks):
                 part = [tokenizer.bos_token_id, *row[w * body : (w + 1) * body], tokenizer.eos_token_id]
                 out[i, w, : len(part)] = torch.tensor(part)
         return out
