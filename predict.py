@@ -16,7 +16,7 @@ from dmd2.service.images import ImageService, OutputImage
 
 
 class Predictor(BaseRunner):
-    """Draws with the DMD2 students of one folder of weights, in one step or four."""
+    """Generates with the DMD2 students of one folder of weights, in one step or four."""
 
     def setup(self, weights: Optional[Path] = None) -> None:
         """Loads everything once. `weights`: what Cog makes of COG_WEIGHTS; DMD2_WEIGHTS comes before it."""
@@ -31,12 +31,12 @@ class Predictor(BaseRunner):
     async def run(
         self,
         prompt: str = Input(
-            description="What to draw. Beyond the text encoder's window it is read in parts; at most 1500 tokens.",
+            description="What to show. Beyond the text encoder's window it is read in parts; at most 1500 tokens.",
             min_length=1,
             max_length=5000,
         ),
         negative_prompt: str = Input(
-            description="Inert, accepted for compatibility: a distilled model draws without guidance.", default=""
+            description="Inert, accepted for compatibility: a distilled model generates without guidance.", default=""
         ),
         width: Optional[int] = Input(
             description="Pixels, a multiple of 8 (emoji: 4). Empty: the weights' own size (SDXL: 1024, emoji: 64).",
@@ -113,9 +113,11 @@ class Predictor(BaseRunner):
             default=False,
         ),
     ) -> AsyncIterator[Path]:
-        """Draws images and hands over each as soon as it is encoded."""
+        """Generates images and hands over each as soon as it is encoded."""
         if negative_prompt or guidance_scale:
-            print("negative_prompt and guidance_scale have no effect: the model is distilled to draw without them")
+            print(
+                "negative_prompt and guidance_scale have no effect: the model is distilled to generate without them"
+            )
         request = ImageRequest(
             prompt=prompt,
             width=width,

@@ -82,7 +82,7 @@ def asks(**fields: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[.
 )
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; one image for each.")
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to generate; one image for each.")
     ] = None,
     weights: Annotated[
         Path,
@@ -149,12 +149,12 @@ def generate(
     ] = False,
     **asked: Any,
 ) -> None:
-    """Draw images. Each PNG holds its prompt, seed, steps and the weights' sha256."""
+    """Generate images. Each PNG holds its prompt, seed, steps and the weights' sha256."""
     if classes is not None and prompts:
         raise InvalidInput("classes", "given beside PROMPT; expected one or the other")
     prompts = _numbers(classes) if classes is not None else prompts or []
     if not prompts:
-        raise InvalidInput("prompts", "missing; expected what to draw, or --classes")
+        raise InvalidInput("prompts", "missing; expected what to generate, or --classes")
     num_outputs = asked.pop("num_outputs")
     if not 1 <= num_outputs <= PER_PROMPT:
         raise InvalidInput("num_outputs", f"expected 1 to {PER_PROMPT}", num_outputs)
@@ -175,7 +175,7 @@ def generate(
         weights = locate(weights)
     manifest = read_manifest(weights)
     if classes is not None and family_of(weights).takes_prompts:
-        raise InvalidInput("classes", f"{weights} draws prompts; expected a class-conditional model", classes)
+        raise InvalidInput("classes", f"{weights} takes prompts; expected a class-conditional model", classes)
     steps = steps or default_mode(manifest)
     if request.previews and steps == "teacher":
         raise InvalidInput("previews", "the teacher's own sampler shows none; expected --steps with a student")

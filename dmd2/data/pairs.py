@@ -138,7 +138,7 @@ def make_pairs_of(
 ) -> None:
     """As `make_pairs`, of a teacher that is open already."""
     if bool(prompts) == family.takes_classes:
-        expected = "expected none for a teacher of classes" if prompts else "missing; this teacher draws prompts"
+        expected = "expected none for a teacher of classes" if prompts else "missing; this teacher takes prompts"
         raise InvalidInput("prompts", expected)
     config = PairsConfig(
         teacher=family.sha256,

@@ -167,17 +167,17 @@ def open_images(
     if not (source / MANIFEST).is_file():
         for option, value in (("steps", steps), ("prompts", prompts), ("churn", churn)):
             if value is not None:
-                raise InvalidInput(option, f"expected weights to draw with; {source} has no {MANIFEST}")
+                raise InvalidInput(option, f"expected weights to generate with; {source} has no {MANIFEST}")
         return DataSet(source, n, side)
     family = family_of(source)
     if churn is not None and not family.takes_churn:
         raise InvalidInput("churn", f"only of an EDM teacher's sampler; {source} has another one")
     if not family.takes_prompts:
         if prompts is not None:
-            raise InvalidInput("prompts", f"{source} draws classes, not prompts")
+            raise InvalidInput("prompts", f"{source} takes classes, not prompts")
         return Samples(source, n or DEFAULT_N, steps, seed, device, churn=churn)
     if prompts is None:
-        raise InvalidInput("prompts", f"missing; {source} draws prompts: expected a text file with one a line")
+        raise InvalidInput("prompts", f"missing; {source} takes prompts: expected a text file with one a line")
     lines = read_prompts(prompts)
     return Samples(source, n or len(lines), steps, seed, device, lines)
 

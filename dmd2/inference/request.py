@@ -36,10 +36,10 @@ class ImageRequest(BaseModel):
     prompt: str = Field(
         min_length=1,
         max_length=5000,
-        description="What to draw. Beyond the text encoder's window it is read in parts; at most 1500 tokens.",
+        description="What to show. Beyond the text encoder's window it is read in parts; at most 1500 tokens.",
     )
     negative_prompt: str = Field(
-        "", description="Inert, accepted for compatibility: a distilled model draws without guidance."
+        "", description="Inert, accepted for compatibility: a distilled model generates without guidance."
     )
     width: int | None = Field(
         None,
@@ -141,7 +141,7 @@ def resolve_request(
     steps = request.num_inference_steps or max(students)
     if steps not in students:
         valid = " or ".join(map(str, sorted(students)))
-        raise InvalidInput("num_inference_steps", f"{steps}; these weights draw in {valid}")
+        raise InvalidInput("num_inference_steps", f"{steps}; these weights generate in {valid}")
     unit = max(engine.size_unit, native[0] // 16)
     asked = (request.width or native[0], request.height or native[1]) if request.width or request.height else None
     if request.aspect_ratio is not None:

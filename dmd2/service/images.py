@@ -83,7 +83,7 @@ class _Image:
 
 
 class ImageService:
-    """Loads weights and draws for many clients at once. Reads these variables of `environ`:
+    """Loads weights and generates for many clients at once. Reads these variables of `environ`:
 
     - `DMD2_WEIGHTS`: see `dmd2.models.locate.locate`.
     - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
@@ -184,7 +184,7 @@ class ImageService:
         atexit.unregister(self._outbox.close)
 
     async def generate(self, request: ImageRequest) -> AsyncGenerator[OutputImage, None]:
-        """Draws the request's images and yields them in order, each as soon as it is encoded; previews meanwhile.
+        """Generates the request's images and yields them in order, each as soon as it is encoded; previews meanwhile.
 
         Raises:
             UserError: the request is wrong.

@@ -104,12 +104,12 @@ class EdmModel:
         native = self.manifest.native_size
         if size != native:
             raise UserError(
-                f"width, height: {size[0]}x{size[1]}; these weights draw {native[0]}x{native[1]} pixels and no "
+                f"width, height: {size[0]}x{size[1]}; these weights generate {native[0]}x{native[1]} pixels and no "
                 "other size"
             )
 
     def check_takes_images(self) -> NoReturn:
-        raise UserError("image, control_image, lora_weights: these weights draw classes and know nothing of them")
+        raise UserError("image, control_image, lora_weights: these weights generate classes and know nothing of them")
 
     def unconditional(self, cond: ClassCondition, empty: Callable[[], Cond]) -> ClassCondition:
         return cond.unconditional()

@@ -113,9 +113,9 @@ def test_an_image_names_the_checksum_of_its_weights(student: Path, teacher: Path
 def test_what_is_given_beside_a_class_is_refused(student: Path) -> None:
     engine = Engine(student, "cpu")
     edit = ImageConditioning(image=torch.zeros(3, 16, 16, dtype=torch.uint8), strength=0.5)
-    with pytest.raises(UserError, match="image, control_image, lora_weights: these weights draw classes"):
+    with pytest.raises(UserError, match="image, control_image, lora_weights: these weights generate classes"):
         engine.generate(["cat"], [0], "1", edit=edit)
-    with pytest.raises(UserError, match="these weights draw classes"):
+    with pytest.raises(UserError, match="these weights generate classes"):
         engine.model.control(student)
 
 
@@ -165,7 +165,9 @@ def test_churn_is_checked_and_written_into_the_image(
 
 
 def test_class_models_refuse_another_size_than_their_own(student: Path) -> None:
-    with pytest.raises(UserError, match="width, height: 32x16; these weights draw 16x16 pixels and no other size"):
+    with pytest.raises(
+        UserError, match="width, height: 32x16; these weights generate 16x16 pixels and no other size"
+    ):
         Engine(student, "cpu").generate(["cat"], [0], "1", (32, 16))
 
 
@@ -204,7 +206,7 @@ def test_generate_classes_writes_an_image_each_and_a_labelled_grid(
         (["--classes", "5-3"], "--classes 5-3: expected numbers and ranges"),
         (["--classes", "2-3"], "PROMPT: class 3; expected 0 to 2"),
         (["--classes", "0", "a cat"], "--classes: given beside PROMPT"),
-        ([], "PROMPT: missing; expected what to draw, or --classes"),
+        ([], "PROMPT: missing; expected what to generate, or --classes"),
         (["a horse"], "names no class"),
         (["cat", "--steps", "4"], "--steps 4: these weights have 1"),
         (["cat", "--size", "32x32"], "width, height: 32x32"),
