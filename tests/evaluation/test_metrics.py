@@ -208,7 +208,7 @@ def test_another_inception_is_one_line(tmp_path: Path) -> None:
             Inception(path)(samples(2, 8))
         assert "\n" not in str(error.value) and all(word in str(error.value) for word in (str(path), *words))
 
-    refused(tmp_path / "none.pt", "no such file", "scripts/download-metrics", "--features small")
+    refused(tmp_path / "none.pt", "no such file", "scripts/download-metrics", "features small")
     (tmp_path / "text.pt").write_text("no TorchScript")
     refused(tmp_path / "text.pt", "not a TorchScript file")
     torch.jit.script(nn.Linear(3, 3)).save(tmp_path / "other.pt")

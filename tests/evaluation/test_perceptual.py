@@ -89,8 +89,9 @@ def test_distance_is_differentiable_and_its_network_frozen(vgg: Path) -> None:
 def test_which_distance_it_is_gets_said(vgg: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert regression_distance(None, "cpu") is l2
     assert "L2" in capsys.readouterr().out
-    assert isinstance(regression_distance(vgg, "cpu"), Lpips)
+    distance, x, y = regression_distance(vgg, "cpu", lambda x: x / 2), samples(0), samples(1)
     assert f"LPIPS, {vgg}" in capsys.readouterr().out
+    assert torch.equal(distance(x, y), Lpips(vgg, "cpu")(x / 2, y / 2))  # of the images that latents decode to
 
 
 def test_wrong_files_are_one_line(tmp_path: Path) -> None:

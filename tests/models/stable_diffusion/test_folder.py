@@ -463,7 +463,7 @@ def test_saving_replaces_a_folder_even_the_one_it_starts_from(copy: Path) -> Non
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
-@pytest.mark.parametrize("stage", ["_save_module", "save_pipeline_configs", "write_manifest"])
+@pytest.mark.parametrize("stage", ["save_module", "save_pipeline_configs", "write_manifest"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_interrupted_save_leaves_the_old_folder_whole(
     copy: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]

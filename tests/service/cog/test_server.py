@@ -149,7 +149,7 @@ def test_a_tampered_weights_folder_ends_the_start_with_the_name_of_the_file(tmp_
     server = start(DMD2_WEIGHTS=str(copy))
     assert server.process.wait(START) == 1
     assert "SETUP FAILED" in server.log
-    assert "UserError" in server.log and f"{broken.relative_to(copy)}: sha256 is" in server.log
+    assert "WeightsError" in server.log and f"{broken.relative_to(copy)}: sha256 is" in server.log
 
 
 # Answers
