@@ -35,6 +35,7 @@ class Family(Protocol):
     """0 where there are none, or text takes their place"""
     takes_classes: bool
     """or nothing; else captions"""
+    sample_steps: int
     guidance_scale: float
     """of the teacher's samples"""
     sha256: str

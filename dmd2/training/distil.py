@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from dmd2.models.family import Family, Labels, open_family
 from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Method
+from dmd2.training.methods.common import Distillation, Kit, Networks, Samples
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import SOURCES, Inputs, Source
-
-if TYPE_CHECKING:
-    from dmd2.training.methods.common import Distillation, Samples
 
 DISTILLATION_INPUTS = ("init", "data", "student", "pairs", "lpips")
 FAKE_SCORE = "fake_score"  # folder beside a run's `model`
@@ -41,13 +39,11 @@ def distil(recipe: Distillation, inputs: Inputs) -> Method:
 
 def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -> Method:
     """As `distil`, for any family and any source of data."""
-    from dmd2.training.methods.common import Kit, Networks
-
+    sigmas = family.sigmas(recipe.timesteps, recipe.sigmas)  # first: it knows which of the two it takes
     torch.manual_seed(recipe.loop.seed)
     student, fake_score = _networks(recipe, family, inputs)
     data = _data(recipe, family, source, inputs)
     preview = source.preview()
-    sigmas = family.sigmas(recipe.timesteps, recipe.sigmas)
     networks = Networks(
         family.denoiser(student, recipe.compile),
         family.denoiser(family.teacher_network, recipe.compile),
@@ -95,7 +91,6 @@ def _networks(recipe: Distillation, family: Family, inputs: Inputs) -> tuple[Any
     elif start is not None:
         raise InvalidInput("student", "this recipe starts from its teacher", start)
     levels: Any = recipe.timesteps or recipe.sigmas
-    family.sigmas(recipe.timesteps, recipe.sigmas)
     boundary, subfolder = getattr(recipe, "boundary", 0.0), getattr(recipe, "student_init", None)
     student = family.student(levels, boundary=boundary, subfolder=subfolder, start=start)
     if fake is not None and not fake.is_dir():
@@ -106,8 +101,6 @@ def _networks(recipe: Distillation, family: Family, inputs: Inputs) -> tuple[Any
 
 def _data(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -> Callable[[int], Samples]:
     """step → labels, real images where the method asks for them, and pairs."""
-    from dmd2.training.methods.common import Samples
-
     n, seed, device = recipe.loop.batch_size, recipe.loop.seed, inputs.device
     pairs = None
     if recipe.pairs_batch:

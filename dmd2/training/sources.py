@@ -83,10 +83,17 @@ class EmojiSource:
     }
 
     def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
-        self.scenes, path = EmojiScenes(inputs.need("data")), inputs.need("classifier")
-        if not path.is_file():
-            say(f"--classifier {path}: no such file; samples get no scores")
-        self._classifier = EmojiClassifier.load(path, inputs.device) if path.is_file() else None
+        if family.takes_classes:
+            raise InvalidInput(
+                "set", f"{family.name} takes classes, not captions; expected data=images", "data=emoji"
+            )
+        self.scenes = EmojiScenes(inputs.need("data"), family.shape[1] * family.codec.factor)
+        path = inputs.need("classifier")
+        classifier = EmojiClassifier.load(path, inputs.device) if path.is_file() else None
+        self._classifier = classifier if classifier and classifier.size == self.scenes.size else None
+        if self._classifier is None:
+            side = self.scenes.size
+            say(f"{path}: no classifier of images of {side}x{side} pixels; samples get no scores")
 
     def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
         # One caption in ten is empty: a student is never asked for "no text", so more are drawn than are kept.
@@ -110,6 +117,10 @@ class ImageSource:
 
     def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
         self.family, self.inputs = family, inputs
+        if not family.takes_classes:
+            raise InvalidInput(
+                "set", f"{family.name} takes captions, not classes; expected data=emoji", "data=images"
+            )
         path = inputs.get("data")
         if path is None and needs_images:
             raise InvalidInput("data", "missing; this recipe learns from real images, a zip or a folder")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from dmd2.diffusion.noise import per_image, sample_sigma, sd_sigmas
 from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_sigmas
 from dmd2.models.family import Family, open_family
 from dmd2.models.stable_diffusion.folder import save_pipeline_configs
+from dmd2.runtime.errors import UserError
 from dmd2.runtime.precision import Precision
 from dmd2.training.distil import DISTILLATION_INPUTS, distil, wire
 from dmd2.training.loop import Batch, LoopSettings, Method, Phase, train
@@ -38,7 +40,7 @@ from dmd2.training.methods.gdd import GddRecipe
 from dmd2.training.preview import CaptionPreview
 from dmd2.training.recipes import RECIPES, resolve
 from dmd2.training.sources import Examples, Inputs
-from dmd2.weights.manifest import Manifest, Teacher, write_manifest
+from dmd2.weights.manifest import Manifest, Teacher, read_manifest, write_manifest
 from tests.tiny_sdxl import build_vae, frozen
 from tests.training.pixels import CONFIG, write_set, write_teacher
 
@@ -82,11 +84,11 @@ def sd15(folder: Path, text_models: tuple[Any, Any, Any]) -> Path:
         norm_num_groups=8,
     )
     tokenizer, encoder, _ = text_models
-    parts = {"unet_teacher": frozen(unet), "text_encoder": encoder, "tokenizer": tokenizer, "vae": build_vae()}
+    parts = {"unet": frozen(unet), "text_encoder": encoder, "tokenizer": tokenizer, "vae": build_vae()}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     save_pipeline_configs(folder, "epsilon", family="sd15")
-    teacher = Teacher(steps=2, guidance_scale=2.0)
+    teacher = Teacher(subfolder="unet", steps=2, guidance_scale=2.0)
     write_manifest(
         folder, Manifest(name="tiny", family="sd15", native_size=(64, 64), licence="none", teacher=teacher)
     )
@@ -173,6 +175,45 @@ def test_a_student_goes_on_with_its_fake_score_in_either_family(case: Case, tmp_
     assert not equal(fake, teacher) and made.ema_model is not None
 
 
+def test_a_student_never_takes_its_teacher_s_place(tmp_path: Path, text_models: Any, emoji_zip: Path) -> None:
+    """SD 1.5's teacher lies in `unet`, where four-step students of the emoji's go."""
+    teacher = sd15(tmp_path / "teacher", text_models)
+    inputs = Inputs({"init": teacher, "data": emoji_zip, "classifier": tmp_path / "none"}, CPU)
+    fields: Any = {"data": "emoji", "sigmas": (), "timesteps": (999, 749, 499, 249), "precision": "fp32"}
+    run(replace(METHODS["dmd2"], **fields), inputs, tmp_path / "run", 1)  # type: ignore[type-var]
+    manifest, model = read_manifest(tmp_path / "run" / "model"), tmp_path / "run" / "model"
+    assert manifest.teacher is not None and manifest.students[4].subfolder not in ("unet", manifest.teacher.subfolder)
+    name = "diffusion_pytorch_model.safetensors"
+    before, kept = load_file(teacher / "unet" / name), load_file(model / "unet" / name)
+    assert all(torch.allclose(kept[key].float(), value, atol=1e-2) for key, value in before.items())
+
+    # As the teacher is sampled, unless the recipe says otherwise.
+    denoised: Any = replace(METHODS["denoising"], data="emoji", sample_steps=None, precision="fp32")  # type: ignore[type-var]
+    run(denoised, inputs, tmp_path / "denoised", 1)
+    again = read_manifest(tmp_path / "denoised" / "model").teacher
+    assert again is not None and (again.subfolder, again.steps, again.guidance_scale) == ("unet", 2, 2.0)
+
+
+def test_what_does_not_fit_the_teacher_is_one_line(weights: Path, emoji_zip: Path, tmp_path: Path) -> None:
+    paths = {"init": weights, "data": emoji_zip, "classifier": tmp_path / "none"}
+    texts: Any = {"data": "emoji", "sigmas": (), "timesteps": (999,)}
+    edm = {"init": write_teacher(tmp_path / "edm")}
+    for given, fields, words in (
+        (paths, texts | {"data": "images"}, "set data=images: .* takes captions"),
+        (edm, {"data": "emoji"}, "set data=emoji: .* takes classes"),
+        (paths, {"data": "emoji"}, "sigmas: expected"),
+        (edm, texts | {"data": "images"}, "timesteps: expected"),
+    ):
+        with pytest.raises(UserError, match=words):
+            replace(METHODS["dmd2"], **fields).method(Inputs(given, CPU))  # type: ignore[type-var]
+    damaged = Path(shutil.copytree(weights, tmp_path / "damaged"))
+    file = damaged / "unet_1step" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="sha256"):
+        recipe: Any = replace(METHODS["dmd2"], **texts, student_init="unet_1step")  # type: ignore[type-var]
+        recipe.method(Inputs(paths | {"init": damaged}, CPU))
+
+
 # A family that is here alone: points of the plane, sixteen to an image
 
 
@@ -231,7 +272,7 @@ class PointFamily:
 
     name = origin = "a ring"
     licence, sha256, class_names, classes, takes_classes = "none", "0" * 64, (), 0, True
-    shape, bottleneck, guidance_scale = (2, 4, 4), (64, 4), 1.0
+    shape, bottleneck, sample_steps, guidance_scale = (2, 4, 4), (64, 4), 4, 1.0
     codec = PointCodec()
     frozen_in_gdd_i = re.compile(r"^conv1\.")
 
@@ -275,7 +316,7 @@ class PointFamily:
         return sample_sigma(self.teacher.sigmas, n, generator)
 
     def sample(self, denoiser: Any, cond: Points, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        sigmas = teacher_sigmas(denoiser, steps or 4)
+        sigmas = teacher_sigmas(denoiser, steps)
         start = denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0]))
         return sample_dpm_solver_2m(conditioned(denoiser, cond), start, sigmas)
 

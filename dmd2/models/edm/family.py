@@ -16,7 +16,7 @@ from dmd2.models.edm.folder import WEIGHTS_FILE, heun_steps, load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.precision import Precision, training_dtype
-from dmd2.weights.manifest import read_manifest
+from dmd2.weights.manifest import Teacher, read_manifest
 
 P_MEAN, P_STD = -1.2, 1.2  # ln σ ~ N(P_mean, P_std²) (Karras et al. 2022, table 1)
 
@@ -43,6 +43,7 @@ class EdmFamily:
         network.dtype = dtype
         self.teacher = Edm(network)
         self.device, self.classes = self.teacher.device, self.config.classes
+        self.sample_steps = heun_steps(self.config)
         self.shape = (self.config.channels, self.config.resolution, self.config.resolution)
         multiples = self.config.channel_mult
         self.bottleneck = self.config.model_channels * multiples[-1], self.config.resolution >> (len(multiples) - 1)
@@ -119,19 +120,16 @@ class EdmFamily:
         return (torch.randn(n, generator=generator) * P_STD + P_MEAN).exp().to(self.device)
 
     def sample(self, denoiser: Any, cond: ClassCondition, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """Heun's method (Karras et al. 2022, algorithm 1); `steps` 0 for what the paper takes."""
-        sigmas = teacher_sigmas(denoiser, steps or heun_steps(self.config))
-        denoise = conditioned(denoiser, cond, cond.unconditional(), guidance_scale)
-        return sample_heun(
-            denoise,
-            denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=noise.device)),
-            sigmas,
-        )
+        """Heun's method (Karras et al. 2022, algorithm 1)."""
+        sigmas = teacher_sigmas(denoiser, steps)
+        start = denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
+        return sample_heun(conditioned(denoiser, cond, cond.unconditional(), guidance_scale), start, sigmas)
 
-    def _save(self, out: Path, network: EdmNetwork, name: str, recipe: Any, card: str) -> None:
-        save_edm(
-            out, network, name=name, licence=self.licence, recipe=recipe, class_names=self.class_names, card=card
-        )
+    def _save(
+        self, out: Path, network: EdmNetwork, name: str, recipe: Any, card: str, teacher: Teacher | None = None
+    ) -> None:
+        about: dict[str, Any] = {"licence": self.licence, "class_names": self.class_names, "teacher": teacher}
+        save_edm(out, network, name=name, recipe=recipe, card=card, **about)
 
     def save_student(
         self, out: Path, network: EdmNetwork, levels: Sequence[float], kind: str, recipe: Any, card: str
@@ -144,7 +142,8 @@ class EdmFamily:
     def save_teacher(
         self, out: Path, network: EdmNetwork, steps: int, guidance_scale: float, recipe: Any, card: str
     ) -> None:
-        self._save(out, network, self.name, recipe, card)
+        teacher = Teacher(subfolder=".", steps=steps, guidance_scale=guidance_scale)
+        self._save(out, network, self.name, recipe, card, teacher)
 
 
 def encoder_levels(network: nn.Module) -> list[nn.Module]:

@@ -40,12 +40,14 @@ def save_edm(
     recipe: Mapping[str, Any],
     class_names: Sequence[str] = (),
     card: str | None = None,
+    teacher: Teacher | None = None,
 ) -> None:
     """Writes a new `folder`: the network's `config.json`, its weights in their own dtype, and `dmd2.json`.
 
-    The manifest has a student if the network's `config.sigmas` names its levels, and else a teacher. The folder
-    appears whole or not at all. `recipe` goes into the safetensors metadata. With a model `card`, by which it is a
-    run's export, it may take the place of the same run's export before.
+    The manifest has a student if the network's `config.sigmas` names its levels, and else a `teacher`, sampled as
+    Karras et al. 2022 do unless given. The folder appears whole or not at all. `recipe` goes into the safetensors
+    metadata. With a model `card`, by which it is a run's export, it may take the place of the same run's export
+    before.
 
     Raises:
         UserError: `folder` is a file, or (without a card) a folder that is not empty; a weight is not finite.
@@ -59,7 +61,7 @@ def save_edm(
             atomic_text(new / "README.md", card)
         atomic_text(new / CONFIG_FILE, network.config.model_dump_json(indent=2) + "\n")
         save_tensors(tensors, new / WEIGHTS_FILE, metadata)
-        write_manifest(new, _manifest(network.config, name, licence, class_names))
+        write_manifest(new, _manifest(network.config, name, licence, class_names, teacher))
 
 
 def heun_steps(config: EdmConfig) -> int:
@@ -67,8 +69,11 @@ def heun_steps(config: EdmConfig) -> int:
     return 18 if config.resolution <= 32 else 40
 
 
-def _manifest(config: EdmConfig, name: str, licence: str, class_names: Sequence[str]) -> Manifest:
+def _manifest(
+    config: EdmConfig, name: str, licence: str, class_names: Sequence[str], teacher: Teacher | None
+) -> Manifest:
     sigmas = list(config.sigmas)
+    teacher = teacher or Teacher(subfolder=".", steps=heun_steps(config), guidance_scale=1.0)
     return Manifest(
         name=name,
         family="edm",
@@ -76,7 +81,7 @@ def _manifest(config: EdmConfig, name: str, licence: str, class_names: Sequence[
         licence=licence,
         class_names=list(class_names),
         students={len(sigmas): Student(subfolder=".", sigmas=sigmas)} if sigmas else {},
-        teacher=None if sigmas else Teacher(subfolder=".", steps=heun_steps(config), guidance_scale=1.0),
+        teacher=None if sigmas else teacher,
     )
 
 

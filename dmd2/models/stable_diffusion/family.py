@@ -17,6 +17,7 @@ from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import (
     LICENCE,
     UNET_FILE,
+    load_denoisers,
     load_text_to_image,
     load_vae,
     save_module,
@@ -24,7 +25,7 @@ from dmd2.models.stable_diffusion.folder import (
 )
 from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
 from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
-from dmd2.runtime.errors import InvalidInput, UserError, WeightsError
+from dmd2.runtime.errors import InvalidInput, WeightsError
 from dmd2.runtime.loading import load_network
 from dmd2.runtime.precision import Precision, autocast_dtype
 from dmd2.weights.manifest import MANIFEST, Student, Teacher, read_manifest
@@ -63,20 +64,15 @@ class StableDiffusionFamily:
         text: tuple[Any, nn.Module, nn.Module] | None = None,
     ) -> None:
         self.folder, self.teacher_network, self.codec, self.prediction_type = folder, unet, codec, prediction_type
-        self.encode_text, self.size, self.autocast, self.subfolder, self.text = (
-            encode_text,
-            size,
-            autocast,
-            subfolder,
-            text,
-        )
-        self._sigmas = sigmas
+        self.encode_text, self.size, self.autocast = encode_text, size, autocast
+        self.subfolder, self.text, self._sigmas = subfolder, text, sigmas
         plain_attention(unet)
         manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
         self.name = manifest.name if manifest else "the weights it began with"
         self.licence = manifest.licence if manifest else LICENCE
         self.sha256 = manifest.files.get(f"{subfolder}/{UNET_FILE}", "") if manifest else ""
-        self.guidance_scale = manifest.teacher.guidance_scale if manifest and manifest.teacher else 1.0
+        teacher = manifest.teacher if manifest else None
+        self.sample_steps, self.guidance_scale = (teacher.steps, teacher.guidance_scale) if teacher else (25, 1.0)
         self.origin = f"the teacher of {self.name}, which is in `{subfolder}`"
         self.teacher = self.denoiser(unet)
         self.device = self.teacher.device
@@ -130,21 +126,25 @@ class StableDiffusionFamily:
             raise InvalidInput(
                 "boundary", "expected 0; only EDM's networks have such preconditioning", f"{boundary:g}"
             )
+        folder = self.folder
         if start is not None:
-            return self._load(start / _subfolder(levels))
+            student = read_manifest(start).students.get(len(levels))
+            if student is None or student.timesteps != list(levels):
+                raise InvalidInput("student", f"expected a student of the timesteps {list(levels)}", start)
+            folder, subfolder = start, student.subfolder
         if subfolder is None:
-            return deepcopy(self.teacher_network).requires_grad_(True).train()
-        return self._load(self.folder / subfolder)
+            return self._trainable(deepcopy(self.teacher_network))
+        return self._trainable(load_denoisers(folder, [subfolder], self.device, torch.float32)[subfolder].unet)
 
     def fake_score(self, start: Path | None) -> Any:
-        return deepcopy(self.teacher_network).requires_grad_(True).train() if start is None else self._load(start)
-
-    def _load(self, folder: Path) -> Any:
+        if start is None:
+            return self._trainable(deepcopy(self.teacher_network))
         from diffusers import UNet2DConditionModel
 
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; expected a UNet to go on from")
-        unet = load_network(UNet2DConditionModel, folder / UNET_FILE, self.device, torch.float32)
+        return self._trainable(load_network(UNet2DConditionModel, start / UNET_FILE, self.device, torch.float32))
+
+    @staticmethod
+    def _trainable(unet: Any) -> Any:
         plain_attention(unet)
         return unet.requires_grad_(True).train()
 
@@ -213,7 +213,8 @@ class StableDiffusionFamily:
     def save_student(
         self, out: Path, network: Any, levels: Sequence[float], kind: str, recipe: Any, card: str
     ) -> None:
-        student = Student(subfolder=_subfolder(levels), timesteps=[int(t) for t in levels])
+        name = "unet" if len(levels) == 4 and self.subfolder != "unet" else f"unet_{len(levels)}step"
+        student = Student(subfolder=name, timesteps=[int(t) for t in levels])
         self._save(out, student.subfolder, network, recipe, card, student=(len(levels), student))
 
     def save_fake_score(self, out: Path, network: Any, kind: str, recipe: Any, card: str) -> None:
@@ -227,10 +228,6 @@ class StableDiffusionFamily:
             return self._save(out, self.subfolder, network, recipe, card, teacher=teacher)
         text = (self.encode_text.tokenizers[0], network["text_encoder"], network["text_encoder_2"])
         self._save(out, self.subfolder, network["unet"], recipe, card, teacher=teacher, text=text)
-
-
-def _subfolder(levels: Sequence[float]) -> str:
-    return "unet" if len(levels) == 4 else f"unet_{len(levels)}step"
 
 
 def plain_attention(unet: Any) -> None:

@@ -58,9 +58,9 @@ class DenoisingRecipe:
     augment: Part = 0.0
     """probability of each of EDM's augmentations; more than 0 needs a network with nine augmentation inputs"""
     class_names: tuple[Name, ...] = ()
-    guidance_scale: Weight = 1.0
+    guidance_scale: Weight | None = None
     sample_steps: SamplerSteps | None = None
-    """of its sampler: of the samples it shows, and what the manifest recommends; null: what EDM's paper takes"""
+    """of the samples it shows, and what the manifest recommends; null: as the teacher in --init, or as EDM's paper"""
     prediction_type: PredictionType = "epsilon"
     """of a new text-to-image network"""
     warm_start: bool = False
@@ -101,7 +101,7 @@ class DenoisingRecipe:
         return train_teacher(self, family, source(inputs, family, True), inputs)
 
     def _family(self, inputs: Inputs) -> Family:
-        device, size = inputs.device, 64
+        device = inputs.device
         if self.network is None:
             return open_family(inputs.need("init"), device, self.precision)
         if self.network != EMOJI_NETWORK:
@@ -111,9 +111,8 @@ class DenoisingRecipe:
         if self.warm_start:
             _take_weights(models, init, device)
         text = (tokenizer, models["text_encoder"], models["text_encoder_2"])
-        size = scenes.size
         return StableDiffusionFamily.new(
-            init, models["unet"], text, self.prediction_type, (size, size), device, self.precision
+            init, models["unet"], text, self.prediction_type, (scenes.size,) * 2, device, self.precision
         )
 
 
@@ -139,6 +138,8 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     else:
         optimizer = torch.optim.Adam(module.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)
     preview = source.preview()
+    steps = recipe.sample_steps or family.sample_steps
+    guidance = family.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
 
     def data(step: int) -> Examples:
         freedom = (step - recipe.still_until) / max(1, recipe.free_from - recipe.still_until)
@@ -160,15 +161,13 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     def generate(ema: nn.Module | None, labels: Labels, seeds: list[int]) -> Tensor:
         network = ema or module
         noise = seeded_noise(seeds, family.shape, inputs.device)
-        cond, steps = family.condition(labels, network), recipe.sample_steps or 0
-        x0 = family.sample(family.denoiser(network), cond, noise, steps, recipe.guidance_scale)
+        x0 = family.sample(family.denoiser(network), family.condition(labels, network), noise, steps, guidance)
         return family.codec.decode(x0)
 
     def export(ema: nn.Module | None, out: Path) -> None:
         began = f"Trained from scratch as {recipe.network}." if recipe.network else f"Began as {family.origin}."
         card = model_card("teacher", family.licence, began, recipe)
-        steps = recipe.sample_steps or 0
-        family.save_teacher(out / "model", ema or module, steps, recipe.guidance_scale, asdict(recipe), card)
+        family.save_teacher(out / "model", ema or module, steps, guidance, asdict(recipe), card)
 
     def sample(ema: nn.Module | None) -> Tensor:
         return preview.grid(lambda labels, seeds: generate(ema, labels, seeds))

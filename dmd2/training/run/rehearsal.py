@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import resource
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd2.runtime.offload import peak_memory
 from dmd2.training.loop import Batch, LoopSettings, Method, training_step
 
 
@@ -36,8 +36,7 @@ def rehearse(method: Method, settings: LoopSettings) -> dict[str, Any]:
     frozen = {id(p): p for module in modules for p in module.parameters(recurse=False) if id(p) not in shown}
     states = [t for phase in method.phases for t in _tensors(phase.optimizer.state_dict())]
     gradients = {id(p): p for parameters in trained.values() for p in parameters}.values()
-    cuda = torch.cuda.is_initialized()
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = next(iter(gradients)).device
     return {
         "parameters": {
             **{name: _count(parameters) for name, parameters in trained.items()},
@@ -48,7 +47,7 @@ def rehearse(method: Method, settings: LoopSettings) -> dict[str, Any]:
             "parameters": _megabytes([*gradients, *ema, *frozen.values()]),
             "gradients": _megabytes(gradients),
             "optimizer": _megabytes(states),
-            "peak, GPU" if cuda else "peak, process": round(peak / 1e6, 1),
+            "peak, GPU" if device.type == "cuda" else "peak, process": round(peak_memory(device) / 1e6, 1),
         },
         "seconds": {
             "step with every phase": round(all_phases, 4),
