@@ -125,16 +125,17 @@ def recipes(
         raise InvalidInput("set", "given without NAME; expected the recipe to change")
 
     from dmd2.training.recipes import RECIPES, resolve
-    from dmd2.training.recipes.notes import NOTES
+    from dmd2.training.recipes.notes import note_of
 
     if name is not None:
         recipe = resolve(name, overrides or [])  # first: it knows the names
-        print(json.dumps({"name": name, **asdict(NOTES[name]), "recipe": asdict(recipe)}))
+        print(json.dumps({"name": name, **asdict(note_of(name, recipe)), "recipe": asdict(recipe)}))
         return
     for each in RECIPES:
-        note = NOTES[each]
+        note = note_of(each, RECIPES[each])
         print(f"{each}: {note.method}; {note.family}; data: {note.data}")
-        print(f"    takes: {note.takes}" + (f"\n    published: {note.published}" if note.published else ""))
+        for what, said in (("takes", note.takes), ("published", note.published)):
+            print(f"    {what}: {said}\n" if said else "", end="")
 
 
 def pairs(

@@ -415,6 +415,8 @@ def test_a_method_of_one_file_and_one_recipe_is_trained_by_name(
     assert resolve("toy-sds", ["lr=0.01", "iterations=2"]).loop.iterations == 2
     teacher, model = write_teacher(tmp_path / "teacher"), tmp_path / "run" / "model"
     for words in (
+        ["recipes"],
+        ["recipes", "toy-sds"],
         ["train", "toy-sds", "--init", teacher, "--out", tmp_path / "run", "--device", "cpu"],
         ["generate", "1", "--weights", model, "--out", tmp_path / "images", "--device", "cpu"],
     ):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dmd2.training.methods.common import Recipe
+
 
 @dataclass(frozen=True)
 class Note:
@@ -78,3 +80,8 @@ NOTES: dict[str, Note] = {
     **_gdd("ffhq", "FFHQ 64x64", "edm-ffhq-64x64-uncond-ve", "0.85"),
     **_gdd("imagenet64", IMAGENET, _ADM, "1.16"),
 }
+
+
+def note_of(name: str, recipe: Recipe) -> Note:
+    """What is noted of a recipe; else what it says itself."""
+    return NOTES.get(name, Note(recipe.kind, "any", recipe.data, ""))
