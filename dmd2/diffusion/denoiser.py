@@ -6,7 +6,8 @@ Every network predicts x0 at a noise level σ. eps, v, ᾱ and integer timesteps
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,32 @@ Cond = Any
 
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]
 """x (B, C, H, W), sigma (B,), condition → x0: what a sampler needs of a `Denoiser`."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The base of families' conditions: fields are tensors of a batch of B, dimension 0, or None."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: None if value is None else function(value) for name, value in values.items()})
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, index: Any) -> Self:
+        return self.map(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        return self.map(lambda value: value.to(device))
+
+    def detach(self) -> Self:
+        return self.map(Tensor.detach)
+
+    def cat(self, *others: Self) -> Self:
+        """The conditions one after another in one batch."""
+        columns = ([getattr(one, field.name) for one in (self, *others)] for field in fields(self))
+        return type(self)(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 class Denoiser(Protocol):

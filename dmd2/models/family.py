@@ -54,12 +54,10 @@ class Family(Protocol):
     @property
     def teacher(self) -> Denoiser:
         """Frozen, never compiled."""
-        ...
 
     @property
     def teacher_network(self) -> Any:
         """What `teacher` runs."""
-        ...
 
     def student(self, levels: Sequence[float], *, boundary: float, subfolder: str | None, start: Path | None) -> Any:
         """A network to train: the teacher's weights, those in a `subfolder` of its folder, or of the run `start`.
@@ -68,67 +66,52 @@ class Family(Protocol):
             levels: timesteps or σ of its steps.
             boundary: ε of GDD's preconditioning (app. C); 0 for the teacher's own.
         """
-        ...
 
     def fake_score(self, start: Path | None) -> Any:
         """A network to train: the teacher's weights, or those in the folder `start` that a run exported."""
-        ...
 
     def denoiser(self, network: Any, compile: bool = False) -> Denoiser:
         """One of these networks as x0(x, σ, cond)."""
-        ...
 
     def sigmas(self, timesteps: Sequence[int], sigmas: Sequence[float]) -> tuple[float, ...]:
         """The σ of a student's steps. Raises UserError where the family counts otherwise."""
-        ...
 
     def condition(self, labels: Labels, network: Any = None) -> Cond:
         """What labels are to the networks; by the text encoders in `network`, where these are trained, too."""
-        ...
 
     def unconditional(self, cond: Cond) -> Cond:
         """What guidance leads away from, for as many images."""
-        ...
 
     def any_labels(self, n: int) -> Labels:
         """Labels that leave everything open."""
-        ...
 
     def encoder_levels(self) -> list[nn.Module]:
         """The last block of each resolution of the teacher's encoder, finest first."""
-        ...
 
     def to_rgb(self, x0: Tensor) -> Tensor:
         """fp32 (B, 3, H, W) in about [−1, 1], differentiable."""
-        ...
 
     def trainable(self) -> Any:
         """What a teacher's training moves: the network, or all of them where text encoders learn, too."""
-        ...
 
     def sample_sigma(self, n: int, generator: torch.Generator) -> Tensor:
         """(n,) noise levels to train a teacher on."""
-        ...
 
     def sample(self, denoiser: Denoiser, cond: Cond, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
         """x0 by the teacher's deterministic sampler, from unit noise (B, C, h, w)."""
-        ...
 
     def save_student(
         self, out: Path, network: Any, levels: Sequence[float], kind: str, recipe: Any, card: str
     ) -> None:
         """Writes a folder that `dmd2 generate --weights` takes. `levels` as for `student`; `recipe` is a dict."""
-        ...
 
     def save_fake_score(self, out: Path, network: Any, kind: str, recipe: Any, card: str) -> None:
         """Writes a folder that `fake_score` reads."""
-        ...
 
     def save_teacher(
         self, out: Path, network: Any, steps: int, guidance_scale: float, recipe: Any, card: str
     ) -> None:
         """Writes a folder of weights with what `trainable` has become."""
-        ...
 
 
 def open_family(folder: Path, device: torch.device, precision: Precision) -> Family:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from dmd2.diffusion.denoiser import Condition
 from dmd2.diffusion.noise import karras_sigmas, per_image
 from dmd2.models.edm.layers import STYLES, Block, Conv, Fourier, Norm, Sinusoids, adm_heads, linear
 from dmd2.runtime.errors import UserError
@@ -302,7 +303,7 @@ class EdmNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class ClassCondition:
+class ClassCondition(Condition):
     """What an EDM network is conditioned on, for a batch of B."""
 
     labels: Tensor
@@ -322,22 +323,6 @@ class ClassCondition:
             expected = f"expected 0 to {classes - 1}, or -1 for any" if classes else "these weights know no classes"
             raise UserError(f"class {wrong[0]}: {expected}")
         return cls((indices[:, None] == torch.arange(classes, device=indices.device)).float())
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Any) -> ClassCondition:
-        return ClassCondition(self.labels[index])
-
-    def to(self, device: torch.device | str) -> ClassCondition:
-        return ClassCondition(self.labels.to(device))
-
-    def detach(self) -> ClassCondition:
-        return ClassCondition(self.labels.detach())
-
-    def cat(self, *others: ClassCondition) -> ClassCondition:
-        """The conditions one after another in one batch."""
-        return ClassCondition(torch.cat([self.labels, *(other.labels for other in others)]))
 
     def augmented(self, augment: Tensor) -> ClassCondition:
         return ClassCondition(self.labels, augment)

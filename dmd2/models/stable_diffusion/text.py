@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmd2.diffusion.denoiser import Condition
 from dmd2.diffusion.noise import per_image
 from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import InvalidInput
@@ -19,7 +20,7 @@ MOST_TOKENS = 1500
 
 
 @dataclass(frozen=True)
-class TextCondition:
+class TextCondition(Condition):
     """What an SD-family UNet is conditioned on, for a batch of B."""
 
     context: Tensor
@@ -29,38 +30,16 @@ class TextCondition:
     time_ids: Tensor | None = None
     """(B, 6) original height and width, crop top and left, target height and width, in pixels (SDXL only)"""
 
-    def _map(self, function: Any) -> TextCondition:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
-        return TextCondition(**mapped)
-
-    def __len__(self) -> int:
-        return len(self.context)
-
-    def __getitem__(self, index: Any) -> TextCondition:
-        return self._map(lambda value: value[index])
-
-    def to(self, device: torch.device | str) -> TextCondition:
-        return self._map(lambda value: value.to(device))
-
-    def detach(self) -> TextCondition:
-        return self._map(lambda value: value.detach())
-
     def cat(self, *others: TextCondition) -> TextCondition:
         """The conditions one after another in one batch. Their contexts must be equally long.
 
         Raises:
             ValueError: they are not. (Padding would not do: a UNet's attention sees it.)
         """
-        conditions = (self, *others)
-        lengths = {c.context.shape[1] for c in conditions}
+        lengths = {one.length for one in (self, *others)}
         if len(lengths) > 1:
             raise ValueError(f"contexts of unequal length in one batch: {sorted(lengths)}")
-        return TextCondition(
-            torch.cat([c.context for c in conditions]),
-            None if self.pooled is None else torch.cat([c.pooled for c in conditions]),  # type: ignore[misc]
-            None if self.time_ids is None else torch.cat([c.time_ids for c in conditions]),  # type: ignore[misc]
-        )
+        return super().cat(*others)
 
     @property
     def length(self) -> int:

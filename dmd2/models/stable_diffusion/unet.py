@@ -96,15 +96,9 @@ class StableDiffusion:
         # σ arrives in float32: what is within its rounding of a table entry is that entry.
         return torch.where((index - nearest).abs() < 1e-3, nearest, index).float().to(sigma.device)
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        cond: TextCondition,
-        control: Control | None = None,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        return self.features(x, sigma, cond, control, known)[0]
+    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition, **given: Any) -> Tensor:
+        """x0 alone; `given`: see `features`."""
+        return self.features(x, sigma, cond, **given)[0]
 
     def features(
         self,
@@ -123,7 +117,7 @@ class StableDiffusion:
             raise UserError("an inpainting UNet (9 channels), and no mask: it can only be sampled, not trained")
         variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
         scaled = (x / variance.sqrt()).to(self.dtype)
-        condition = cond if self.autocast else cond._map(lambda value: value.to(self.dtype))
+        condition = cond if self.autocast else cond.map(lambda value: value.to(self.dtype))
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             timestep = self.timestep(sigma)
             full = scaled
