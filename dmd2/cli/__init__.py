@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -73,21 +74,29 @@ def _convert() -> None:
 
 
 def main() -> None:
-    """The console script: a `UserError` is one line on stderr and exit status 2; so is a file's or a disk's error."""
+    """The console script."""
+    run(app, "dmd2")
+
+
+def script(verb: Callable[..., None], purpose: str | None) -> Callable[[], None]:
+    """The command line of a script that has one verb; `purpose` is its help."""
+    only = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    only.command(cls=Verb, help=purpose)(verb)
+    return lambda: run(only, Path(sys.argv[0]).name)
+
+
+def run(commands: typer.Typer, name: str) -> None:
+    """Runs a command line: a `UserError` is one line on stderr and exit status 2, as is an error of files or disks."""
     from dmd2.runtime.errors import shown
     from dmd2.runtime.terminal import Terminal, occupy_standard_streams
 
     occupy_standard_streams()
     try:
-        app()
+        commands()
     except UserError as error:
-        Terminal(sys.stderr).write(f"dmd2: {error}\n")
+        Terminal(sys.stderr).write(f"{name}: {error}\n")
         sys.exit(2)
     except OSError as error:  # a full disk, a file that went away; a broken pipe ends in status 1 by itself
         where = f"{shown(error.filename, 300)}: " if error.filename else ""
-        Terminal(sys.stderr).write(f"dmd2: {where}{shown(error.strerror or error)}\n")
+        Terminal(sys.stderr).write(f"{name}: {where}{shown(error.strerror or error)}\n")
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
