@@ -86,7 +86,7 @@ def script(verb: Callable[..., None], purpose: str | None) -> Callable[[], None]
 
 
 def run(commands: typer.Typer, name: str) -> None:
-    """Runs a command line: a `UserError` is one line on stderr and exit status 2, as is an error of files or disks."""
+    """Runs a command line: a `UserError` is one line on stderr and exit status 2, so is an error of the system."""
     from dmd2.runtime.errors import shown
     from dmd2.runtime.terminal import Terminal, occupy_standard_streams
 

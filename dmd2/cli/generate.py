@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dmd2.models.adapters.lora import Lora
 
 BEGAN = time.perf_counter()
+STEPS = "Steps: 1 or 4; or teacher, teacher-4, teacher-1 to compare. The most that there are unless given."
+CHURN = "S_CHURN[,S_TMIN,S_TMAX,S_NOISE]"
 WHAT, IMAGE, ADAPTERS, OUTPUT = "What to generate", "From an image", "Adapters", "Output"
 PER_PROMPT = 1000
 """images of one call; a request to the service is bounded more tightly"""
@@ -42,24 +44,27 @@ def _steps(ctx: typer.Context, incomplete: str) -> list[str]:
     return [mode for mode in modes if mode.startswith(incomplete)]
 
 
-def asks(**fields: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each of these fields of `ImageRequest`.
+def option(panel: str, help: str, *flags: str, **settings: Any) -> Any:
+    """A `typer.Option`, in a group of the help text."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **settings)
 
-    Name, type, default and help are the field's, unless the field's settings (of `typer.Option`) say otherwise.
+
+def asks(**fields: tuple[str, str | None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each of these fields of `ImageRequest`: its group and help.
+
+    Name, type and default are the field's; so is the help if it is None.
     """
 
     def wrap(verb: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(verb, include_extras=True)
         own = [p for p in signature(verb).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         parameters = [p.replace(annotation=hints[p.name]) for p in own]
-        for name, settings in fields.items():
+        for name, (panel, told) in fields.items():
             field = ImageRequest.model_fields[name]
-            kind = Path | None if Path in get_args(field.annotation) else field.annotation
-            names = (f"--{name}",) if kind is bool else ()
-            option = typer.Option(*names, **({"help": field.description} | settings))
-            parameters.append(
-                Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option])
-            )
+            kind: Any = Path | None if Path in get_args(field.annotation) else field.annotation
+            flags = (f"--{name}",) if kind is bool else ()
+            annotation = Annotated[kind, option(panel, told or str(field.description), *flags)]
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation))
         verb.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # where typer looks first
         verb.__annotations__ = {p.name: p.annotation for p in parameters}
         return verb
@@ -68,85 +73,39 @@ def asks(**fields: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[.
 
 
 @asks(
-    num_outputs={"help": "Images for each prompt; image i uses seed + i.", "rich_help_panel": WHAT},
-    seed={"help": "Seed of the first image; random unless given.", "rich_help_panel": WHAT},
-    image={"help": "Image to begin with; it gives the ratio unless --size does.", "rich_help_panel": IMAGE},
-    mask={
-        "help": "Light, or a hole, where --image is to be painted anew.",
-        "rich_help_panel": IMAGE,
-    },
-    prompt_strength={"rich_help_panel": IMAGE},
-    control_image={"rich_help_panel": ADAPTERS},
-    control_scale={"help": "How much --control-image counts.", "rich_help_panel": ADAPTERS},
-    previews={"help": "Also write what the steps before the last make.", "rich_help_panel": OUTPUT},
+    num_outputs=(WHAT, "Images for each prompt; image i uses seed + i."),
+    seed=(WHAT, "Seed of the first image; random unless given."),
+    image=(IMAGE, "Image to begin with; it gives the ratio unless --size does."),
+    mask=(IMAGE, "Light, or a hole, where --image is to be painted anew."),
+    prompt_strength=(IMAGE, None),
+    control_image=(ADAPTERS, None),
+    control_scale=(ADAPTERS, "How much --control-image counts."),
+    previews=(OUTPUT, "Also write what the steps before the last make."),
 )
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What to generate; one image for each.")
     ] = None,
     weights: Annotated[
-        Path,
-        typer.Option(
-            help="Folder of weights with a dmd2.json, a tar of one, or a student in one safetensors file.",
-            rich_help_panel=WHAT,
-        ),
+        Path, option(WHAT, "Folder of weights with a dmd2.json, a tar of one, or a student in one safetensors file.")
     ] = EMOJI,
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=_steps,
-            help="Steps: 1 or 4; or teacher, teacher-4, teacher-1 to compare. The most that there are unless given.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    steps: Annotated[str | None, option(WHAT, STEPS, autocompletion=_steps)] = None,
     classes: Annotated[
         str | None,
-        typer.Option(
-            metavar="0-9",
-            help="Instead of prompts: classes by number, such as 0,3-5; also writes a grid.",
-            rich_help_panel=WHAT,
-        ),
+        option(WHAT, "Instead of prompts: classes by number, such as 0,3-5; also writes a grid.", metavar="0-9"),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WxH",
-            help="Size in pixels; the weights' own unless given.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    size: Annotated[str | None, option(WHAT, "Size in pixels; the weights' own unless given.", metavar="WxH")] = None,
     lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SOURCE[:SCALE]", help="File, URL or hub's owner/name; repeatable.", rich_help_panel=ADAPTERS
-        ),
+        list[str] | None, option(ADAPTERS, "File, URL or hub's owner/name; repeatable.", metavar="SOURCE[:SCALE]")
     ] = None,
     control: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a ControlNet or T2I-Adapter; or its name, if in the weights.", rich_help_panel=ADAPTERS
-        ),
+        Path | None, option(ADAPTERS, "Folder of a ControlNet or T2I-Adapter; or its name, if in the weights.")
     ] = None,
-    vae: Annotated[
-        str,
-        typer.Option(
-            help="VAE: kl; or tiny (TAESDXL): faster, less sharp.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = "kl",
-    churn: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S_CHURN[,S_TMIN,S_TMAX,S_NOISE]",
-            help="Noise that an EDM teacher's sampler adds.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the PNG files.", rich_help_panel=OUTPUT)] = Path("outputs"),
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.", rich_help_panel=OUTPUT)] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each image.", rich_help_panel=OUTPUT)
-    ] = False,
+    vae: Annotated[str, option(OUTPUT, "VAE: kl; or tiny (TAESDXL): faster, less sharp.")] = "kl",
+    churn: Annotated[str | None, option(WHAT, "Noise that an EDM teacher's sampler adds.", metavar=CHURN)] = None,
+    out: Annotated[Path, option(OUTPUT, "Folder for the PNG files.")] = Path("outputs"),
+    device: Annotated[str, option(OUTPUT, "Device: auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, option(OUTPUT, "Print one JSON object for each image.", "--json")] = False,
     **asked: Any,
 ) -> None:
     """Generate images. Each PNG holds its prompt, seed, steps and the weights' sha256."""
@@ -188,7 +147,7 @@ def generate(
     engine.check_size(pixels)
     edit = given.edit(pixels, _control(control, weights), _loras(lora or [], weights))
     loaded = time.perf_counter() - BEGAN
-    _make(out)
+    out.mkdir(parents=True, exist_ok=True)
     first = secrets.randbelow(2**32 - PER_PROMPT) if request.seed is None else request.seed
     drawn = []
     for prompt in prompts:
@@ -229,14 +188,6 @@ def _check_folder(out: Path) -> None:
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise InvalidInput("out", f"{folder} is a file; expected a folder", out)
-
-
-def _make(out: Path) -> None:
-    _check_folder(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInput("out", f"cannot be made a folder ({error.strerror})", out) from error
 
 
 def _numbers(text: str) -> list[str]:

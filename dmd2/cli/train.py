@@ -12,6 +12,10 @@ import typer
 
 from dmd2.runtime.errors import InvalidInput
 
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
+]
+
 
 def _names(incomplete: str) -> list[str]:
     """For the shell: the recipes that begin so."""
@@ -46,12 +50,9 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in --out, with its own --set and inputs.")
     ] = False,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print what the run would hold and take; write nothing."),
+        bool, typer.Option("--dry-run", help="Print what the run would hold and take; write nothing.")
     ] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train one of the named recipes. Ctrl-C stops it after a checkpoint; --resume continues it exactly."""
     if recipe is None and not (resume and out):
@@ -75,14 +76,8 @@ def train(
     folder = out or Path("runs") / str(recipe)
     if not dry_run:
         check_out(folder, resume)
-    paths = {
-        "data": data,
-        "init": init,
-        "classifier": classifier,
-        "student": student,
-        "pairs": pairs_folder,
-        "lpips": lpips,
-    }
+    paths = {"data": data, "init": init, "classifier": classifier}
+    paths |= {"student": student, "pairs": pairs_folder, "lpips": lpips}
     if resume:
         record = begun(recipe, folder)
         recipe = record.name
@@ -116,9 +111,7 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", autocompletion=_names, help="Recipe to print; all unless given.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one number of the recipe.")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """List the recipes, what their papers report and what they take; or print one, resolved, as JSON."""
     if name is None and overrides:
