@@ -3,26 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmd2.data.pairs import Pairs
+from dmd2.data.pairs import RegressionPairs
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.family import Family, Labels, open_family
-from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.errors import InvalidInput, shown
 from dmd2.runtime.precision import training_dtype
-from dmd2.training.loop import Method
-from dmd2.training.methods.common import Distillation, Kit, Networks, Samples
+from dmd2.training.loop import Method, Phase
+from dmd2.training.methods.common import Kit, Networks, Recipe, Samples
+from dmd2.training.ranges import DataName, Levels, Timesteps, as_text
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import SOURCES, Inputs, Source
 
-DISTILLATION_INPUTS = ("init", "data", "student", "pairs", "lpips")
 FAKE_SCORE = "fake_score"  # folder beside a run's `model`
+
+
+@dataclass(frozen=True)
+class Distillation(Recipe):
+    """A recipe that makes a student of a teacher. A method gives it `kind`, `phases` and fields of its own."""
+
+    _: KW_ONLY
+    sigmas: Levels = (80.0,)
+    timesteps: Timesteps = ()
+    """of the student's steps, descending; σ for EDM's teachers, timesteps for Stable Diffusion's, the other empty"""
+    data: DataName = "images"
+    compile: bool = False
+    inputs = ("init", "data", "student", "pairs", "lpips")
+    most_steps = 1
+    """of the students that it makes"""
+    paired = False
+    """whether images are generated with the labels of the real ones"""
+    keeps_fake_score = False
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self.timesteps or self.sigmas
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it learns from real images."""
+        return False
+
+    def conflict(self) -> str | None:
+        name, other = ("timesteps", "sigmas") if self.timesteps else ("sigmas", "timesteps")
+        if getattr(self, other):
+            return f"{other}={as_text(getattr(self, other))}: given beside {name}; expected [] for one of the two"
+        if not self.levels:
+            return "sigmas=[] with timesteps=[]: expected the levels of the student's steps in one of the two"
+        given = f"{name}={shown(list(self.levels), 100)}"
+        if list(self.levels) != sorted(set(self.levels), reverse=True):
+            return f"{given}: expected descending levels"
+        if len(self.levels) > self.most_steps:
+            return f"{given}: expected a single level; only DMD2 makes students of several steps"
+        return None
+
+    def method(self, inputs: Inputs) -> Method:
+        return distil(self, inputs)
+
+    def start(
+        self, family: Family, inputs: Inputs, *, boundary: float = 0.0, subfolder: str | None = None
+    ) -> tuple[Any, Any]:
+        """Student and fake score to begin with: the teacher's weights, or for the student those in a `subfolder`."""
+        if given := inputs.get("student"):
+            raise InvalidInput("student", "this recipe starts from its teacher", given)
+        student = family.student(self.levels, boundary=boundary, subfolder=subfolder, start=None)
+        return student, family.fake_score(None)
+
+    def pairs(self, family: Family, inputs: Inputs) -> Callable[[int], RegressionPairs] | None:
+        """Step → its noise-image pairs, where the method learns from some."""
+        return None
+
+    def phases(self, kit: Kit) -> list[Phase]:
+        """What is minimised."""
+        raise NotImplementedError
 
 
 def distil(recipe: Distillation, inputs: Inputs) -> Method:
@@ -41,7 +102,7 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
     """As `distil`, for any family and any source of data."""
     sigmas = family.sigmas(recipe.timesteps, recipe.sigmas)  # first: it knows which of the two it takes
     torch.manual_seed(recipe.loop.seed)
-    student, fake_score = _networks(recipe, family, inputs)
+    student, fake_score = recipe.start(family, inputs)
     data = _data(recipe, family, source, inputs)
     preview = source.preview()
     networks = Networks(
@@ -60,7 +121,7 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
         return family.codec.decode(sample_few_step(denoise, denoiser.scale_initial_noise, noise.unbind(1), sigmas))
 
     def export(module: nn.Module | None, out: Path) -> None:
-        levels: Any = recipe.timesteps or recipe.sigmas
+        levels = recipe.levels
         named = f"the {'timesteps' if recipe.timesteps else 'levels'} {', '.join(f'{level:g}' for level in levels)}"
         text = f"Distilled by {recipe.kind.upper()} from {family.origin}, for {named}."
         card = model_card(f"{len(levels)}-step student", family.licence, text, recipe)
@@ -73,39 +134,20 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
             card = model_card("fake score", family.licence, text, recipe)
             family.save_fake_score(out / FAKE_SCORE, fake_score, recipe.kind, asdict(recipe), card)
 
-    def sample(module: nn.Module | None) -> Tensor:
-        return preview.grid(lambda labels, seeds: generate(module, labels, seeds))
-
-    def score(module: nn.Module | None) -> dict[str, float]:
-        return preview.score(lambda labels, seeds: generate(module, labels, seeds))
-
-    return Method(recipe.phases(kit), data, student, sample, score if preview.scores else None, export)
-
-
-def _networks(recipe: Distillation, family: Family, inputs: Inputs) -> tuple[Any, Any]:
-    """Student and fake score: the teacher's weights, or both of a run, for only together they give its gradient."""
-    start, fake = inputs.get("student"), None
-    if getattr(recipe, "resumed", False):
-        start = inputs.need("student", "this recipe goes on from a student that was trained without GAN")
-        fake = start.parent / FAKE_SCORE
-    elif start is not None:
-        raise InvalidInput("student", "this recipe starts from its teacher", start)
-    levels: Any = recipe.timesteps or recipe.sigmas
-    boundary, subfolder = getattr(recipe, "boundary", 0.0), getattr(recipe, "student_init", None)
-    student = family.student(levels, boundary=boundary, subfolder=subfolder, start=start)
-    if fake is not None and not fake.is_dir():
-        expected = "expected the model/ of a run of DMD2"
-        raise InvalidInput("student", f"has no fake score beside it ({fake}); {expected}", start)
-    return student, family.fake_score(fake)
+    return Method(
+        recipe.phases(kit),
+        data,
+        student,
+        sample=lambda module: preview.grid(partial(generate, module)),
+        score=(lambda module: preview.score(partial(generate, module))) if preview.scores else None,
+        export=export,
+    )
 
 
 def _data(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -> Callable[[int], Samples]:
     """step → labels, real images where the method asks for them, and pairs."""
     n, seed, device = recipe.loop.batch_size, recipe.loop.seed, inputs.device
-    pairs = None
-    if recipe.pairs_batch:
-        folder = inputs.need("pairs", "DMD needs noise-image pairs, which `dmd2 pairs` makes")
-        pairs = Pairs(folder, family)
+    pairs = recipe.pairs(family, inputs)
 
     @torch.no_grad()
     def data(step: int) -> Samples:
@@ -115,7 +157,7 @@ def _data(recipe: Distillation, family: Family, source: Source, inputs: Inputs) 
         if batch.images is not None:
             real = family.codec.encode(batch.images.to(device))
             real_cond = cond if batch.image_labels is batch.labels else family.condition(batch.image_labels)
-        chosen = None if pairs is None else pairs.batch(recipe.pairs_batch, seed=seed, step=step, device=device)
-        return Samples((len(cond), *family.shape), cond, family.unconditional(cond), real, real_cond, chosen)
+        shape, uncond = (len(cond), *family.shape), family.unconditional(cond)
+        return Samples(shape, cond, uncond, real, real_cond, pairs(step) if pairs else None)
 
     return data

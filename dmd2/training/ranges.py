@@ -6,6 +6,7 @@ A dataclass whose fields are annotated with these types is judged by `checked` b
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
@@ -55,7 +56,8 @@ Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")]
 
 def field_types(kind: type) -> dict[str, Any]:
     """Each field of a dataclass with its type, ranges included."""
-    return get_type_hints(kind, include_extras=True)
+    types = get_type_hints(kind, include_extras=True)
+    return {field.name: types[field.name] for field in fields(kind)}
 
 
 def checked(kind: type, field: str, value: Any) -> Any:
@@ -111,28 +113,3 @@ def _list_in_words(schema: dict[str, Any]) -> str:
     item = in_words((schema.get("prefixItems") or [schema["items"]])[0])
     many = str(fewest) if fewest == most else f"{fewest} or more" if most is None else f"{fewest} to {most}"
     return f"a list of {many}, each {item}"
-
-
-# Fields that do not go together: what is wrong and what would be valid, or None
-
-
-def levels_conflict(recipe: Any, most: int = 1000) -> str | None:
-    """A student has σ or timesteps, descending; only some methods make students of several steps."""
-    name, other = ("timesteps", "sigmas") if recipe.timesteps else ("sigmas", "timesteps")
-    levels = list(getattr(recipe, name))
-    if getattr(recipe, other):
-        return f"{other}={as_text(getattr(recipe, other))}: given beside {name}; expected [] for one of the two"
-    if not levels:
-        return "sigmas=[] with timesteps=[]: expected the levels of the student's steps in one of the two"
-    if levels != sorted(set(levels), reverse=True):
-        return f"{name}={shown(levels, 100)}: expected descending levels"
-    if len(levels) > most:
-        return f"{name}={shown(levels, 100)}: expected a single level; only DMD2 makes students of several steps"
-    return None
-
-
-def gan_conflict(generator: float, critic: float) -> str | None:
-    """A generator must not follow a classifier that nothing trains, nor a classifier be trained for nothing."""
-    if (generator > 0) == (critic > 0):
-        return None
-    return f"gan_generator={generator:g} with gan_critic={critic:g}: expected both above 0, or both 0 for no GAN"

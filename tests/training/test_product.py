@@ -28,9 +28,8 @@ from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_s
 from dmd2.models.family import Family, open_family
 from dmd2.models.stable_diffusion.folder import save_pipeline_configs
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.precision import Precision
-from dmd2.training.distil import DISTILLATION_INPUTS, distil, wire
-from dmd2.training.loop import Batch, LoopSettings, Method, Phase, train
+from dmd2.training.distil import Distillation, wire
+from dmd2.training.loop import Batch, LoopSettings, Phase, train
 from dmd2.training.losses import denoising
 from dmd2.training.methods.common import Kit, Recipe, generate
 from dmd2.training.methods.denoising import DenoisingRecipe, train_teacher
@@ -377,26 +376,10 @@ def test_a_family_of_one_file_takes_every_method(method: str, tmp_path: Path) ->
 
 
 @dataclass(frozen=True)
-class ScoreDistillation:
+class ScoreDistillation(Distillation):
     """Score distillation (Poole et al. 2022, eq. 3): the student follows the teacher's denoising alone."""
 
-    loop: LoopSettings
-    lr: float
-    sigmas: tuple[float, ...] = (80.0,)
-    timesteps: tuple[int, ...] = ()
-    data: str = "images"
-    precision: Precision = "auto"
-    compile: bool = False
     kind = "sds"
-    inputs: ClassVar = DISTILLATION_INPUTS
-    pairs_batch: ClassVar = 0
-    needs_images = paired = keeps_fake_score = False
-
-    def conflict(self) -> str | None:
-        return None
-
-    def method(self, inputs: Inputs) -> Method:
-        return distil(self, inputs)
 
     def phases(self, kit: Kit) -> list[Phase]:
         def loss(batch: Batch) -> tuple[Tensor, dict[str, Any]]:

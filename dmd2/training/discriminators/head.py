@@ -9,6 +9,7 @@ from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
 from dmd2.runtime.errors import InvalidInput
+from dmd2.training.loop import Logs
 from dmd2.training.losses import denoising, gan_critic
 
 GROUPS = 32
@@ -65,7 +66,7 @@ def critic_loss(
     cond_real: Cond,
     gan_weight: float,
     generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Logs]:
     """Denoising on generated samples, plus the classification of noised real and generated ones.
 
     The generated samples' denoising pass also gives their logits: same noise, one forward pass less.
@@ -79,7 +80,7 @@ def critic_loss(
     sigma = sample_sigma(denoiser.sigmas, len(fake), generator)
     noise = torch.randn(fake.shape, generator=generator).to(fake.device)
     loss, bottleneck = denoising(denoiser, fake, sigma, noise, cond_fake)
-    logs = {"fake_score": loss.detach()}
+    logs: Logs = {"fake_score": loss.detach()}
     if head is not None:
         assert real is not None, "a classifier needs real samples"
         logits_fake = head(bottleneck)

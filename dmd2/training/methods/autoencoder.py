@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -13,32 +13,26 @@ from torch import Tensor, nn
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.models.stable_diffusion.folder import LICENCE, save_vae
 from dmd2.runtime.files import atomic_text
-from dmd2.runtime.precision import Precision, autocast_dtype
-from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
-from dmd2.training.ranges import Blocks, Rate, Weight, Width
+from dmd2.runtime.precision import autocast_dtype
+from dmd2.training.loop import Batch, Logs, Method, Phase
+from dmd2.training.methods.common import Recipe
+from dmd2.training.ranges import Blocks, Weight, Width
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import EmojiSource, Inputs
 from dmd2.weights.folders import whole_folder
 
 
 @dataclass(frozen=True)
-class AutoencoderRecipe:
+class AutoencoderRecipe(Recipe):
     """The embedded model's autoencoder. See `dmd2/training/methods/autoencoder.py`."""
 
-    loop: LoopSettings
-    lr: Rate
     channels: Width
     encoder_blocks: tuple[Blocks, Blocks, Blocks]
     decoder_blocks: tuple[Blocks, Blocks, Blocks]
     latent_noise: Weight
     """standard deviation of the noise on the latents while training"""
-    precision: Precision = "auto"
     kind = "autoencoder"
-    inputs: ClassVar = ("data",)
-    data: ClassVar = "emoji"
-
-    def conflict(self) -> str | None:
-        return None
+    data = "emoji"
 
     def method(self, inputs: Inputs) -> Method:
         return train_autoencoder(

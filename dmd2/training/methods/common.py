@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from dmd2.diffusion.noise import add_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.family import Family
 from dmd2.runtime.precision import Precision
-from dmd2.training.loop import Batch, LoopSettings, Method, Phase
+from dmd2.training.loop import Batch, LoopSettings, Method
 from dmd2.training.muon import Muon
+from dmd2.training.ranges import Rate
 from dmd2.training.sources import Inputs
 
 OptimizerName = Literal["adamw", "muon"]
@@ -66,68 +67,38 @@ class Kit:
         return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01, fused=True)
 
 
-class Recipe(Protocol):
-    """What can be trained: a frozen dataclass with every number that changes the result."""
+@dataclass(frozen=True)
+class Recipe:
+    """What can be trained: every number that changes the result, and what it makes of them.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    `kind` is the method's name, `data` one of `SOURCES`: where batches come from.
+    """
+
+    loop: LoopSettings
+    lr: Rate
+    _: KW_ONLY
+    precision: Precision = "auto"
 
     @property
     def kind(self) -> str:
-        """The method's name."""
-        ...
-
-    @property
-    def loop(self) -> LoopSettings: ...
-
-    @property
-    def precision(self) -> Precision: ...
+        raise NotImplementedError
 
     @property
     def data(self) -> str:
-        """Of `SOURCES`: where its batches come from."""
-        ...
+        raise NotImplementedError
 
     @property
-    def inputs(self) -> Sequence[str]:
+    def inputs(self) -> tuple[str, ...]:
         """Options that name what the result depends on."""
-        ...
+        return ("data",)
 
     def conflict(self) -> str | None:
         """Which fields do not go together, and what would; None if all do."""
-        ...
+        return None
 
     def method(self, inputs: Inputs) -> Method:
         """Raises UserError: something that it needs is not given, or is not what it should be."""
-        ...
-
-
-class Distillation(Recipe, Protocol):
-    """A recipe that makes a student of a teacher: what the wiring in `training/distil.py` asks of a method."""
-
-    @property
-    def timesteps(self) -> tuple[int, ...]: ...
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Of the student's steps; this or `timesteps` is empty."""
-        ...
-
-    @property
-    def compile(self) -> bool: ...
-
-    @property
-    def needs_images(self) -> bool: ...
-
-    @property
-    def pairs_batch(self) -> int:
-        """Noise-image pairs in a step."""
-        ...
-
-    paired: ClassVar[bool]
-    """whether images are generated with the labels of the real ones"""
-    keeps_fake_score: ClassVar[bool]
-
-    def phases(self, kit: Kit) -> list[Phase]: ...
+        raise NotImplementedError
 
 
 def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], generator: torch.Generator) -> Tensor:
@@ -155,16 +126,22 @@ class SharedImages:
     generates its own only in steps without the generator's update.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, student: Denoiser, sigmas: Sequence[float]) -> None:
+        self._student, self._sigmas = student, sigmas
         self._step, self._images = -1, dict[int, tuple[Batch, Tensor]]()
 
-    def put(self, batch: Batch, x0: Tensor) -> None:
-        """By the generator's loss, for each part of a step."""
+    def for_generator(self, batch: Batch) -> Tensor:
+        """x0 (B, C, h, w) with gradient, for a part of a step."""
         if batch.step != self._step:
             self._step, self._images = batch.step, {}
+        x0 = generate(self._student, batch.data, self._sigmas, batch.generator)
         self._images[id(batch)] = batch, x0.detach()
+        return x0
 
-    def take(self, batch: Batch) -> Tensor | None:
-        """By the critic's: the images, without gradient. None: this step has none."""
+    def for_critic(self, batch: Batch) -> Tensor:
+        """The same without gradient; new ones if the step has none."""
         owner, x0 = self._images.pop(id(batch), (None, None))
-        return x0 if owner is batch else None
+        if owner is batch and x0 is not None:
+            return x0
+        with torch.no_grad():
+            return generate(self._student, batch.data, self._sigmas, batch.generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ from dmd2.models.family import Family, Labels, open_family
 from dmd2.models.stable_diffusion.family import StableDiffusionFamily
 from dmd2.models.stable_diffusion.unet import PredictionType
 from dmd2.runtime.errors import shown
-from dmd2.runtime.precision import Precision, training_dtype
-from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
+from dmd2.runtime.precision import training_dtype
+from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.losses import denoising
+from dmd2.training.methods.common import Recipe
 from dmd2.training.muon import Muon
-from dmd2.training.ranges import DataName, Name, Part, Rate, SamplerSteps, Steps, Weight
+from dmd2.training.ranges import DataName, Name, Part, SamplerSteps, Steps, Weight
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import SOURCES, Examples, Inputs, Source
 
@@ -45,11 +47,9 @@ EMOJI_NETWORK = "emoji"
 
 
 @dataclass(frozen=True)
-class DenoisingRecipe:
+class DenoisingRecipe(Recipe):
     """A teacher. Samples that it shows are of its deterministic sampler."""
 
-    loop: LoopSettings
-    lr: Rate
     network: Name | None = None
     """what to train from scratch: "emoji", or one of `NETWORKS`; null: the teacher in --init goes on"""
     optimizer: Literal["adam", "muon"] = "adam"
@@ -70,7 +70,6 @@ class DenoisingRecipe:
     free_from: Steps = 0
     """the step from which they have all of it"""
     data: DataName = "images"
-    precision: Precision = "auto"
     compile: bool = False
     kind = "denoising"
 
@@ -169,11 +168,11 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
         card = model_card("teacher", family.licence, began, recipe)
         family.save_teacher(out / "model", ema or module, steps, guidance, asdict(recipe), card)
 
-    def sample(ema: nn.Module | None) -> Tensor:
-        return preview.grid(lambda labels, seeds: generate(ema, labels, seeds))
-
-    def score(ema: nn.Module | None) -> dict[str, float]:
-        return preview.score(lambda labels, seeds: generate(ema, labels, seeds))
-
-    phase = Phase("denoising", 1, module, optimizer, loss)
-    return Method([phase], data, module, sample, score if preview.scores else None, export)
+    return Method(
+        [Phase("denoising", 1, module, optimizer, loss)],
+        data,
+        module,
+        sample=lambda ema: preview.grid(partial(generate, ema)),
+        score=(lambda ema: preview.score(partial(generate, ema))) if preview.scores else None,
+        export=export,
+    )

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dmd2.data.pairs import RegressionPairs
+from dmd2.data.pairs import Pairs, RegressionPairs
 from dmd2.evaluation.perceptual import Lpips
-from dmd2.runtime.precision import Precision
+from dmd2.models.family import Family
 from dmd2.runtime.terminal import say
-from dmd2.training.distil import DISTILLATION_INPUTS, distil
-from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
+from dmd2.training.distil import Distillation
+from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import l2
 from dmd2.training.methods.common import Kit, Networks, OptimizerName
-from dmd2.training.methods.dmd2 import Dmd2Settings, dmd2_phases
-from dmd2.training.ranges import Count, DataName, Decay, Levels, Rate, Timesteps, Weight, levels_conflict
+from dmd2.training.methods.dmd2 import dmd2_phases
+from dmd2.training.ranges import Count, Decay, Rate, Weight
 from dmd2.training.sources import Inputs
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -27,95 +26,67 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class DmdRecipe:
+class DmdRecipe(Distillation):
     """A one-step student by DMD."""
 
-    loop: LoopSettings
-    lr: Rate
     lr_critic: Rate
     regression_weight: Weight
     """λ of DMD eq. 10"""
     pairs_batch: Count
     """pairs in a step, beside `loop.batch_size` samples"""
-    sigmas: Levels = (80.0,)
-    timesteps: Timesteps = ()
-    """of the student's step: σ for EDM's teachers, a timestep for Stable Diffusion's, the other empty"""
     guidance_scale: Weight = 1.0
     """the teacher's"""
     optimizer: OptimizerName = "adamw"
     beta2: Decay = 0.999
-    data: DataName = "images"
-    precision: Precision = "auto"
-    compile: bool = False
-    inputs: ClassVar = DISTILLATION_INPUTS
     kind = "dmd"
-    needs_images = False
-    paired: ClassVar = False
-    keeps_fake_score: ClassVar = False
 
-    def conflict(self) -> str | None:
-        return levels_conflict(self, most=1)
-
-    def method(self, inputs: Inputs) -> Method:
-        return distil(self, inputs)
+    def pairs(self, family: Family, inputs: Inputs) -> Callable[[int], RegressionPairs]:
+        folder = inputs.need("pairs", "DMD needs noise-image pairs, which `dmd2 pairs` makes")
+        pairs, seed = Pairs(folder, family), self.loop.seed
+        return lambda step: pairs.batch(self.pairs_batch, seed=seed, step=step, device=inputs.device)
 
     def phases(self, kit: Kit) -> list[Phase]:
-        return dmd_phases(
-            kit.networks,
-            DmdSettings(kit.sigmas[0], self.regression_weight, self.guidance_scale),
-            (kit.student, kit.fake_score),
-            (
-                kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2),
-                kit.optimizer(self.optimizer, kit.fake_score, self.lr_critic, self.beta2),
-            ),
-            regression_distance(kit.inputs.get("lpips"), kit.inputs.device, kit.family.to_rgb),
+        optimizers = (
+            kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2),
+            kit.optimizer(self.optimizer, kit.fake_score, self.lr_critic, self.beta2),
         )
-
-
-@dataclass(frozen=True)
-class DmdSettings:
-    """DMD's own numbers (see `dmd2.training.recipes` for the paper's values)."""
-
-    sigma: float
-    """the level that the one-step student starts from"""
-    regression_weight: float
-    """λ of DMD eq. 10"""
-    guidance_scale: float = 1.0
-    """the teacher's; the fake score is never guided"""
-    dm_range: tuple[float, float] = (0.02, 0.98)
-    """the part of the σ table that the distribution-matching gradient draws from"""
+        distance = regression_distance(kit.inputs.get("lpips"), kit.inputs.device, kit.family.to_rgb)
+        modules = kit.student, kit.fake_score
+        weights = self.regression_weight, self.guidance_scale
+        return dmd_phases(kit.networks, modules, optimizers, kit.sigmas[0], distance, *weights)
 
 
 def dmd_phases(
     networks: Networks,
-    settings: DmdSettings,
     modules: tuple[nn.Module, nn.Module],
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    sigma: float,
     distance: Distance,
+    regression_weight: float,
+    guidance_scale: float = 1.0,
 ) -> list[Phase]:
     """Generator and critic phases, both at every step (DMD, algorithm 1).
 
     Matching and critic are DMD2's with one time scale, one step and no GAN.
 
     Args:
-        networks: student, teacher, fake score; no classifier head.
-        settings: DMD's numbers.
+        networks: student, teacher, fake score.
         modules: what the two phases train: the student's; the fake score's.
         optimizers: theirs.
+        sigma: the level that the student starts from.
         distance: between the student's image and the teacher's.
+        regression_weight: λ of DMD eq. 10.
+        guidance_scale: the teacher's; the fake score is never guided.
     """
-    if networks.head is not None:
-        raise ValueError("networks: DMD has no classifier head")
-    matching = Dmd2Settings((settings.sigma,), settings.guidance_scale, generator_every=1, dm_range=settings.dm_range)
-    generator, critic = dmd2_phases(networks, matching, modules, optimizers)
+    generator, critic = dmd2_phases(networks, modules, optimizers, (sigma,), guidance_scale=guidance_scale)
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         loss, logs = generator.loss(batch)
         pairs: RegressionPairs = batch.data.pairs  # their number need not be that of the samples
-        sigma = torch.full((len(pairs.noise),), settings.sigma, device=pairs.noise.device)
-        drawn = networks.student(networks.student.scale_initial_noise(pairs.noise, sigma), sigma, pairs.cond)
-        regression = distance(drawn, pairs.target)  # DMD eq. 9
-        return loss + settings.regression_weight * regression, logs | {"regression": regression.detach()}
+        level = torch.full((len(pairs.noise),), sigma, device=pairs.noise.device)
+        x0 = networks.student(networks.student.scale_initial_noise(pairs.noise, level), level, pairs.cond)
+        regression = distance(x0, pairs.target)  # DMD eq. 9
+        return loss + regression_weight * regression, logs | {"regression": regression.detach()}
 
     return [replace(generator, loss=generator_loss), critic]
 

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.denoiser import cfg_denoise
 from dmd2.diffusion.noise import add_noise, sample_sigma
-from dmd2.runtime.precision import Precision
+from dmd2.models.family import Family
+from dmd2.runtime.errors import InvalidInput
 from dmd2.training.discriminators.head import critic_loss, new_head, noised_logits
-from dmd2.training.distil import DISTILLATION_INPUTS, distil
-from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
+from dmd2.training.distil import FAKE_SCORE, Distillation
+from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import distribution_matching, distribution_matching_gradient, gan_generator
-from dmd2.training.methods.common import Kit, Networks, OptimizerName, Samples, SharedImages, generate
-from dmd2.training.ranges import (
-    Count,
-    DataName,
-    Decay,
-    Folder,
-    Levels,
-    Rate,
-    Timesteps,
-    Weight,
-    gan_conflict,
-    levels_conflict,
-)
+from dmd2.training.methods.common import Kit, Networks, OptimizerName, Samples, SharedImages
+from dmd2.training.ranges import Count, Decay, Folder, Rate, Weight
 from dmd2.training.sources import Inputs
+
+DM_RANGE = 0.02, 0.98
+"""the part of the σ table that the distribution-matching gradient draws from"""
 
 
 @dataclass(frozen=True)
-class Dmd2Recipe:
+class Dmd2Recipe(Distillation):
     """A student of one step or several by DMD2."""
 
-    loop: LoopSettings
-    lr: Rate
     lr_critic: Rate
     generator_every: Count
     """k of the two time scales"""
@@ -45,117 +36,104 @@ class Dmd2Recipe:
     """weights of the GAN losses; 0 and 0 is no GAN"""
     resumed: bool = False
     """whether student and fake score go on from the run of --student instead of from the teacher's weights"""
-    sigmas: Levels = (80.0,)
-    timesteps: Timesteps = ()
-    """of the student's steps, descending; σ for EDM's teachers, timesteps for Stable Diffusion's, the other empty"""
     guidance_scale: Weight = 1.0
     """the teacher's"""
     student_init: Folder | None = None
     """subfolder of the weights that the student starts from; None: the teacher's"""
     optimizer: OptimizerName = "adamw"
     beta2: Decay = 0.999
-    data: DataName = "images"
-    precision: Precision = "auto"
-    compile: bool = False
-    inputs: ClassVar = DISTILLATION_INPUTS
     kind = "dmd2"
-    pairs_batch: ClassVar = 0
-    paired: ClassVar = False
-    keeps_fake_score: ClassVar = True
+    most_steps = 1000
+    keeps_fake_score = True
 
     @property
     def needs_images(self) -> bool:
         return self.gan_critic > 0
 
     def conflict(self) -> str | None:
-        return levels_conflict(self) or gan_conflict(self.gan_generator, self.gan_critic)
+        """A generator must not follow a classifier that nothing trains, nor a classifier be trained for nothing."""
+        problem = super().conflict()
+        if problem or (self.gan_generator > 0) == (self.gan_critic > 0):
+            return problem
+        given = f"gan_generator={self.gan_generator:g} with gan_critic={self.gan_critic:g}"
+        return f"{given}: expected both above 0, or both 0 for no GAN"
 
-    def method(self, inputs: Inputs) -> Method:
-        return distil(self, inputs)
+    def start(self, family: Family, inputs: Inputs, **_: Any) -> tuple[Any, Any]:
+        """Also both of a run, for only together they give its gradient."""
+        if not self.resumed:
+            return super().start(family, inputs, subfolder=self.student_init)
+        given = inputs.need("student", "this recipe goes on from a student that was trained without GAN")
+        student = family.student(self.levels, boundary=0.0, subfolder=self.student_init, start=given)
+        fake = given.parent / FAKE_SCORE
+        if not fake.is_dir():
+            expected = "expected the model/ of a run of DMD2"
+            raise InvalidInput("student", f"has no fake score beside it ({fake}); {expected}", given)
+        return student, family.fake_score(fake)
 
     def phases(self, kit: Kit) -> list[Phase]:
         head = new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
         critic = nn.ModuleDict({"network": kit.fake_score} | ({"head": head} if head else {}))
         return dmd2_phases(
             replace(kit.networks, head=head),
-            Dmd2Settings(kit.sigmas, self.guidance_scale, self.generator_every, self.gan_generator, self.gan_critic),
             (kit.student, critic),
             (
                 kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2),
                 kit.optimizer(self.optimizer, critic, self.lr_critic, self.beta2),
             ),
+            kit.sigmas,
+            guidance_scale=self.guidance_scale,
+            generator_every=self.generator_every,
+            gan_weights=(self.gan_generator, self.gan_critic),
         )
-
-
-@dataclass(frozen=True)
-class Dmd2Settings:
-    """DMD2's own numbers (see `dmd2.training.recipes` for the papers' values)."""
-
-    student_sigmas: tuple[float, ...]
-    """descending: one level for a one-step student"""
-    guidance_scale: float
-    """the teacher's; the fake score is never guided"""
-    generator_every: int
-    """k of the two time scales: critic updates for one of the generator's"""
-    gan_generator: float = 0.0
-    gan_critic: float = 0.0
-    dm_range: tuple[float, float] = (0.02, 0.98)
-    """the part of the σ table that the distribution-matching gradient draws from"""
 
 
 def dmd2_phases(
     networks: Networks,
-    settings: Dmd2Settings,
     modules: tuple[nn.Module, nn.Module],
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    sigmas: tuple[float, ...],
+    *,
+    guidance_scale: float = 1.0,
+    generator_every: int = 1,
+    gan_weights: tuple[float, float] = (0.0, 0.0),
 ) -> list[Phase]:
     """Generator and critic phases.
 
     Args:
         networks: student, teacher, fake score, classifier head.
-        settings: DMD2's numbers.
         modules: what the two phases train: the student's; the fake score's (with head).
         optimizers: theirs.
+        sigmas: of the student's steps, descending.
+        guidance_scale: the teacher's; the fake score is never guided.
+        generator_every: k of the two time scales: critic updates for one of the generator's.
+        gan_weights: of the generator's GAN loss and of the critic's.
     """
-    n, shared = networks, SharedImages()
+    n, shared = networks, SharedImages(networks.student, sigmas)
+    gan_of_generator, gan_of_critic = gan_weights
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples: Samples = batch.data
-        x = generate(n.student, samples, settings.student_sigmas, batch.generator)
-        shared.put(batch, x)
+        x = shared.for_generator(batch)
         with torch.no_grad():
-            sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *settings.dm_range)
+            sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *DM_RANGE)
             noisy = add_noise(x, sigma, torch.randn(x.shape, generator=batch.generator).to(x.device))
-            mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, settings.guidance_scale)
+            mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, guidance_scale)
             mu_fake = n.fake_score(noisy, sigma, samples.cond)
             gradient = distribution_matching_gradient(x, mu_real, mu_fake)
         loss = distribution_matching(x, gradient)
         logs: Logs = {"dm_gradient": gradient.square().mean().sqrt()}
-        if n.head is not None and settings.gan_generator > 0:
+        if n.head is not None and gan_of_generator > 0:
             adversarial = gan_generator(noised_logits(n.fake_score, n.head, x, samples.cond, batch.generator))
             logs["gan_generator"] = adversarial.detach()
-            loss = loss + settings.gan_generator * adversarial
+            loss = loss + gan_of_generator * adversarial
         return loss, logs
 
-    def fake_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples: Samples = batch.data
-        fake = shared.take(batch)
-        if fake is None:
-            with torch.no_grad():
-                fake = generate(n.student, samples, settings.student_sigmas, batch.generator)
-        loss, logs = critic_loss(
-            n.fake_score,
-            n.head,
-            fake,
-            samples.cond,
-            samples.real,
-            samples.real_cond,
-            settings.gan_critic,
-            batch.generator,
-        )
-        return loss, dict(logs)
+    def critic(batch: Batch) -> tuple[Tensor, Logs]:
+        s: Samples = batch.data
+        fake = shared.for_critic(batch)
+        return critic_loss(n.fake_score, n.head, fake, s.cond, s.real, s.real_cond, gan_of_critic, batch.generator)
 
     return [
-        Phase("generator", settings.generator_every, modules[0], optimizers[0], generator_loss),
-        Phase("critic", 1, modules[1], optimizers[1], fake_loss),
+        Phase("generator", generator_every, modules[0], optimizers[0], generator_loss),
+        Phase("critic", 1, modules[1], optimizers[1], critic),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +12,17 @@ from torch import Tensor, nn
 from dmd2.emoji.classifier import Classifier
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes
 from dmd2.evaluation.classifiers import save_classifier_file
-from dmd2.runtime.precision import Precision, autocast_dtype
-from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
-from dmd2.training.ranges import Blur, Part, Rate, Width
+from dmd2.runtime.precision import autocast_dtype
+from dmd2.training.loop import Batch, Logs, Method, Phase
+from dmd2.training.methods.common import Recipe
+from dmd2.training.ranges import Blur, Part, Width
 from dmd2.training.sources import EmojiSource, Inputs
 
 
 @dataclass(frozen=True)
-class EmojiClassifierRecipe:
+class EmojiClassifierRecipe(Recipe):
     """The judge that scores the embedded model. See `dmd2/training/methods/emoji_classifier.py`."""
 
-    loop: LoopSettings
-    lr: Rate
     weight_decay: Part
     widths: tuple[Width, Width, Width, Width]
     """channels at 1/2, 1/4, 1/8 and 1/16 of the image's side"""
@@ -35,13 +33,8 @@ class EmojiClassifierRecipe:
     """contrast: largest relative change; the other two: in units of images in [−1, 1], at most"""
     blur_pixels: Blur
     """largest standard deviation of the blur"""
-    precision: Precision = "auto"
     kind = "classifier"
-    inputs: ClassVar = ("data",)
-    data: ClassVar = "emoji"
-
-    def conflict(self) -> str | None:
-        return None
+    data = "emoji"
 
     def method(self, inputs: Inputs) -> Method:
         return train_classifier(

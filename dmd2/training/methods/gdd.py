@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,23 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.models.family import Family
-from dmd2.runtime.precision import Precision
 from dmd2.training.discriminators.projected import Backbone, DenoiserFeatures, ProjectedDiscriminator, TimmFeatures
 from dmd2.training.discriminators.published import PublishedDiscriminator, class_embeddings
-from dmd2.training.distil import DISTILLATION_INPUTS, distil
-from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
+from dmd2.training.distil import Distillation
+from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import gan_critic, gan_generator, r1
-from dmd2.training.methods.common import Kit, Samples, SharedImages, generate
-from dmd2.training.ranges import Count, DataName, Levels, Name, Part, Rate, Timesteps, Weight, levels_conflict
+from dmd2.training.methods.common import Kit, Samples, SharedImages
+from dmd2.training.ranges import Count, Name, Part, Rate, Weight
 from dmd2.training.sources import Inputs
 
 
 @dataclass(frozen=True)
-class GddRecipe:
+class GddRecipe(Distillation):
     """A one-step student by GDD, or GDD-I, which freezes most convolutions."""
 
-    loop: LoopSettings
-    lr: Rate
     lr_critic: Rate
     freeze: bool
     """GDD-I"""
@@ -46,24 +43,15 @@ class GddRecipe:
     r1_every: Count = 16
     boundary: Part = 0.002
     """ε of the preconditioning (GDD, app. C), for EDM's networks alone; 0 is EDM's own"""
-    sigmas: Levels = (80.0,)
-    timesteps: Timesteps = ()
-    """of the student's step: σ for EDM's teachers, a timestep for Stable Diffusion's, the other empty"""
-    data: DataName = "images"
-    precision: Precision = "auto"
-    compile: bool = False
-    inputs: ClassVar = DISTILLATION_INPUTS
     needs_images = True
-    pairs_batch: ClassVar = 0
-    paired: ClassVar = True
-    keeps_fake_score: ClassVar = False
+    paired = True
 
     @property
     def kind(self) -> str:
         return "gdd-i" if self.freeze else "gdd"
 
     def conflict(self) -> str | None:
-        if problem := levels_conflict(self, most=1):
+        if problem := super().conflict():
             return problem
         if self.sigmas and self.boundary >= self.sigmas[-1]:
             return f"boundary={self.boundary:g}: expected less than the level in sigmas, {self.sigmas[-1]:g}"
@@ -71,23 +59,19 @@ class GddRecipe:
             return "discriminator=published with backbones=[]: expected timm's networks, or discriminator=small"
         return None
 
-    def method(self, inputs: Inputs) -> Method:
-        return distil(self, inputs)
+    def start(self, family: Family, inputs: Inputs, **_: Any) -> tuple[Any, Any]:
+        return super().start(family, inputs, boundary=self.boundary)
 
     def phases(self, kit: Kit) -> list[Phase]:
         student, family = kit.student, kit.family
         trained = freeze_for_gdd_i(student, family.frozen_in_gdd_i) if self.freeze else student
         discriminator = self._discriminator(family, kit.inputs.device)
-        return gdd_phases(
-            kit.networks.student,
-            discriminator,
-            GddSettings(kit.sigmas[0], self.r1_gamma, self.r1_every),
-            (trained, discriminator),
-            (
-                torch.optim.Adam(trained.parameters(), lr=self.lr, betas=(0.0, 0.99)),
-                lazy_adam(discriminator.parameters(), self.lr_critic, (0.0, 0.99), self.r1_every),
-            ),
+        optimizers = (
+            torch.optim.Adam(trained.parameters(), lr=self.lr, betas=(0.0, 0.99)),
+            lazy_adam(discriminator.parameters(), self.lr_critic, (0.0, 0.99), self.r1_every),
         )
+        modules, r1_numbers = (trained, discriminator), (self.r1_gamma, self.r1_every)
+        return gdd_phases(kit.networks.student, discriminator, modules, optimizers, kit.sigmas[0], *r1_numbers)
 
     def _discriminator(self, family: Family, device: torch.device) -> nn.Module:
         backbones: list[Backbone] = [TimmFeatures(name, device, family.to_rgb) for name in self.backbones]
@@ -101,64 +85,44 @@ class GddRecipe:
         return ProjectedDiscriminator(backbones, example, cond, classes=classes, labels_of=labels_of).to(device)
 
 
-@dataclass(frozen=True)
-class GddSettings:
-    """GDD's own numbers (see `dmd2.training.recipes` for the paper's values)."""
-
-    sigma: float = 80.0
-    """the level that the one-step student starts from"""
-    r1_gamma: float = 1e-4 / 128
-    """beside losses that are means; the paper's 1e-4 is beside sums (see `dmd2.training.recipes.edm`). 0: no R1"""
-    r1_every: int = 16
-    """lazy regularisation: R1 takes an update of its own at every n-th step, n times as strong"""
-
-
 def gdd_phases(
     student: Denoiser,
     discriminator: Callable[[Tensor, Cond], Tensor],
-    settings: GddSettings,
     modules: tuple[nn.Module, nn.Module],
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    sigma: float,
+    r1_gamma: float,
+    r1_every: int,
 ) -> list[Phase]:
     """Generator and discriminator phases, one update each a step, and R1's at every n-th step.
 
     Args:
         student: starts from the teacher's weights.
         discriminator: (x0 (B, C, H, W), cond) → logits (B, n); see `dmd2.training.discriminators.projected`.
-        settings: GDD's numbers.
         modules: what the phases train: the student's (for GDD-I what `freeze_for_gdd_i` returns); the
             discriminator's.
         optimizers: theirs; see `lazy_adam` for the discriminator's.
+        sigma: the level that the student starts from.
+        r1_gamma: R1's weight beside losses that are means; 0 for no R1.
+        r1_every: lazy regularisation: R1 takes an update of its own at every n-th step, n times as strong.
     """
-    shared = SharedImages()
-
-    def reals(samples: Samples) -> Tensor:
-        if samples.real is None:
-            raise ValueError("samples: GDD learns from real images; there are none")
-        return samples.real
+    shared = SharedImages(student, (sigma,))
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples: Samples = batch.data
-        fake = generate(student, samples, (settings.sigma,), batch.generator)
-        shared.put(batch, fake)
-        return gan_generator(discriminator(fake, samples.cond)), {}
+        return gan_generator(discriminator(shared.for_generator(batch), batch.data.cond)), {}
 
     def r1_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples: Samples = batch.data
-        real = reals(samples).detach().requires_grad_()
+        real = batch.data.real.detach().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            penalty = r1(discriminator(real, samples.real_cond), real)
+            penalty = r1(discriminator(real, batch.data.real_cond), real)
         # Karras et al. 2020 (StyleGAN2), app. B: as strong on average as it would be at every step
-        return settings.r1_every * settings.r1_gamma / 2 * penalty, {"r1_penalty": penalty.detach()}
+        return r1_every * r1_gamma / 2 * penalty, {"r1_penalty": penalty.detach()}
 
     def discriminator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples: Samples = batch.data
-        fake = shared.take(batch)
-        if fake is None:
-            with torch.no_grad():
-                fake = generate(student, samples, (settings.sigma,), batch.generator)
-        logits_fake = discriminator(fake, samples.cond)
-        logits_real = discriminator(reals(samples), samples.real_cond)
+        assert samples.real is not None, "GDD learns from real images"
+        logits_fake = discriminator(shared.for_critic(batch), samples.cond)
+        logits_real = discriminator(samples.real, samples.real_cond)
         accuracy = ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
         return gan_critic(logits_real, logits_fake), {"gan_accuracy": accuracy}
 
@@ -166,8 +130,8 @@ def gdd_phases(
         Phase("generator", 1, modules[0], optimizers[0], generator_loss),
         Phase("discriminator", 1, modules[1], optimizers[1], discriminator_loss),
     ]
-    if settings.r1_gamma > 0:  # after the discriminator's own update, and not at step 0, as in the published runs
-        phases.append(Phase("r1", settings.r1_every, modules[1], optimizers[1], r1_loss, first=1))
+    if r1_gamma > 0:  # after the discriminator's own update, and not at step 0, as in the published runs
+        phases.append(Phase("r1", r1_every, modules[1], optimizers[1], r1_loss, first=1))
     return phases
 
 

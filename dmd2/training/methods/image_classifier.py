@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,17 @@ from dmd2.data.images import ImageSet
 from dmd2.evaluation.classifiers import save_classifier_file
 from dmd2.evaluation.image_classifier import ImageClassifier
 from dmd2.runtime.errors import InvalidInput
-from dmd2.runtime.precision import Precision, autocast_dtype
-from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase
-from dmd2.training.ranges import Name, Part, Rate, Steps, Width
+from dmd2.runtime.precision import autocast_dtype
+from dmd2.training.loop import Batch, Logs, Method, Phase
+from dmd2.training.methods.common import Recipe
+from dmd2.training.ranges import Name, Part, Steps, Width
 from dmd2.training.sources import Inputs
 
 
 @dataclass(frozen=True)
-class ImageClassifierRecipe:
+class ImageClassifierRecipe(Recipe):
     """The judge of small class-conditional models. See `dmd2/training/methods/image_classifier.py`."""
 
-    loop: LoopSettings
-    lr: Rate
     weight_decay: Part
     widths: tuple[Width, Width, Width]
     """channels at the image's own side, at a half, at a quarter and below"""
@@ -35,13 +34,8 @@ class ImageClassifierRecipe:
     """images of the data that only score it"""
     classes: Annotated[tuple[Name, ...], Field(min_length=2)]
     """what the labels 0, 1, … mean"""
-    precision: Precision = "auto"
     kind = "classifier"
-    inputs: ClassVar = ("data",)
-    data: ClassVar = "images"
-
-    def conflict(self) -> str | None:
-        return None
+    data = "images"
 
     def method(self, inputs: Inputs) -> Method:
         images = ImageSet(inputs.need("data"), classes=len(self.classes))

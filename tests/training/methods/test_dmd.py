@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork
-from dmd2.training.discriminators.head import ClassifierHead
 from dmd2.training.loop import Batch, LoopSettings, Phase, training_step
 from dmd2.training.losses import l2
 from dmd2.training.methods.common import Networks, Samples
-from dmd2.training.methods.dmd import DmdSettings, RegressionPairs, dmd_phases
-from dmd2.training.methods.dmd2 import Dmd2Settings, dmd2_phases
+from dmd2.training.methods.dmd import RegressionPairs, dmd_phases
+from dmd2.training.methods.dmd2 import dmd2_phases
 
 CONFIG = EdmConfig(
     architecture="ddpmpp",
@@ -78,8 +77,8 @@ def setting(*, weight: float = 0.25, fake_seed: int = 1, lr: float = 1e-3) -> Se
     samples = Samples((SAMPLES, 3, 8, 8), labels(SAMPLES), labels(SAMPLES).unconditional(), pairs=pairs)
     networks = Networks(Edm(student), Edm(teacher), Edm(fake))
     optimizers = torch.optim.Adam(student.parameters(), lr), torch.optim.Adam(fake.parameters(), lr)
-    phases = dmd_phases(networks, DmdSettings(SIGMA, weight), (student, fake), optimizers, distance=l2)
-    matching = dmd2_phases(networks, Dmd2Settings((SIGMA,), 1.0, 1), (student, fake), optimizers)
+    phases = dmd_phases(networks, (student, fake), optimizers, SIGMA, l2, weight)
+    matching = dmd2_phases(networks, (student, fake), optimizers, (SIGMA,))
     return Setting(student, fake, samples, phases, matching)
 
 
@@ -144,16 +143,3 @@ def test_regression_leads_to_the_teacher_s_images() -> None:
     for step in range(1, 30):
         last = float(training_step(s.phases[:1], s.batch(step), loop)["regression"])
     assert last < 0.5 * first
-
-
-def test_a_classifier_head_has_no_place_here() -> None:
-    s = setting()
-    networks = Networks(Edm(s.student), Edm(s.fake), Edm(s.fake), ClassifierHead(64, 4))
-    with pytest.raises(ValueError, match="no classifier head"):
-        dmd_phases(
-            replace(networks),
-            DmdSettings(SIGMA, 0.25),
-            (s.student, s.fake),
-            (s.phases[0].optimizer, s.phases[1].optimizer),
-            l2,
-        )

@@ -18,7 +18,7 @@ from dmd2.training.discriminators.head import ClassifierHead
 from dmd2.training.loop import Batch, Logs, LoopSettings, Phase, training_step
 from dmd2.training.losses import denoising
 from dmd2.training.methods.common import Networks, Samples, generate
-from dmd2.training.methods.dmd2 import Dmd2Settings, dmd2_phases
+from dmd2.training.methods.dmd2 import dmd2_phases
 
 MODES, RADIUS, SPREAD = 6, math.sqrt(2), 0.12  # unit variance in each of the two dimensions
 SHAPE = (16, 2, 4, 4)  # 16 images of 16 points
@@ -142,13 +142,13 @@ def distilled(ring: Ring, seed: int, timestep: int, iterations: int) -> tuple[Te
     imitate(ring, teacher, seed)
     student, fake = deepcopy(teacher), deepcopy(teacher)
     sigmas = (float(ring.sigmas[timestep]),)
-    settings = Dmd2Settings(student_sigmas=sigmas, guidance_scale=1.0, generator_every=2)
     samples = Samples(SHAPE, None, None)
     phases = dmd2_phases(
         Networks(student, ring, fake),
-        settings,
         (student, fake),
         (adam(student, 5e-3), adam(fake, 5e-3)),
+        sigmas,
+        generator_every=2,
     )
 
     @torch.no_grad()
@@ -307,9 +307,12 @@ def setting(*, gan: float = 0.0, every: int = 2, scale: float = 1.0, n: int = 16
     real = Ring().sample((n, 2, 4, 4), generator(9)) if gan else None
     phases = dmd2_phases(
         Networks(student, teacher, fake, head),
-        Dmd2Settings((5.0, 0.9), scale, every, gan_generator=gan, gan_critic=gan),
         (student, critic),
         (adam(student, 1e-3), adam(critic, 1e-3)),
+        (5.0, 0.9),
+        guidance_scale=scale,
+        generator_every=every,
+        gan_weights=(gan, gan),
     )
     samples = Samples((n, 2, 4, 4), cond, uncond, real, cond)
     return Setting(student, fake, head, critic, teacher, phases, samples, LoopSettings(iterations=1000, batch_size=n))
@@ -389,9 +392,9 @@ def test_a_teacher_that_equals_the_fake_moves_nothing() -> None:
     student, ring = Net(32), Ring()
     phases = dmd2_phases(
         Networks(student, ring, ring),
-        Dmd2Settings((5.0, 0.9), 1.0, 1),
         (student, nn.Module()),
         (adam(student, 1e-3), adam(Net(8), 1e-3)),
+        (5.0, 0.9),
     )
     loss, logs = phases[0].loss(Batch(0, Samples((16, 2, 4, 4), None, None), generator(0)))
     loss.backward()

@@ -19,7 +19,7 @@ from dmd2.training.discriminators.projected import DenoiserFeatures, ProjectedDi
 from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train, training_step
 from dmd2.training.losses import gan_critic, gan_generator, r1
 from dmd2.training.methods.common import Samples, SharedImages
-from dmd2.training.methods.gdd import GddRecipe, GddSettings, freeze_for_gdd_i, gdd_phases, lazy_adam
+from dmd2.training.methods.gdd import GddRecipe, freeze_for_gdd_i, gdd_phases, lazy_adam
 from dmd2.training.recipes.edm import EDM_RECIPES
 
 N, SIDE = 4, 8
@@ -114,12 +114,14 @@ def setting(*, improved: bool = False, gamma: float = 1e-4, every: int = 16) -> 
     phases = gdd_phases(
         Edm(student),
         d,
-        GddSettings(r1_gamma=gamma, r1_every=every),
         (trained, d),
         (
             torch.optim.Adam(trained.parameters(), 1e-3, betas=(0.0, 0.99)),
             lazy_adam(d.parameters(), 1e-3, (0.0, 0.99), every),
         ),
+        80.0,
+        gamma,
+        every,
     )
     return Setting(student, teacher, d, samples, phases)
 
@@ -201,19 +203,6 @@ def test_r1_is_as_strong_as_if_it_came_at_every_step() -> None:
 
 def test_without_gamma_there_is_no_r1() -> None:
     assert [phase.name for phase in setting(gamma=0.0).phases] == ["generator", "discriminator"]
-
-
-def test_without_real_images_there_is_nothing_to_learn() -> None:
-    s = setting()
-    phases = gdd_phases(
-        Edm(s.student),
-        s.discriminator,
-        GddSettings(),
-        (s.student, s.discriminator),
-        (s.phases[0].optimizer, s.phases[1].optimizer),
-    )
-    with pytest.raises(ValueError, match="real images"):
-        phases[-1].loss(batch(0, Samples(s.samples.shape, s.samples.cond, None)))
 
 
 # GDD-I
@@ -325,12 +314,14 @@ def test_the_generator_s_mean_moves_to_the_data_s() -> None:
     phases = gdd_phases(
         student,
         d,
-        GddSettings(r1_gamma=1e-2),
         (student, d),
         (
             torch.optim.Adam(student.parameters(), 2e-2, betas=(0.0, 0.99)),
             lazy_adam(d.parameters(), 4e-3, (0.0, 0.99), 16),
         ),
+        80.0,
+        1e-2,
+        16,
     )
     first = float((student.mean.detach().flatten() - target).abs().max())
     loop = LoopSettings(iterations=1000, batch_size=16, max_grad_norm=float("inf"), decay=False)
@@ -354,14 +345,21 @@ def test_generated_images_are_shared_by_both_updates_of_a_step() -> None:
 
 
 def test_shared_images_are_those_of_the_same_part_of_the_same_step() -> None:
-    shared, one, two = SharedImages(), batch(1), batch(1)
-    shared.put(one, torch.ones(1))
-    assert shared.take(two) is None
-    x0 = shared.take(one)
-    assert x0 is not None and x0.item() == 1 and shared.take(one) is None
-    shared.put(one, torch.ones(1))
-    shared.put(batch(2), torch.ones(1))
-    assert shared.take(one) is None  # of a step that is over
+    samples = Samples((2, 3, 8, 8), None, None)
+    shared, one, two, later = SharedImages(Shift(), (80.0,)), *(batch(step, samples) for step in (1, 1, 2))
+
+    def is_shared(part: Batch, x0: Tensor) -> bool:
+        """Whether the critic gets these very images; others are generated for it, without gradient, too."""
+        seen = shared.for_critic(part)
+        assert not seen.requires_grad and seen.shape == x0.shape
+        return seen.data_ptr() == x0.data_ptr()
+
+    x0 = shared.for_generator(one)
+    assert x0.requires_grad
+    assert not is_shared(two, x0) and is_shared(one, x0) and not is_shared(one, x0)
+    again = shared.for_generator(one)
+    shared.for_generator(later)
+    assert not is_shared(one, again)  # of a step that is over
 
 
 def test_published_recipes_weigh_r1_as_the_published_runs() -> None:
