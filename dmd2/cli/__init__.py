@@ -42,6 +42,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     evaluate.evaluate: "dmd2 evaluate runs/mine/model --metric fid --ref cifar10.npz",
     evaluate.ref_stats: "dmd2 ref-stats cifar10.zip cifar10.npz",
     info.info: "dmd2 info weights/emoji",
+    serve.serve: "dmd2 serve --weights weights/emoji --api-key-file keys.txt",
     serve.cog: "dmd2 cog --port 5000 --weights weights/emoji",
 }
 for _verb, _example in EXAMPLES.items():

@@ -1,16 +1,17 @@
-"""`dmd2 cog`: images over HTTP."""
+"""`dmd2 serve` and `dmd2 cog`: images over HTTP."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.paths import ROOT
 
 
@@ -42,3 +43,57 @@ def cog(
     sys.stdout.flush()
     entrypoint = ROOT / "scripts" / "entrypoint"
     os.execve(sys.executable, [sys.executable, str(entrypoint), "--host", host], environment)
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="Folder of weights with a dmd2.json. Repeat it to serve several.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys, one a line: who brings none of them is refused.")
+    ] = None,
+    insecure_public: Annotated[
+        bool, typer.Option("--insecure-public", help="Listen on a public address although anybody may ask.")
+    ] = False,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin of web pages that may call, as https://HOST. Repeat it.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, max=10_000, help="Requests that wait for a model, at most.")] = 64,
+    rate: Annotated[int, typer.Option(min=0, max=100_000, help="Requests a minute of each key; 0: any number.")] = 0,
+    body_mb: Annotated[int, typer.Option(min=1, max=1000, help="Megabytes of one request, at most.")] = 64,
+    keep_seconds: Annotated[
+        int, typer.Option(min=1, max=86_400, help="Seconds for which images that are answered as URLs are kept.")
+    ] = 3600,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts go into the access log.")] = False,
+) -> None:
+    """Serve images to clients of OpenAI's and AUTOMATIC1111's APIs, and a page to generate in."""
+    for folder in weights or ():
+        if not folder.is_file() and not (folder / "dmd2.json").is_file():
+            raise InvalidInput("weights", "expected a folder with a dmd2.json or a tar of one", folder)
+    for origin in cors or ():
+        if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?", origin, re.ASCII):
+            raise InvalidInput("cors", "expected an origin such as https://example.org", shown(origin))
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise UserError("what serving needs is not installed; pip install 'dmd2[serve]'")
+
+    from dmd2.service.http.guard import Rules, read_keys
+    from dmd2.service.http.server import is_loopback
+    from dmd2.service.http.server import serve as run
+
+    keys = read_keys(api_key_file) if api_key_file is not None else ()
+    if not is_loopback(host) and not keys and not insecure_public:
+        raise InvalidInput(
+            "host", "anybody could ask; expected --api-key-file, or --insecure-public if that is meant", shown(host)
+        )
+    rules = Rules(
+        keys,
+        loopback=is_loopback(host),
+        origins=tuple(cors or ()),
+        per_minute=rate,
+        body=body_mb * 1_000_000,
+        bodies=4 * body_mb * 1_000_000,
+        log_prompts=log_prompts,
+    )
+    sys.exit(run(weights or [], host, port, rules, waiting=queue, keep_seconds=keep_seconds))

@@ -33,6 +33,9 @@ class PromptEncoder(Protocol):
             UserError: it is too long, or names nothing that the networks know.
         """
 
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens the prompt has; of what names a class 1. Raises as `token_chunks`."""
+
 
 class Model(Protocol):
     """A folder of weights, loaded: all that the engine, the service and the evaluation ask of a family."""

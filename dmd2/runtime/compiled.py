@@ -38,6 +38,8 @@ class Compiler:
 
     def __init__(self, device: torch.device, compile: bool = True, backend: str = "inductor") -> None:
         self.recording_now = False
+        self.failures = 0
+        """shapes that could not be prepared, so far: they run as they are"""
         self._compile, self._backend = compile, backend
         self._capture = cuda_graphs(torch.cuda.graph_pool_handle()) if device.type == "cuda" else uncaptured
         # One code object serves all shapes and both students.
@@ -103,6 +105,7 @@ class Prepared:
             records[batch] = self._record(tuple(None if x is None else x[:batch].clone() for x in inputs))
         except Exception as error:  # whatever a compiler may raise: images can be generated without it
             lines = str(error).strip().splitlines() or [""]
+            self._compiler.failures += 1
             logger.warning("not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, lines[0])
 
 

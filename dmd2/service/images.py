@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OutputImage:
-    """A finished image, or a preview of one. `path` is None if the safety checker withheld it."""
+    """A finished image, or a preview of one. `path` and `data` are None if the safety checker withheld it."""
 
     path: Path | None
     seed: int
@@ -53,6 +54,10 @@ class OutputImage:
     """by stage"""
     step: int | None = None
     """of a preview: how many steps were done"""
+    data: bytes | None = None
+    """the file's content, of a service without `files`"""
+    size: tuple[int, int] = (0, 0)
+    """width and height"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class ImageService:
         weights: folder or tar of weights; None to look in the usual places.
         device: "auto", "cpu" or "cuda".
         safety: folder of the safety checker; it is used if it is there.
+        files: whether images are left in files; else each comes with its content.
+        turn: held while a batch is generated: services on one device may share a lock.
 
     Raises:
         UserError: weights or checker are missing, damaged or not what they say.
@@ -108,11 +115,14 @@ class ImageService:
         device: str = "auto",
         safety: Path = SAFETY,
         environ: Mapping[str, str] = os.environ,
+        files: bool = True,
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         folder = locate(weights, environ)
         manifest = read_manifest(folder)
         logger.info("weights: %s (%s), licence: %s", folder, manifest.name, manifest.licence)
-        max_batch = _max_batch(environ, manifest.native_size)
+        self.max_batch = max_batch = _max_batch(environ, manifest.native_size)
+        self._turn = turn or nullcontext()
         self._unsafe_allowed = may_be_disabled(environ)
         self._text_cache = _megabytes(environ, "DMD2_TEXT_CACHE", TEXT_CACHE)
         self._vae = environ.get("DMD2_VAE", "").strip() or "kl"
@@ -134,8 +144,9 @@ class ImageService:
         self._downloads = ThreadPoolExecutor(SLOTS, "download")
         self._downloading: set[threading.Event] = set()
         self.loras = LoraFiles(folder, cache_folder(environ))
-        self._outbox = Outbox()
-        atexit.register(self._outbox.close)
+        self._outbox = Outbox() if files else None
+        if self._outbox is not None:
+            atexit.register(self._outbox.close)
 
     def _load(
         self,
@@ -180,8 +191,9 @@ class ImageService:
         self._batcher.close()
         self._readers.shutdown(cancel_futures=True)
         self._encoders.shutdown()
-        self._outbox.close()
-        atexit.unregister(self._outbox.close)
+        if self._outbox is not None:
+            self._outbox.close()
+            atexit.unregister(self._outbox.close)
 
     async def generate(self, request: ImageRequest) -> AsyncGenerator[OutputImage, None]:
         """Generates the request's images and yields them in order, each as soon as it is encoded; previews meanwhile.
@@ -263,10 +275,10 @@ class ImageService:
 
     async def _finish(self, ticket: PendingJob[_Job, _Image], request: ImageRequest) -> OutputImage:
         drawn: JobResult[_Image] = await asyncio.wrap_future(ticket.future)
-        image, path, began = drawn.result, None, time.perf_counter()
+        image, path, data, began = drawn.result, None, None, time.perf_counter()
         if not image.flagged:
             loop = asyncio.get_running_loop()
-            path = await loop.run_in_executor(self._encoders, self._write, ticket.job, image.image, request)
+            path, data = await loop.run_in_executor(self._encoders, self._write, ticket.job, image.image, request)
         seconds = {
             "queue": drawn.queue_seconds,
             "text": image.timings.text,
@@ -276,20 +288,24 @@ class ImageService:
             "encode": time.perf_counter() - began,
         }
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
-        return OutputImage(path, ticket.job.seed, drawn.batch_size, rounded)
+        return OutputImage(path, ticket.job.seed, drawn.batch_size, rounded, None, data, ticket.job.size)
 
     async def _finish_preview(self, preview: _Preview, request: ImageRequest) -> OutputImage:
         loop = asyncio.get_running_loop()
         write = partial(self._write, preview.job, preview.image, request, preview.step)
-        path = await loop.run_in_executor(self._encoders, write)
-        return OutputImage(path, preview.job.seed, step=preview.step)
+        path, data = await loop.run_in_executor(self._encoders, write)
+        return OutputImage(path, preview.job.seed, step=preview.step, data=data, size=preview.job.size)
 
-    def _write(self, job: _Job, image: Tensor, request: ImageRequest, step: int | None = None) -> Path:
+    def _write(
+        self, job: _Job, image: Tensor, request: ImageRequest, step: int | None = None
+    ) -> tuple[Path, None] | tuple[None, bytes]:
         metadata = image_metadata(self.engine, job.prompt, job.seed, str(job.steps), job.edit, preview_of_step=step)
         data = encode_image(image, request.output_format, request.output_quality, metadata)
+        if self._outbox is None:
+            return None, data
         # The seed tells the images of a request apart where Cog uploads them in any order.
         name = f"{job.seed}" if step is None else f"{job.seed}-preview-{step}"
-        return self._outbox.write(data, name, request.output_format)
+        return self._outbox.write(data, name, request.output_format), None
 
     def _generate(self, jobs: list[_Job], check: Check) -> list[_Image]:
         """On the device thread: jobs of equal steps, size and edits."""
@@ -302,9 +318,10 @@ class ImageService:
                 if show is not None and not flag:
                     show(_Preview(jobs[row], step, image))
 
-        images, timings = self.engine.generate_timed(
-            prompts, seeds, str(first.steps), first.size, check, first.edit, preview if first.show else None
-        )
+        with self._turn:
+            images, timings = self.engine.generate_timed(
+                prompts, seeds, str(first.steps), first.size, check, first.edit, preview if first.show else None
+            )
         began = time.perf_counter()
         flags = self._flags(jobs, images)
         seconds = time.perf_counter() - began

@@ -47,6 +47,8 @@ class ClassEncoder:
         self.number(prompt)
         return 1
 
+    count_tokens = token_chunks
+
     def number(self, prompt: str) -> int:
         """The class that a prompt names; −1, for any, if there are no classes, or if the prompt is empty."""
         text = prompt.strip()

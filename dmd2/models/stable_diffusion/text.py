@@ -113,15 +113,21 @@ class TextEncoder:
         Raises:
             UserError: it has more than `MOST_TOKENS` tokens.
         """
-        most = 1
-        for tokenizer in self.tokenizers:
-            count = len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
-            if count > MOST_TOKENS:
-                raise InvalidInput(
-                    "prompt", f"{count} tokens (of {len(prompt)} characters); expected at most {MOST_TOKENS}"
-                )
-            most = max(most, -(-count // (tokenizer.model_max_length - 2)))
-        return most
+        counts = [-(-self._count(t, prompt) // (t.model_max_length - 2)) for t in self.tokenizers]
+        return max(1, *counts)
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens the prompt has. Raises as `token_chunks`."""
+        return max(self._count(tokenizer, prompt) for tokenizer in self.tokenizers)
+
+    @staticmethod
+    def _count(tokenizer: Any, prompt: str) -> int:
+        count = len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+        if count > MOST_TOKENS:
+            raise InvalidInput(
+                "prompt", f"{count} tokens (of {len(prompt)} characters); expected at most {MOST_TOKENS}"
+            )
+        return count
 
     @staticmethod
     def _chunks(tokenizer: Any, prompts: list[str]) -> Tensor:

@@ -1,0 +1,1 @@
+"""`dmd2 serve`: images over HTTP for clients that exist, without Cog."""

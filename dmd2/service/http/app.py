@@ -1,0 +1,139 @@
+"""The application: every route, behind the guard."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from dmd2 import __version__
+from dmd2.service.http import openai
+from dmd2.service.http.guard import Guard, Rules
+from dmd2.service.http.kept import Kept
+from dmd2.service.http.metrics import Metrics
+from dmd2.service.http.models import Models
+from dmd2.service.http.refusal import Refusal, answer
+
+PAGE = Path(__file__).parent / "page"
+
+logger = logging.getLogger(__name__)
+
+
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"] = "alive"
+
+
+class Warm(BaseModel):
+    """Of one model."""
+
+    loaded: bool
+    warm: bool
+    """no later request is the first of its kind"""
+    compile_failures: int
+    """shapes that run uncompiled because the compiler failed"""
+
+
+class Ready(BaseModel):
+    """Whether requests should come here."""
+
+    status: Literal["ready", "loading", "stopping"]
+    models: dict[str, Warm]
+
+
+def create_app(
+    loaders: Mapping[str, Callable[[], Any]],
+    rules: Rules | None = None,
+    *,
+    waiting: int = 64,
+    kept: Kept | None = None,
+    page: Path = PAGE,
+    failed: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """The application; `app.state.models` are its models, which are loaded once it is started.
+
+    Args:
+        loaders: name of a model → what loads its `ImageService`.
+        waiting: requests in the queue of each model.
+        page: folder of static files for `/`.
+        failed: is told what a loader raised.
+    """
+    rules, metrics, kept = rules or Rules(), Metrics(), kept or Kept()
+    models = Models(loaders, waiting, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(models.load())
+
+        def loaded(task: asyncio.Task[None]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if error is not None and failed is not None:
+                failed(error)
+
+        loading.add_done_callback(loaded)
+        yield
+        models.drain()
+        await asyncio.wait({loading})
+        await models.close()
+
+    app = FastAPI(title="dmd2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.models, app.state.metrics = models, metrics
+
+    @app.get("/healthz")
+    async def healthz() -> Alive:
+        return Alive()
+
+    @app.get("/readyz", responses={503: {"model": Ready, "description": "Not now."}})
+    async def readyz(response: Response) -> Ready:
+        response.status_code = 200 if models.ready else 503
+        return Ready(
+            status="ready" if models.ready else "stopping" if models.draining else "loading",
+            models={name: Warm(**warm) for name, warm in models.warm().items()},
+        )
+
+    refused: dict[int | str, dict[str, Any]] = {status: openai.ERRORS[status] for status in (401, 403, 421)}
+
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **refused}, response_class=Response)
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get(
+        "/files/{name}",
+        name="kept",
+        responses={200: {"content": {"image/*": {}}}, 404: openai.ERRORS[404], 403: openai.ERRORS[403]},
+        response_class=Response,
+    )
+    async def file(name: str) -> Response:
+        found = kept.get(name)
+        if found is None:
+            raise Refusal(404, "not_found", f"no such file, or it is older than {kept.seconds:.0f} s")
+        return Response(found[0], media_type=found[1])
+
+    app.include_router(openai.router(models, kept))
+    pages = frozenset[str]()
+    if (page / "index.html").is_file():
+        pages = frozenset({"/", *(f"/{path.relative_to(page).as_posix()}" for path in page.rglob("*"))})
+        app.mount("/", StaticFiles(directory=page, html=True), name="page")
+    for kind in (RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_middleware(Guard, rules=rules, metrics=metrics, pages=pages)
+    if rules.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(rules.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Timeout"],
+            expose_headers=["Retry-After", "X-Queue-Position", "X-Request-Id"],
+        )
+    return app

@@ -1,0 +1,287 @@
+"""What stands before every route: keys, rates, bounds on bodies, hosts and origins, headers, the access log.
+
+Plain ASGI: nothing here waits for an answer to be whole, so streams stay streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import math
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+
+from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.files import read_bounded
+from dmd2.service.http.metrics import Metrics
+from dmd2.service.http.refusal import Refusal, answer
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+OPEN = ("/healthz", "/readyz", "/openapi.json", "/files/")
+"""what needs no key; so does the page, which asks for one. Names of files cannot be guessed"""
+METERED = ("/v1/images/", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+"""what counts for a key's rate; the websocket counts its messages"""
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+SILENCE = 30.0
+"""seconds within which more of a body must come"""
+MOST_CALLERS = 10_000
+"""whose rates are remembered"""
+LEAST_KEY = 16
+"""characters"""
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+access = logging.getLogger("dmd2.access")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the operator chose."""
+
+    keys: tuple[bytes, ...] = field(default=(), repr=False)
+    """SHA-256 of each key that is let in; none: everybody is"""
+    loopback: bool = True
+    """listens on this machine only"""
+    origins: tuple[str, ...] = ()
+    """other web pages that may call"""
+    per_minute: int = 0
+    """requests of one key (without keys, of one address); 0: any number"""
+    body: int = 64_000_000
+    """bytes of one request"""
+    bodies: int = 256_000_000
+    """bytes of all requests that are read at one time"""
+    log_prompts: bool = False
+
+
+class Bucket:
+    """Allows `per_minute` requests a minute, that many at once after a pause. `taken`: of which clock."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self._rate, self._most = per_minute / 60, float(per_minute)
+        self._left, self._at = self._most, now
+
+    def take(self, now: float) -> int:
+        """0 if a request may pass, else whole seconds until one may."""
+        self._left = min(self._most, self._left + (now - self._at) * self._rate)
+        self._at = now
+        if self._left >= 1:
+            self._left -= 1
+            return 0
+        return max(1, math.ceil((1 - self._left) / self._rate))
+
+
+class Rates:
+    """A bucket for each caller; the ones seen last are remembered."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute, self._clock = per_minute, clock
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    def check(self, caller: str) -> None:
+        """Raises Refusal if the caller has asked too often."""
+        if not self._per_minute:
+            return
+        now = self._clock()
+        bucket = self._buckets.setdefault(caller, Bucket(self._per_minute, now))
+        self._buckets.move_to_end(caller)
+        if len(self._buckets) > MOST_CALLERS:
+            self._buckets.popitem(last=False)
+        if wait := bucket.take(now):
+            raise Refusal(
+                429, "rate_limit_exceeded", f"more than {self._per_minute} requests a minute", retry_after=wait
+            )
+
+
+def read_keys(path: Path) -> tuple[bytes, ...]:
+    """SHA-256 of the keys in a file, one a line; empty lines and those that begin with # are none.
+
+    Raises:
+        UserError: there are none, or one is too short to be secret.
+    """
+    text = read_bounded(path, 1_000_000, "api-key-file").decode("utf-8", "replace")
+    keys = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise UserError(f"api-key-file {path}: holds no key; expected one a line")
+    if any(len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise UserError(f"api-key-file {path}: expected at least {LEAST_KEY} ASCII characters, without spaces")
+    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def matching(given: Iterable[str], keys: tuple[bytes, ...]) -> str | None:
+    """The name, for logs, of the first key given that is one of `keys`. Takes as long whichever it is."""
+    for key in given:
+        digest = hashlib.sha256(key.encode("utf-8", "replace")).digest()
+        if sum(hmac.compare_digest(digest, known) for known in keys):
+            return f"key-{digest.hex()[:8]}"
+    return None
+
+
+def presented(headers: Headers) -> list[str]:
+    """The keys that a request brings: as a bearer, as the password of basic authentication, or, from a page's
+    websocket, as a subprotocol `key.KEY`."""
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    found = [value.strip()] if kind.lower() == "bearer" else []
+    if kind.lower() == "basic":
+        try:
+            both = base64.b64decode(value, validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            both = ""
+        found += [both, both.partition(":")[2]]
+    protocols = headers.get("sec-websocket-protocol", "").split(",")
+    return found + [text.strip()[4:] for text in protocols if text.strip().startswith("key.")]
+
+
+def _host(url: str) -> tuple[str | None, str]:
+    """Host without and with its port, of what may be no URL at all."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return None, ""
+    return parts.hostname, parts.netloc
+
+
+class Guard:
+    """The ASGI middleware."""
+
+    def __init__(self, app: App, rules: Rules, metrics: Metrics, pages: frozenset[str]) -> None:
+        self._app, self._rules, self._metrics, self._pages = app, rules, metrics, pages
+        self.rates = Rates(rules.per_minute)
+        self._held = 0  # bytes of bodies
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        began, seen = time.perf_counter(), _Seen(scope["path"] in self._pages, scope["type"] == "websocket")
+        state = scope.setdefault("state", {})
+        state["id"], state["rates"] = uuid.uuid4().hex, self.rates
+        state["caller"] = (scope.get("client") or ("?",))[0]
+        body = _Body(self, receive)
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen.status = message["status"]
+                headers = MutableHeaders(raw=message.setdefault("headers", []))
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, PAGE_POLICY if name.startswith("content-sec") and seen.page else value)
+                headers["x-request-id"] = state["id"]
+                if self._rules.origins:
+                    headers["cross-origin-resource-policy"] = "cross-origin"
+            elif message["type"] in ("websocket.accept", "websocket.close"):
+                seen.status = message.get("code", 101)
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+            except Refusal as refusal:
+                if refusal.status_code == 429:
+                    self._metrics.rejections.labels(refusal.code).inc()
+                if seen.websocket:
+                    await sending({"type": "websocket.close", "code": 1008, "reason": refusal.code})
+                else:
+                    await (await answer(Request(scope), refusal))(scope, receive, sending)
+            else:
+                await self._app(scope, receive if seen.websocket else body.receive, sending)
+        finally:
+            self._held -= body.held
+            self._log(scope, seen, time.perf_counter() - began)
+
+    def _check(self, scope: MutableMapping[str, Any]) -> None:
+        """Raises Refusal unless the request may come in."""
+        headers, rules, path = Headers(scope=scope), self._rules, scope["path"]
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if rules.loopback and not rules.keys and _host(f"//{host}")[0] not in LOOPBACK:
+            # Else any web page could reach this machine's server by a name of its own (DNS rebinding).
+            raise Refusal(421, "unknown_host", f"Host {shown(host, 100)}: expected localhost, or a server with keys")
+        if origin is not None and origin not in rules.origins and _host(origin)[1] != host:
+            raise Refusal(403, "unknown_origin", f"Origin {shown(origin, 100)}: not among those that are allowed")
+        if rules.keys and path not in self._pages and not path.startswith(OPEN):
+            caller = matching(presented(headers), rules.keys)
+            if caller is None:
+                raise Refusal(401, "invalid_api_key", "expected a valid key as `Authorization: Bearer KEY`")
+            scope["state"]["caller"] = caller
+        if scope.get("method") == "POST" and path.startswith(METERED):
+            self.rates.check(scope["state"]["caller"])
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > rules.body:
+            raise Refusal(413, "too_large", f"a body of {shown(length, 30)} bytes; expected at most {rules.body}")
+
+    def _log(self, scope: MutableMapping[str, Any], seen: _Seen, seconds: float) -> None:
+        state, route = scope["state"], getattr(scope.get("route"), "path", "other")
+        self._metrics.requests.labels(route, str(seen.status)).inc()
+        if not seen.websocket:
+            self._metrics.seconds.labels(route).observe(seconds)
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "request": state["id"]}
+        line |= {"caller": state["caller"], "method": scope.get("method", "WS"), "path": shown(scope["path"], 200)}
+        line |= {"status": seen.status, "seconds": round(seconds, 4)}
+        line |= {name: state[name] for name in ("model", "n", "seed", "position", "code") if name in state}
+        if self._rules.log_prompts and "prompt" in state:
+            line["prompt"] = shown(state["prompt"], 5000)
+        access.info("%s", json.dumps(line))
+
+    def hold(self, size: int, body: _Body) -> None:
+        """Counts bytes of a body. Raises Refusal if there are too many."""
+        self._held += size
+        body.held += size
+        if body.held > self._rules.body:
+            raise Refusal(413, "too_large", f"the body has more than {self._rules.body} bytes")
+        if self._held > self._rules.bodies:
+            self._metrics.rejections.labels("bodies").inc()
+            raise Refusal(503, "busy", "too many large requests at once", retry_after=2)
+
+
+class _Body:
+    """Passes on the body of a request, counted and not for ever."""
+
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self._guard, self._receive = guard, receive
+        self.held, self._whole = 0, False
+
+    async def receive(self) -> Message:
+        try:
+            message = await asyncio.wait_for(self._receive(), None if self._whole else SILENCE)
+        except TimeoutError:
+            raise Refusal(408, "too_slow", f"nothing of the body came for {SILENCE:.0f} s") from None
+        if message["type"] == "http.request":
+            self._guard.hold(len(message.get("body", b"")), self)
+            self._whole = not message.get("more_body")
+        return message
+
+
+@dataclass
+class _Seen:
+    """What goes into the log."""
+
+    page: bool
+    websocket: bool
+    status: int = 0

@@ -1,0 +1,133 @@
+"""`dmd2 serve`: the application on a socket, from start to drained end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from dmd2.models.locate import locate
+from dmd2.runtime.errors import BriefFormatter, InvalidInput, UserError, one_line
+from dmd2.service.cog.front import Connection
+from dmd2.service.cog.supervisor import listen
+from dmd2.service.http.app import create_app
+from dmd2.service.http.guard import LOOPBACK, Rules
+from dmd2.service.http.kept import Kept
+from dmd2.service.http.models import Models
+
+DRAIN = 300
+"""seconds that requests under way have after SIGTERM"""
+CONNECTIONS = 1000
+"""at one time; one more is a 503"""
+MESSAGE = 1 << 16
+"""bytes of a websocket's message"""
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Lets nobody in any more once a signal has come."""
+
+    models: Models
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.models.drain()
+        super().handle_exit(sig, frame)
+
+
+def named(weights: Sequence[Path]) -> dict[str, Path]:
+    """Folders, or tars of them, by their names; none given: the usual one.
+
+    Raises:
+        UserError: two have one name.
+    """
+    found: dict[str, Path] = {}
+    for folder in weights or [locate(None, os.environ)]:
+        name = folder.resolve().name.partition(".tar")[0]
+        if name in found:
+            raise InvalidInput("weights", f"two folders are called {name}; expected names that differ")
+        found[name] = folder
+    return found
+
+
+def serve(
+    weights: Sequence[Path], host: str, port: int, rules: Rules, *, waiting: int = 64, keep_seconds: float = 3600.0
+) -> int:
+    """Serves until a signal comes; the exit status.
+
+    Raises:
+        UserError: it cannot listen there, or weights cannot be loaded.
+    """
+    _log()
+    failures: list[BaseException] = []
+    turn = threading.Lock()  # the models share a device
+
+    def load(folder: Path) -> object:
+        from dmd2.service.images import ImageService  # torch: /healthz answers while it is imported
+
+        return ImageService(folder, files=False, turn=turn)
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(
+        {name: partial(load, folder) for name, folder in named(weights).items()},
+        rules,
+        waiting=waiting,
+        kept=Kept(keep_seconds),
+        failed=failed,
+    )
+    listener = listen(host, port)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="websockets-sansio",
+        ws_max_size=MESSAGE,
+        ws_max_queue=4,
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=DRAIN,
+    )
+    server = Server(config)
+    server.models = app.state.models
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them anew once it has ended
+        signal.signal(number, lambda *_: None)
+    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
+    server.run(sockets=[listener])
+    if failures:
+        error = failures[0]
+        if isinstance(error, UserError):
+            raise error
+        raise UserError(f"the weights cannot be loaded: {type(error).__name__}: {one_line(error)}")
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    return host in LOOPBACK
+
+
+def _log() -> None:
+    """Everything to stderr, the access log as bare JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(BriefFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for noisy in ("httpx2", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    access, plain = logging.getLogger("dmd2.access"), logging.StreamHandler(sys.stdout)
+    plain.setFormatter(logging.Formatter("%(message)s"))
+    access.addHandler(plain)
+    access.propagate = False
