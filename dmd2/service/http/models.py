@@ -47,6 +47,10 @@ class Served:
             running_images=lambda: self.admission.running,
             compile_failures=lambda: self.compile_failures,
         )
+        from dmd2.runtime.offload import peak_memory  # torch, which the service has loaded by now
+
+        device = service.engine.model.device
+        metrics.watch_memory(str(device), lambda: peak_memory(device))
         self.created = int(time.time())
 
     @property

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import torch
 from fastapi import FastAPI
 from PIL import Image
 
@@ -63,6 +64,7 @@ class FakeService:
             encode_text=encoder,
             codec=SimpleNamespace(factor=4),
             takes_prompts=not classes,
+            device=torch.device("cpu"),
             placement=SimpleNamespace(compiler=None),
         )
         self.engine: Any = SimpleNamespace(
@@ -71,7 +73,6 @@ class FakeService:
             size_unit=4,
             check_size=check_size,
             check_prompts=lambda prompts: None,
-            device="cpu",
             sha256=lambda steps: "0" * 64,
         )
         self.loras = SimpleNamespace(folder=Path("/nonexistent"))

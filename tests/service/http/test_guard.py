@@ -1,0 +1,330 @@
+"""What stands before the routes: keys, rates, hosts and origins, bounds on bodies, headers, logs, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmd2.runtime.errors import UserError
+from dmd2.service.http import guard
+from dmd2.service.http.app import create_app
+from dmd2.service.http.guard import MOST_CALLERS, Rates, Rules, read_keys
+from dmd2.service.http.refusal import Refusal
+from tests.service.http.fake import FakeService, client_of, fake_app
+
+GENERATIONS = "/v1/images/generations"
+KEYS = ("first-key-0123456789", "second-key-0123456789")
+BODY = {"prompt": "an owl"}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[bytes, ...]:
+    path = tmp_path / "keys.txt"
+    path.write_text(f"# of the office\n{KEYS[0]}\n\n  {KEYS[1]}  \n")
+    return read_keys(path)
+
+
+def answers(rules: Rules, *requests: tuple[str, str, dict[str, Any]], service: Any = None) -> list[httpx.Response]:
+    async def run() -> list[httpx.Response]:
+        async with client_of(fake_app(service, rules)) as client:
+            return [await client.request(method, path, **more) for method, path, more in requests]
+
+    return asyncio.run(run())
+
+
+def bearer(key: str) -> dict[str, Any]:
+    return {"json": BODY, "headers": {"Authorization": f"Bearer {key}"}}
+
+
+def basic(text: str) -> dict[str, Any]:
+    return {"json": BODY, "headers": {"Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}}
+
+
+def test_only_who_brings_a_key_gets_in(keys: tuple[bytes, ...]) -> None:
+    service = FakeService()
+    rules = Rules(keys)
+    good = [bearer(KEYS[0]), bearer(KEYS[1]), basic(KEYS[0]), basic(f"user:{KEYS[1]}")]
+    bad = [
+        {"json": BODY},
+        bearer(""),
+        bearer(KEYS[0][:-1]),
+        bearer(KEYS[0] + "x"),
+        bearer(KEYS[0].upper()),
+        basic("user:x"),
+    ]
+    bad += [
+        {"json": BODY, "headers": {"Authorization": text}} for text in ("Basic %%%", "Bearer", KEYS[0], "Basic w7w=")
+    ]
+    found = answers(rules, *[("POST", GENERATIONS, more) for more in [*good, *bad]], service=service)
+    assert [answer.status_code for answer in found] == [200] * len(good) + [401] * len(bad)
+    assert len(service.asked) == len(good)
+    assert found[-1].headers["www-authenticate"] == "Bearer"
+    assert found[-1].json()["error"]["code"] == "invalid_api_key"
+
+
+def test_every_route_but_the_open_ones_wants_a_key(keys: tuple[bytes, ...]) -> None:
+    app = fake_app(rules=Rules(keys))
+    routes = [(method, path) for path, methods in app.openapi()["paths"].items() for method in methods]
+
+    async def run() -> dict[str, int]:
+        async with client_of(app) as client:
+            return {
+                path: (await client.request(method.upper(), path, json={})).status_code for method, path in routes
+            }
+
+    statuses = asyncio.run(run())
+    assert {path for path, status in statuses.items() if status != 401} == {"/healthz", "/readyz", "/files/{name}"}
+    assert statuses["/metrics"] == 401
+
+
+def test_keys_are_compared_in_constant_time(keys: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is given, each key's digest is compared, whole, by what compares in constant time."""
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr(guard.hmac, "compare_digest", compare)
+    for given_key in (KEYS[0], KEYS[1], "x", "é" * 1000):
+        compared.clear()
+        guard.matching([given_key], keys)
+        assert [b for _, b in compared] == list(keys) and {len(a) for a, _ in compared} == {32}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no key"),
+        ("# only this\n", "holds no key"),
+        ("short", "at least 16"),
+        ("two words 0123456789", "at least 16"),
+    ],
+)
+def test_a_file_of_bad_keys_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_keys(path)
+    assert content.strip() == "" or content.strip() not in str(error.value)
+
+
+def test_a_key_may_ask_so_often_and_others_do_not_pay_for_it(keys: tuple[bytes, ...]) -> None:
+    rules = Rules(keys, per_minute=3)
+    found = answers(rules, *[("POST", GENERATIONS, bearer(KEYS[0]))] * 5, ("POST", GENERATIONS, bearer(KEYS[1])))
+    assert [answer.status_code for answer in found] == [200, 200, 200, 429, 429, 200]
+    assert 1 <= int(found[3].headers["retry-after"]) <= 20
+    assert found[3].json()["error"]["type"] == "rate_limit_error"
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 120), st.lists(st.floats(0, 90), min_size=1, max_size=80))
+def test_rates_hold_over_any_minute_and_who_waits_as_told_passes(per_minute: int, pauses: list[float]) -> None:
+    now = [0.0]
+    rates = Rates(per_minute, lambda: now[0])
+    passed: list[float] = []
+    for pause in pauses:
+        now[0] += pause
+        try:
+            rates.check("a")
+        except Refusal as refusal:
+            now[0] += int(dict(refusal.headers or {})["Retry-After"])
+            rates.check("a")
+        passed.append(now[0])
+    # A full bucket and what flows into it meanwhile.
+    assert all(sum(start <= at < start + 60 for at in passed) <= 2 * per_minute for start in passed)
+
+
+def test_rates_of_strangers_are_not_remembered_for_ever() -> None:
+    rates = Rates(1, lambda: 0.0)
+    for number in range(MOST_CALLERS + 50):
+        rates.check(str(number))
+    assert len(rates._buckets) == MOST_CALLERS
+    with pytest.raises(Refusal):
+        rates.check(str(MOST_CALLERS + 49))
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "[::2]", "[", "localhost.evil.example", ""])
+def test_a_loopback_server_answers_to_no_other_name(host: str) -> None:
+    """Else a web page could reach it by a name of its own that it lets point here."""
+    (refused,) = answers(Rules(), ("POST", GENERATIONS, {"json": BODY, "headers": {"Host": host}}))
+    assert refused.status_code == 421
+    (public,) = answers(Rules(loopback=False), ("POST", GENERATIONS, {"json": BODY, "headers": {"Host": host}}))
+    assert public.status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000"])
+def test_a_loopback_server_answers_to_its_own_names(host: str) -> None:
+    (served,) = answers(Rules(), ("POST", GENERATIONS, {"json": BODY, "headers": {"Host": host}}))
+    assert served.status_code == 200
+
+
+def test_other_pages_may_not_call_unless_they_are_named() -> None:
+    rules = Rules(origins=("https://good.example",))
+    headers = [
+        {"Origin": origin}
+        for origin in ("https://good.example", "http://localhost", "https://evil.example", "null", "[")
+    ]
+    found = answers(rules, *[("POST", GENERATIONS, {"json": BODY, "headers": each}) for each in headers])
+    assert [answer.status_code for answer in found] == [200, 200, 403, 403, 403]
+    assert found[0].headers["access-control-allow-origin"] == "https://good.example"
+    assert "access-control-allow-origin" not in found[2].headers
+    (closed,) = answers(Rules(), ("POST", GENERATIONS, {"json": BODY, "headers": headers[0]}))
+    assert closed.status_code == 403 and "access-control-allow-origin" not in closed.headers
+    preflight = headers[0] | {"Access-Control-Request-Method": "POST"}
+    with_cors, without = (
+        answers(each, ("OPTIONS", GENERATIONS, {"headers": preflight}))[0] for each in (rules, Rules())
+    )
+    assert with_cors.status_code == 200 and without.status_code in (403, 405)
+
+
+def test_bodies_are_bounded_whether_or_not_they_say_their_length() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * 100
+
+    rules = Rules(body=5000)
+    long, json_type = b" " * 5001, {"content-type": "application/json"}
+    found = answers(
+        rules,
+        ("POST", GENERATIONS, {"content": long, "headers": json_type}),
+        ("POST", GENERATIONS, {"content": chunks(), "headers": json_type}),
+        ("POST", GENERATIONS, {"content": b"{}", "headers": json_type | {"content-length": "-1"}}),
+        ("POST", "/v1/images/edits", {"data": {"prompt": "x"}, "files": {"image": b"x" * 5001}}),
+        ("POST", GENERATIONS, {"content": json.dumps(BODY).ljust(5000).encode(), "headers": json_type}),
+    )
+    assert [answer.status_code for answer in found] == [413, 413, 413, 413, 200]
+    assert {answer.json()["error"]["code"] for answer in found[:4]} == {"too_large"}
+
+
+def test_all_bodies_together_are_bounded_and_forgotten_after_the_answer() -> None:
+    async def run() -> None:
+        service = FakeService(held=True)
+        app = fake_app(service, Rules(body=1000, bodies=1500))
+        padded = {"content": json.dumps(BODY).ljust(900).encode(), "headers": {"content-type": "application/json"}}
+        async with client_of(app) as client:
+            first = asyncio.create_task(client.post(GENERATIONS, **padded))
+            while not service.asked:
+                await asyncio.sleep(0.001)
+            second = await client.post(GENERATIONS, **padded)
+            assert second.status_code == 503 and int(second.headers["retry-after"]) >= 1
+            service.open.set()
+            assert (await first).status_code == 200
+            for _ in range(3):
+                assert (await client.post(GENERATIONS, **padded)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SILENCE", 0.05)
+    forever = asyncio.Event
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        await forever().wait()
+
+    (slow,) = answers(
+        Rules(), ("POST", GENERATIONS, {"content": stalled(), "headers": {"content-type": "application/json"}})
+    )
+    assert slow.status_code == 408 and slow.json()["error"]["code"] == "too_slow"
+
+
+def test_every_answer_carries_the_strict_headers(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<!doctype html>")
+    (tmp_path / "page.js").write_text("1")
+
+    async def run() -> list[httpx.Response]:
+        app = create_app({"fake": FakeService}, page=tmp_path)
+        async with client_of(app) as client:
+            paths = ["/", "/page.js", "/healthz", "/v1/models", "/nowhere", "/metrics", "/openapi.json"]
+            return [await client.get(path) for path in paths]
+
+    found = asyncio.run(run())
+    assert [answer.status_code for answer in found] == [200, 200, 200, 200, 404, 200, 200]
+    for answer in found:
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'") and "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy and "http" not in policy and "*" not in policy
+    assert "script-src 'self'" in found[0].headers["content-security-policy"]
+    assert "script-src" not in found[3].headers["content-security-policy"]
+
+
+def test_the_page_needs_no_key_but_what_it_calls_does(tmp_path: Path, keys: tuple[bytes, ...]) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "index.html").write_text("<!doctype html>")
+
+    async def run() -> list[int]:
+        async with client_of(create_app({"fake": FakeService}, Rules(keys), page=page)) as client:
+            paths = ["/", "/index.html", "/v1/models", "/../keys.txt", "/%2e%2e/keys.txt"]
+            return [(await client.get(path)).status_code for path in paths]
+
+    assert asyncio.run(run()) == [200, 200, 401, 401, 401]
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_the_access_log_is_json_and_holds_prompts_only_if_asked(
+    caplog: pytest.LogCaptureFixture, keys: tuple[bytes, ...], prompts: bool
+) -> None:
+    rules = Rules(keys, log_prompts=prompts)
+    secret = "a secret\nprompt"
+    with caplog.at_level(logging.INFO, "dmd2.access"):
+        more = bearer(KEYS[0]) | {"json": {"prompt": secret, "n": 2, "seed": 7}}
+        answers(rules, ("POST", f"{GENERATIONS}?prompt=hidden", more), ("GET", "/nowhere%0A", {}))
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "dmd2.access"]
+    assert [line["status"] for line in lines] == [200, 401]
+    first = lines[0]
+    assert (first["path"], first["method"], first["model"], first["n"], first["seed"]) == (
+        GENERATIONS,
+        "POST",
+        "fake",
+        2,
+        7,
+    )
+    assert first["caller"].startswith("key-") and first["seconds"] >= 0 and first["position"] == 0
+    said = caplog.text
+    assert (first.get("prompt") == "a secret prompt") == prompts and ("secret" in said) == prompts
+    assert "hidden" not in said and all(key not in said for key in KEYS)
+
+
+def test_metrics_tell_of_everything() -> None:
+    def fail(request: Any) -> Exception | None:
+        return RuntimeError("broken") if request.prompt == "broken" else None
+
+    requests = [
+        ("POST", GENERATIONS, {"json": BODY | {"n": 3}}),
+        ("POST", GENERATIONS, {"json": {"prompt": "broken"}}),
+    ]
+    requests += [("POST", GENERATIONS, {"json": {}}), ("GET", "/nowhere/secret", {}), ("GET", "/metrics", {})]
+    found = answers(Rules(), *requests, service=FakeService(error=fail))
+    text = found[-1].text
+    for line in (
+        'dmd2_images_total{model="fake"} 3.0',
+        'dmd2_batch_size_count{model="fake"} 3.0',
+        'dmd2_stage_seconds_count{model="fake",stage="denoise"} 3.0',
+        'dmd2_errors_total{code="generation_failed"} 1.0',
+        'dmd2_requests_total{route="/v1/images/generations",status="200"} 1.0',
+        'dmd2_requests_total{route="/v1/images/generations",status="400"} 1.0',
+        'dmd2_requests_total{route="other",status="404"} 1.0',
+        'dmd2_queue_depth{model="fake"} 0.0',
+        'dmd2_running_images{model="fake"} 0.0',
+        'dmd2_compile_failures{model="fake"} 0.0',
+    ):
+        assert line in text.splitlines(), text
+    (memory,) = (line for line in text.splitlines() if line.startswith("dmd2_device_memory_bytes{"))
+    assert 'device="cpu"' in memory and float(memory.split()[-1]) > 1e6
+    assert "secret" not in text
