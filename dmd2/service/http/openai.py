@@ -431,7 +431,9 @@ async def read_form(request: Request) -> tuple[Edit, dict[str, bytes]]:
     try:
         if "loras" in fields:
             fields["loras"] = json.loads(fields["loras"])
-        return Edit.model_validate_strings(fields), files
+        if fields.get("num_inference_steps") in ("1", "4"):
+            fields["num_inference_steps"] = int(fields["num_inference_steps"])
+        return Edit.model_validate(fields, strict=False), files  # a form's values are all texts
     except ValidationError as error:
         raise Refusal.invalid(error) from None
     except (ValueError, RecursionError):
