@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmd2.diffusion import draws
+
 AUGMENT_DIM = 9
 SCALE, ANISOTROPY, TRANSLATION = 2**0.2, 2**0.2, 1 / 8  # (Karras et al. 2022, table 6)
 OBLIQUE = 0.5  # probability that stretching is along another direction than the axes, as in EDM's released code
@@ -53,13 +55,13 @@ def _generate(n: int, probability: float, generator: torch.Generator) -> tuple[T
     """Random transformations of n images (n, 3, 3), in units of half an image's side, and their labels (n, 9)."""
 
     def uniform() -> Tensor:
-        return torch.rand(n, generator=generator)
+        return draws.rand((n,), generator)
 
     def enabled(value: Tensor) -> Tensor:
         return value * (uniform() < probability)
 
     def normal() -> Tensor:
-        return torch.randn(n, generator=generator)
+        return draws.randn((n,), generator)
 
     # a0 … a7 of Karras et al. 2022, table 6. Angles count against the image's y axis, which points down.
     a0 = (uniform() < 0.5).float()

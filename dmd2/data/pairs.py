@@ -266,13 +266,15 @@ class Pairs:
     def __len__(self) -> int:
         return self.config.count
 
-    def batch(self, n: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> RegressionPairs:
-        """`n` pairs, drawn uniformly; always the same for the same arguments, on `device`."""
+    def batch(
+        self, n: int, *, seed: int, step: int, rows: slice = slice(None), device: torch.device | str = "cpu"
+    ) -> RegressionPairs:
+        """Of `n` pairs, drawn uniformly, those in `rows`; always the same for the same arguments, on `device`."""
         digest = hashlib.sha256(f"regression {seed} {step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        chosen = torch.randint(len(self), (n,), generator=generator)
-        rows = [divmod(i, self.config.shard) for i in chosen.tolist()]
-        images = torch.stack([self._images[shard][row] for shard, row in rows])
+        chosen = torch.randint(len(self), (n,), generator=generator)[rows]
+        places = [divmod(i, self.config.shard) for i in chosen.tolist()]
+        images = torch.stack([self._images[shard][row] for shard, row in places])
         noise = seeded_noise(self._seeds[chosen].tolist(), self.config.shape, device)
         cond = self.config.condition(self._family, self._labels[chosen])
         return RegressionPairs(noise, images.to(device).float(), cond)

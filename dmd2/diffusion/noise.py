@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmd2.diffusion import draws
+
 SD_TRAIN_STEPS = 1000
 
 
@@ -58,7 +60,7 @@ def sample_sigma(
         raise ValueError(f"lowest, highest: expected 0 <= lowest <= highest <= 1, not {lowest}, {highest}")
     last = len(sigmas) - 1
     first, stop = round(lowest * len(sigmas)), min(round(highest * len(sigmas)), last) + 1
-    index = torch.randint(min(first, last), stop, (n,), generator=generator)
+    index = draws.randint(min(first, last), stop, (n,), generator)
     return sigmas[index.to(sigmas.device)].float()
 
 

@@ -17,6 +17,7 @@ from dmd2.models.family import Family, Labels
 from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.paths import EMOJI
 from dmd2.runtime.terminal import say
+from dmd2.training.parallel.group import ALONE, Parallel
 from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview
 
 
@@ -26,6 +27,7 @@ class Inputs:
 
     paths: Mapping[str, Path | None]
     device: torch.device
+    parallel: Parallel = ALONE
 
     def get(self, name: str) -> Path | None:
         return self.paths.get(name)
@@ -36,6 +38,10 @@ class Inputs:
         if path is None:
             raise InvalidInput(name, f"missing; {why}")
         return path
+
+    def rows(self, n: int) -> slice:
+        """Of a step's batch of `n`, those that are this process's."""
+        return self.parallel.ranks.rows(n)
 
     def with_defaults(self, defaults: Mapping[str, Path]) -> Inputs:
         given = {name: path for name, path in self.paths.items() if path is not None}
@@ -55,7 +61,10 @@ class Examples:
 
 
 class Source(Protocol):
-    """Batches that are a pure function of (seed, step)."""
+    """Batches that are a pure function of (seed, step).
+
+    `n` is a step's whole batch; what comes back are the rows of it that are this process's, `Inputs.rows(n)`.
+    """
 
     defaults: ClassVar[Mapping[str, Path]]
     """what inputs are unless they are named"""
@@ -91,6 +100,7 @@ class EmojiSource:
         path = inputs.need("classifier")
         classifier = EmojiClassifier.load(path, inputs.device) if path.is_file() else None
         self._classifier = classifier if classifier and classifier.size == self.scenes.size else None
+        self.rows = inputs.rows
         if self._classifier is None:
             side = self.scenes.size
             say(f"{path}: no classifier of images of {side}x{side} pixels; samples get no scores")
@@ -98,13 +108,13 @@ class EmojiSource:
     def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
         # One caption in ten is empty: a student is never asked for "no text", so more are drawn than are kept.
         batch = self.scenes.batch(n + n // 2, seed=seed + 1, step=step)
-        kept = [i for i, caption in enumerate(batch.captions) if caption][:n]
+        kept = [i for i, caption in enumerate(batch.captions) if caption][:n][self.rows(n)]
         captions = [batch.captions[i] for i in kept]
         return Examples(captions, batch.images[kept], captions) if images else Examples(captions)
 
     def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
-        batch = self.scenes.batch(n, seed=seed, step=step, freedom=freedom)
-        return Examples(batch.captions, batch.images, batch.captions)
+        batch, rows = self.scenes.batch(n, seed=seed, step=step, freedom=freedom), self.rows(n)
+        return Examples(batch.captions[rows], batch.images[rows], batch.captions[rows])
 
     def preview(self) -> Preview:
         return CaptionPreview(self.scenes, self._classifier)
@@ -130,7 +140,8 @@ class ImageSource:
         """Classes are drawn uniformly, but where they are `paired` with those of real images."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         classes = torch.randint(self.family.classes, (n,), generator=generator) if self.family.classes else None
-        labels = self.family.any_labels(n) if classes is None else classes
+        rows = self.inputs.rows(n)
+        labels = self.family.any_labels(rows.stop - rows.start) if classes is None else classes[rows]
         if not images:
             return Examples(labels)
         real = self.lesson(n, seed=seed, step=step, freedom=1.0)
@@ -138,9 +149,9 @@ class ImageSource:
 
     def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
         assert self.images is not None
-        rows = self.images.batch(n, seed, step)
+        rows = self.images.batch(n, seed, step)[self.inputs.rows(n)]
         known = self.images.labels if self.family.classes else None
-        labels = self.family.any_labels(n) if known is None else known[rows]
+        labels = self.family.any_labels(len(rows)) if known is None else known[rows]
         return Examples(labels, self.images.images(rows), labels)
 
     def preview(self) -> Preview:

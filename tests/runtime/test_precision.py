@@ -15,7 +15,7 @@ from torch import nn
 
 from dmd2.runtime import precision
 from dmd2.runtime.precision import Throughput, measure_cpu, recorded_precision, resolve_precision, training_dtype
-from dmd2.training.muon import Muon
+from dmd2.training.methods.muon import Muon
 from dmd2.training.recipes import RECIPES
 from dmd2.training.recipes.edm import EDM_RECIPES
 
@@ -77,7 +77,7 @@ def test_muon_orthogonalises_in_the_precision_it_is_told(dtype: torch.dtype, mon
         seen.append(matrices.dtype)
         return matrices
 
-    monkeypatch.setattr("dmd2.training.muon.orthogonalised", orthogonalised)
+    monkeypatch.setattr("dmd2.training.methods.muon.orthogonalised", orthogonalised)
     layer = nn.Linear(4, 4)
     layer(torch.ones(1, 4)).sum().backward()
     Muon(layer, 0.1, dtype=dtype).step()

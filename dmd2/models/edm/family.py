@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd2.diffusion import draws
 from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import WEIGHTS_FILE, heun_steps, load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
@@ -117,7 +118,7 @@ class EdmFamily:
 
     def sample_sigma(self, n: int, generator: torch.Generator) -> Tensor:
         """Log-normal (Karras et al. 2022, table 1)."""
-        return (torch.randn(n, generator=generator) * P_STD + P_MEAN).exp().to(self.device)
+        return (draws.randn((n,), generator) * P_STD + P_MEAN).exp().to(self.device)
 
     def sample(self, denoiser: Any, cond: ClassCondition, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
         """Heun's method (Karras et al. 2022, algorithm 1)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dmd2.diffusion import draws
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
@@ -50,7 +51,7 @@ def new_head(family: Family) -> ClassifierHead:
 def noised_logits(denoiser: Denoiser, head: nn.Module, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
     """The classifier on a noisy version of x0 (B, C, H, W), σ drawn uniformly from the whole table."""
     sigma = sample_sigma(denoiser.sigmas, len(x0), generator)
-    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    noise = draws.randn(x0.shape, generator).to(x0.device)
     noisy = add_noise(x0, sigma, noise)
     half = getattr(denoiser, "bottleneck", None)  # EDM's networks; diffusers' UNet runs as a whole or not at all
     logits: Tensor = head(half(noisy, sigma, cond) if half else denoiser.features(noisy, sigma, cond)[1])
@@ -78,7 +79,7 @@ def critic_loss(
         gan_weight: of the classification loss.
     """
     sigma = sample_sigma(denoiser.sigmas, len(fake), generator)
-    noise = torch.randn(fake.shape, generator=generator).to(fake.device)
+    noise = draws.randn(fake.shape, generator).to(fake.device)
     loss, bottleneck = denoising(denoiser, fake, sigma, noise, cond_fake)
     logs: Logs = {"fake_score": loss.detach()}
     if head is not None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dmd2.data.pairs import RegressionPairs
+from dmd2.diffusion import draws
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.family import Family
 from dmd2.runtime.precision import Precision
 from dmd2.training.loop import Batch, LoopSettings, Method
-from dmd2.training.muon import Muon
+from dmd2.training.methods.muon import Muon
 from dmd2.training.ranges import Rate
 from dmd2.training.sources import Inputs
 
@@ -109,7 +110,7 @@ def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], gener
     """
     device = student.sigmas.device
     last = int(torch.randint(len(sigmas), (1,), generator=generator))
-    noise = [torch.randn(samples.shape, generator=generator).to(device) for _ in range(last + 1)]
+    noise = [draws.randn(samples.shape, generator).to(device) for _ in range(last + 1)]
     denoise = conditioned(student, samples.cond)
     sigma = torch.full((samples.shape[0],), sigmas[last], device=device)
     if last == 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.data.augment import AUGMENT_DIM, augment
+from dmd2.diffusion import draws
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.emoji.architecture import build_models
 from dmd2.emoji.scenes import EmojiScenes, vocabulary
@@ -24,7 +25,7 @@ from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.losses import denoising
 from dmd2.training.methods.common import Recipe
-from dmd2.training.muon import Muon
+from dmd2.training.methods.muon import Muon
 from dmd2.training.ranges import DataName, Name, Part, SamplerSteps, Steps, Weight
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import SOURCES, Examples, Inputs, Source
@@ -150,7 +151,7 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
         if recipe.augment > 0:
             x0, told = augment(x0, recipe.augment, batch.generator)
         sigma = family.sample_sigma(len(x0), batch.generator)
-        noise = torch.randn(x0.shape, generator=batch.generator).to(x0.device)
+        noise = draws.randn(x0.shape, batch.generator).to(x0.device)
         cond = family.condition(batch.data.labels, module)
         if told is not None:
             cond = cond.augmented(told)

@@ -42,8 +42,8 @@ class DmdRecipe(Distillation):
 
     def pairs(self, family: Family, inputs: Inputs) -> Callable[[int], RegressionPairs]:
         folder = inputs.need("pairs", "DMD needs noise-image pairs, which `dmd2 pairs` makes")
-        pairs, seed = Pairs(folder, family), self.loop.seed
-        return lambda step: pairs.batch(self.pairs_batch, seed=seed, step=step, device=inputs.device)
+        pairs, n, seed = Pairs(folder, family), self.pairs_batch, self.loop.seed
+        return lambda step: pairs.batch(n, seed=seed, step=step, rows=inputs.rows(n), device=inputs.device)
 
     def phases(self, kit: Kit) -> list[Phase]:
         optimizers = (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd2.diffusion import draws
 from dmd2.diffusion.denoiser import cfg_denoise
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
@@ -116,12 +117,12 @@ def dmd2_phases(
         x = shared.for_generator(batch)
         with torch.no_grad():
             sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *DM_RANGE)
-            noisy = add_noise(x, sigma, torch.randn(x.shape, generator=batch.generator).to(x.device))
+            noisy = add_noise(x, sigma, draws.randn(x.shape, batch.generator).to(x.device))
             mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, guidance_scale)
             mu_fake = n.fake_score(noisy, sigma, samples.cond)
             gradient = distribution_matching_gradient(x, mu_real, mu_fake)
         loss = distribution_matching(x, gradient)
-        logs: Logs = {"dm_gradient": gradient.square().mean().sqrt()}
+        logs: Logs = {"dm_gradient": gradient.square().mean((1, 2, 3)).sqrt().mean()}
         if n.head is not None and gan_of_generator > 0:
             adversarial = gan_generator(noised_logits(n.fake_score, n.head, x, samples.cond, batch.generator))
             logs["gan_generator"] = adversarial.detach()

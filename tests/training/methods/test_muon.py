@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dmd2.training.muon import Muon, orthogonalised
+from dmd2.training.methods.muon import Muon, orthogonalised
 
 
 def test_singular_values_come_near_one() -> None:

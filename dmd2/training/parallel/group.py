@@ -1,0 +1,204 @@
+"""The processes of a run, as loop and wiring see them: one alone, or replicas that average their gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmd2.diffusion.draws import Ranks
+from dmd2.runtime.errors import InvalidInput, UserError
+
+Strategy = Literal["ddp", "fsdp2"]
+T = TypeVar("T")
+ONE = Ranks()
+
+BUCKET = 16_000_000
+"""elements that are averaged at once"""
+PATIENCE = timedelta(hours=2)
+"""what one process may take while the others wait, for samples and exports"""
+
+
+class Parallel:
+    """A run of one process. What the others override is called in all processes alike, in the same order."""
+
+    collective = False
+    """whether a network runs in all processes at once or not at all"""
+
+    def __init__(self, ranks: Ranks = ONE) -> None:
+        self.ranks = ranks
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process prints, writes logs and exports."""
+        return self.ranks.rank == 0
+
+    def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+        """Makes a network that every process has built alike ready for this run, in place.
+
+        Args:
+            blocks: its parts that are gathered one at a time, where it is sharded.
+            dtype: what they are gathered in; None for their own.
+        """
+
+    def copy(self, network: nn.Module) -> nn.Module:
+        """Another network of the same weights."""
+        return deepcopy(network)
+
+    def whole(self, network: nn.Module) -> nn.Module | None:
+        """The network with all of its weights, to be saved; None in a process that saves nothing."""
+        return network if self.leads else None
+
+    def settle(self) -> None:
+        """Before `requires_grad` of parameters changes."""
+
+    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Makes gradients those of the whole batch: their means over the processes."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(n,) → the same in every process: the means."""
+        return values
+
+    def all(self, true: bool) -> bool:
+        """Whether it is true in every process."""
+        return true
+
+    def told(self, value: T) -> T:
+        """What the leading process has."""
+        return value
+
+    def agreed(self, action: Callable[[], T]) -> T:
+        """What `action` returns here; its `UserError` is raised in every process if there is one in any."""
+        return action()
+
+
+ALONE = Parallel()
+
+
+class Replicated(Parallel):
+    """Every process has all networks, and the same weights in them."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        super().__init__(ranks)
+        self.device = device
+
+    def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+        # CPUs of two kinds need not initialise alike to the last bit
+        for tensor in (*network.parameters(), *network.buffers()):
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole, 0)
+            tensor.detach().copy_(whole)
+
+    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            dist.all_reduce(flat)
+            flat /= self.ranks.world
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view(gradient.shape))
+
+    def mean(self, values: Tensor) -> Tensor:
+        total = values.to("cpu", torch.float64)
+        dist.all_reduce(total)
+        return total / self.ranks.world
+
+    def all(self, true: bool) -> bool:
+        flag = torch.tensor(int(true))
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def told(self, value: T) -> T:
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def agreed(self, action: Callable[[], T]) -> T:
+        problem, result = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = error
+        problems: list[UserError | None] = [None] * self.ranks.world
+        dist.all_gather_object(problems, problem and UserError(str(problem)))
+        if problem is not None:
+            raise problem
+        for rank, other in enumerate(problems):
+            if other is not None:
+                raise UserError(f"rank {rank}: {other}")
+        return result  # type: ignore[return-value]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In order, each of one type and of at most `BUCKET` elements if it is not a single one."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def world() -> Ranks:
+    """By what torchrun has set."""
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+@contextmanager
+def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel]:
+    """The processes that torchrun has started, joined for the block. Without torchrun this one is alone.
+
+    Raises:
+        UserError: `strategy` is named, and there is no torchrun.
+    """
+    ranks = world()
+    if "RANK" not in os.environ:
+        if strategy is not None:
+            example = "torchrun --nproc-per-node 2 -m dmd2 train NAME"
+            raise InvalidInput("parallel", f"expected a start by torchrun: {example} --parallel {strategy}", strategy)
+        yield ALONE
+        return
+    if ranks.world == 1 and strategy != "fsdp2":
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        if strategy == "fsdp2":
+            from dmd2.training.parallel.sharded import Sharded
+
+            yield Sharded(ranks, device)
+        else:
+            yield Replicated(ranks, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_shares(parallel: Parallel, sizes: dict[str, int]) -> None:
+    """
+    Args:
+        sizes: images of a batch, by the recipe's field.
+
+    Raises:
+        UserError: one cannot be shared equally.
+    """
+    for name, size in sizes.items():
+        if size % parallel.ranks.world:
+            raise InvalidInput(
+                "set", f"expected a multiple of the {parallel.ranks.world} processes", f"{name}={size}"
+            )
+
+
+def local(tensor: Any) -> Any:
+    """What this process has of a tensor: all, or its shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
