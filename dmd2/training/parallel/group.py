@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -150,38 +149,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def world() -> Ranks:
     """By what torchrun has set."""
     return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
-@contextmanager
-def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel]:
-    """The processes that torchrun has started, joined for the block. Without torchrun this one is alone.
-
-    Raises:
-        UserError: `strategy` is named, and there is no torchrun.
-    """
-    ranks = world()
-    if "RANK" not in os.environ:
-        if strategy is not None:
-            example = "torchrun --nproc-per-node 2 -m dmd2 train NAME"
-            raise InvalidInput("parallel", f"expected a start by torchrun: {example} --parallel {strategy}", strategy)
-        yield ALONE
-        return
-    if ranks.world == 1 and strategy != "fsdp2":
-        yield ALONE
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        if strategy == "fsdp2":
-            from dmd2.training.parallel.sharded import Sharded
-
-            yield Sharded(ranks, device)
-        else:
-            yield Replicated(ranks, device)
-    finally:
-        dist.destroy_process_group()
 
 
 def check_shares(parallel: Parallel, sizes: dict[str, int]) -> None:
