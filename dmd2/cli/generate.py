@@ -142,9 +142,10 @@ def generate(
         request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
     )
     engine = Engine(weights, device, modes=(steps,), vae=vae, churn=None if churn is None else Churn.parse(churn))
-    engine.check_prompts(prompts)
-    pixels = given.size(pixels, manifest.native_size, engine.size_unit)
-    engine.check_size(pixels)
+    for prompt in prompts:
+        engine.model.encode_text.token_chunks(prompt)
+    pixels = given.size(pixels, manifest.native_size, engine.model.size_unit)
+    engine.model.check_size(pixels)
     edit = given.edit(pixels, _control(control, weights), _loras(lora or [], weights))
     loaded = time.perf_counter() - BEGAN
     out.mkdir(parents=True, exist_ok=True)

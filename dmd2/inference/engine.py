@@ -44,9 +44,6 @@ class Timings:
     denoise: float
     decode: float
 
-    def __add__(self, other: Timings) -> Timings:
-        return Timings(self.text + other.text, self.denoise + other.denoise, self.decode + other.decode)
-
 
 @dataclass
 class Engine:
@@ -133,7 +130,7 @@ class Engine:
         began = self._clock()
         texts = self.model.use_loras(mode.subfolder, mode.student, edit.loras)
         conditions = self._encode(prompts, size, texts)
-        timings = Timings(self._clock() - began, 0.0, 0.0)
+        text, denoise, decode = self._clock() - began, 0.0, 0.0
         sigmas = mode.sigmas(self.model.denoiser(mode.subfolder), edit.strength)
         images = torch.empty(len(prompts), 3, size[1], size[0], dtype=torch.uint8)
         # Prompts of one token chunk and of several do not fit into one tensor, and padding would change the images.
@@ -145,14 +142,21 @@ class Engine:
             noise = self._noise([seeds[i] for i in rows], mode, size, len(sigmas))
             # Sample
             check()
-            uncond = self._unconditional(mode, cond, size, texts)
-            after_step = self._after_step(len(sigmas), rows, check, preview)
+            uncond = None
+            if mode.guidance_scale is not None:
+                uncond = self.model.encode_text.unconditional(cond, lambda: self._encode([""], size, texts)[0])
+
+            def after_step(done: int, x0: Tensor, rows: list[int] = rows) -> None:
+                check()
+                if preview is not None and done < len(sigmas):
+                    preview(done, rows, self.model.preview_codec.decode(x0).cpu())
+
             x0 = self._sample(mode, cond, uncond, noise, sigmas, size, edit, after_step)
             sampled = self._clock()
             # Decode
             images[rows] = edit.finish(self.model.codec.decode(x0).cpu())
-            timings += Timings(0.0, sampled - began, self._clock() - sampled)
-        return images, timings
+            denoise, decode = denoise + sampled - began, decode + self._clock() - sampled
+        return images, Timings(text, denoise, decode)
 
     def _mode(self, mode: str | Mode) -> Mode:
         return Mode.parse(mode, self.manifest) if isinstance(mode, str) else mode
@@ -201,22 +205,6 @@ class Engine:
         shape = (count, codec.channels, size[1] // codec.factor, size[0] // codec.factor)
         return seeded_noise(seeds, shape, self.device)
 
-    def _unconditional(self, mode: Mode, cond: Cond, size: tuple[int, int], texts: Hashable) -> Cond | None:
-        """What guidance leads away from; None where nothing is guided."""
-        if mode.guidance_scale is None:
-            return None
-        return self.model.unconditional(cond, lambda: self._encode([""], size, texts)[0])
-
-    def _after_step(
-        self, steps: int, rows: list[int], check: Callable[[], object], preview: Preview | None
-    ) -> Callback:
-        def after_step(done: int, x0: Tensor) -> None:
-            check()
-            if preview is not None and done < steps:
-                preview(done, rows, self.model.preview_codec.decode(x0).cpu())
-
-        return after_step
-
     def _sample(
         self,
         mode: Mode,
@@ -252,20 +240,6 @@ class Engine:
         folder = PurePosixPath(self._mode(mode).subfolder)
         files = self.manifest.files.items()
         return next((v for k, v in files if k.endswith(".safetensors") and PurePosixPath(k).parent == folder), "")
-
-    @property
-    def size_unit(self) -> int:
-        """See `dmd2.models.model.Model`."""
-        return self.model.size_unit
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raises UserError unless width and height (pixels) suit the networks."""
-        self.model.check_size(size)
-
-    def check_prompts(self, prompts: list[str]) -> None:
-        """Raises UserError if one is too long, or names nothing that a class-conditional network knows."""
-        for prompt in prompts:
-            self.model.encode_text.token_chunks(prompt)
 
     # Before and after
 

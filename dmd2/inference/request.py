@@ -136,20 +136,20 @@ def resolve_request(
     Raises:
         UserError: the weights cannot do this; names the input and what would be valid.
     """
-    engine.check_prompts([request.prompt])
+    engine.model.encode_text.token_chunks(request.prompt)
     students, native = engine.manifest.students, engine.manifest.native_size
     steps = request.num_inference_steps or max(students)
     if steps not in students:
         valid = " or ".join(map(str, sorted(students)))
         raise InvalidInput("num_inference_steps", f"{steps}; these weights generate in {valid}")
-    unit = max(engine.size_unit, native[0] // 16)
+    unit = max(engine.model.size_unit, native[0] // 16)
     asked = (request.width or native[0], request.height or native[1]) if request.width or request.height else None
     if request.aspect_ratio is not None:
         if asked is not None:
             raise InvalidInput("aspect_ratio", "given beside width or height; expected one or the other")
         asked = aspect_size(request.aspect_ratio, native, unit)
     size = asked or native if given is None else given.size(asked, native, unit)
-    engine.check_size(size)
+    engine.model.check_size(size)
     most = max(4 * native[0] * native[1], MAX_PIXELS)
     if size[0] * size[1] > most:
         raise InvalidInput("width, height", f"{size[0]}x{size[1]}; expected at most {most} pixels in all")

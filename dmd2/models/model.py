@@ -36,6 +36,9 @@ class PromptEncoder(Protocol):
     def count_tokens(self, prompt: str) -> int:
         """How many tokens the prompt has; of what names a class 1. Raises as `token_chunks`."""
 
+    def unconditional(self, cond: Any, empty: Callable[[], Any]) -> Cond:
+        """What guidance leads away from, for the batch of `cond`; `empty` encodes the empty prompt."""
+
 
 class Model(Protocol):
     """A folder of weights, loaded: all that the engine, the service and the evaluation ask of a family."""
@@ -82,9 +85,6 @@ class Model(Protocol):
 
     def check_takes_images(self) -> None:
         """Raises UserError unless images, masks, controls and LoRAs can be given beside a prompt."""
-
-    def unconditional(self, cond: Any, empty: Callable[[], Cond]) -> Cond:
-        """What guidance leads away from, for the batch of `cond`; `empty` encodes the empty prompt."""
 
     def teacher_noises(self, steps: int) -> int:
         """How many unit noises `sample_teacher` takes for so many steps, the first to start from."""

@@ -164,7 +164,7 @@ class ImageService:
         self.engine = Engine(folder, device, modes=modes, trace=True, vae=self._vae, text_cache=self._text_cache)
         for size in sizes:
             try:
-                self.engine.check_size(size)
+                self.engine.model.check_size(size)
             except UserError as error:
                 raise UserError(f"DMD2_SIZES: {error}") from None
         for control in self.controls.values():

@@ -142,7 +142,7 @@ def test_what_texts_are_remembered_is_counted_in_bytes_and_holds_no_others(weigh
 def test_a_prompt_of_too_many_tokens_is_refused_before_it_is_encoded(engine: Engine, prompt: str) -> None:
     expected = rf"^prompt: \d+ tokens \(of {len(prompt)} characters\); expected at most 1500$"
     with pytest.raises(UserError, match=expected):
-        engine.check_prompts([prompt])
+        engine.model.encode_text.token_chunks(prompt)
     with pytest.raises(UserError, match=expected):
         engine.generate(["an owl", prompt], [0, 1], "1")
     assert engine.generate(["x" * 1500], [0], "1").shape == (1, 3, 64, 64)

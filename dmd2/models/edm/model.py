@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dmd2.diffusion.denoiser import Cond
 from dmd2.diffusion.sampling import Callback, Churn, Denoise, sample_heun
 from dmd2.models.edm.folder import load_edm
 from dmd2.models.edm.network import ClassCondition, Edm, RgbCodec
@@ -48,6 +47,9 @@ class ClassEncoder:
         return 1
 
     count_tokens = token_chunks
+
+    def unconditional(self, cond: ClassCondition, empty: Callable[[], ClassCondition]) -> ClassCondition:
+        return cond.unconditional()
 
     def number(self, prompt: str) -> int:
         """The class that a prompt names; −1, for any, if there are no classes, or if the prompt is empty."""
@@ -112,9 +114,6 @@ class EdmModel:
 
     def check_takes_images(self) -> NoReturn:
         raise UserError("image, control_image, lora_weights: these weights generate classes and know nothing of them")
-
-    def unconditional(self, cond: ClassCondition, empty: Callable[[], Cond]) -> ClassCondition:
-        return cond.unconditional()
 
     def teacher_noises(self, steps: int) -> int:
         """Churn adds noise at each step."""

@@ -165,11 +165,7 @@ class StableDiffusionFamily:
             return encode(labels, self.size)
 
     def unconditional(self, cond: TextCondition) -> TextCondition:
-        """SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
-        if len(self.encode_text.encoders) > 1:
-            return cond.unconditional()
-        empty = self.encode_text([""], self.size)
-        return TextCondition(empty.context.repeat(len(cond), cond.length // empty.length, 1))
+        return self.encode_text.unconditional(cond, lambda: self.encode_text([""], self.size))
 
     def any_labels(self, n: int) -> list[str]:
         return [""] * n

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmd2.diffusion.denoiser import Cond
 from dmd2.diffusion.sampling import Callback, Churn, Denoise, sample_dpm_solver_2m
 from dmd2.models.adapters.control import ControlModel, load_control
 from dmd2.models.adapters.lora import Fused, Loras, read_lora
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import load_denoisers, load_text_to_image, load_vae
-from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.models.stable_diffusion.unet import StableDiffusion
 from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import read_object
@@ -100,14 +98,7 @@ class StableDiffusionModel:
     def check_takes_images(self) -> None:
         """Images, masks, controls and LoRAs are welcome."""
 
-    # Conditions and sampling
-
-    def unconditional(self, cond: TextCondition, empty: Callable[[], Cond]) -> TextCondition:
-        """SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
-        if self.manifest.family != "sd15":
-            return cond.unconditional()
-        one = empty()
-        return TextCondition(one.context.repeat(len(cond), cond.length // one.length, 1))
+    # Sampling
 
     def teacher_noises(self, steps: int) -> int:
         return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,6 +128,13 @@ class TextEncoder:
                 "prompt", f"{count} tokens (of {len(prompt)} characters); expected at most {MOST_TOKENS}"
             )
         return count
+
+    def unconditional(self, cond: TextCondition, empty: Callable[[], TextCondition]) -> TextCondition:
+        """What guidance leads away from: SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
+        if len(self.encoders) > 1:
+            return cond.unconditional()
+        one = empty()
+        return TextCondition(one.context.repeat(len(cond), cond.length // one.length, 1))
 
     @staticmethod
     def _chunks(tokenizer: Any, prompts: list[str]) -> Tensor:
