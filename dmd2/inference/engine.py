@@ -20,7 +20,7 @@ from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import Callback, Churn, conditioned
 from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.mode import Mode
-from dmd2.models.model import Model, family_of, load_model
+from dmd2.models.model import Model, family_of
 from dmd2.runtime.compiled import save_kernels
 from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.offload import peak_memory
@@ -81,15 +81,13 @@ class Engine:
         self.folder = Path(self.folder)
         self.device = resolve_device(self.device)
         self.manifest = read_manifest(self.folder)
-        modes = [self._mode(mode) for mode in self.modes]
-        if self.churn is not None and (
-            not family_of(self.folder).takes_churn or any(mode.levels is not None for mode in modes)
-        ):
+        modes, family = [self._mode(mode) for mode in self.modes], family_of(self.folder)
+        if self.churn is not None and not (family.takes_churn and all(mode.levels is None for mode in modes)):
             raise InvalidInput(
                 "churn", "only of an EDM teacher's sampler; expected its weights, and the steps teacher"
             )
         subfolders = list(dict.fromkeys(mode.subfolder for mode in modes))
-        self.model: Model = load_model(
+        self.model: Model = family(
             self.folder, subfolders, self.device, self.dtype, fast=self.trace, vae=self.vae, churn=self.churn
         )
         self.dtype = self.model.dtype

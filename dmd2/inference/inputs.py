@@ -53,15 +53,17 @@ class InputImages:
             UserError: one cannot be read, or they do not go together.
         """
         check_together(image, mask, strength)
-        read = [
-            None if file is None else ImageFile.read(file, name, role)
-            for name, role, file in (
-                ("image", Role.IMAGE, image),
-                ("mask", Role.MASK, mask),
-                ("control_image", Role.CONTROL, control_image),
-            )
-        ]
-        return cls(read[0], read[1], 1.0 if image is None else strength, read[2], control_scale)
+
+        def opened(file: bytes | Path | None, name: str, role: Role) -> ImageFile | None:
+            return None if file is None else ImageFile.read(file, name, role)
+
+        return cls(
+            opened(image, "image", Role.IMAGE),
+            opened(mask, "mask", Role.MASK),
+            1.0 if image is None else strength,
+            opened(control_image, "control_image", Role.CONTROL),
+            control_scale,
+        )
 
     def size(self, asked: tuple[int, int] | None, native: tuple[int, int], unit: int) -> tuple[int, int]:
         """Width and height: what is asked for, else about `native`'s pixels in the given image's ratio."""

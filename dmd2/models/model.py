@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmd2.diffusion.denoiser import Codec, Cond
-from dmd2.diffusion.sampling import Callback, Churn, Denoise
+from dmd2.diffusion.sampling import Callback, Denoise
 from dmd2.models.adapters.control import ControlModel
 from dmd2.models.adapters.lora import Loras
 from dmd2.models.edm.model import EdmModel
@@ -119,6 +119,14 @@ FAMILIES: dict[str, type[StableDiffusionModel] | type[EdmModel]] = {
     "sd15": StableDiffusionModel,
     "edm": EdmModel,
 }
+"""Each is made of a folder of weights, the subfolders of denoisers that are loaded at once, the device, the dtype of
+networks (None for what suits device and family), and
+
+- fast: prepare networks for repeated calls, within their `recording()`;
+- vae: "kl" for the folder's `vae`, "tiny" for its TAESDXL;
+- churn: of the teacher's sampler, where the family `takes_churn`.
+
+They raise UserError if a file is missing, damaged or not what the manifest says."""
 
 
 def family_of(folder: Path) -> type[StableDiffusionModel] | type[EdmModel]:
@@ -131,27 +139,3 @@ def family_of(folder: Path) -> type[StableDiffusionModel] | type[EdmModel]:
     if name not in FAMILIES:
         raise UserError(f"{folder / MANIFEST}: family: {shown(name)}; expected sdxl, sd15 or edm")
     return FAMILIES[name]
-
-
-def load_model(
-    folder: Path,
-    subfolders: list[str],
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    *,
-    fast: bool = False,
-    vae: str = "kl",
-    churn: Churn | None = None,
-) -> Model:
-    """Loads what is in a folder of weights, frozen, and of its denoisers those in `subfolders`.
-
-    Args:
-        dtype: of networks; None for what suits the device and the family.
-        fast: prepare networks for repeated calls, within their `recording()`.
-        vae: "kl" for the folder's `vae`, "tiny" for its TAESDXL.
-        churn: of the teacher's sampler, where the family `takes_churn`.
-
-    Raises:
-        UserError: a file is missing, damaged or not what the manifest says.
-    """
-    return family_of(folder)(folder, subfolders, device, dtype, fast=fast, vae=vae, churn=churn)

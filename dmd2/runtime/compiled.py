@@ -27,7 +27,22 @@ Function = Callable[..., Any]
 logger = logging.getLogger(__name__)
 
 
-class Compiler:
+class Recorder:
+    """What prepares for the shapes that it sees within `recording()`."""
+
+    recording_now = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Calls in here prepare for their shapes; it may take minutes."""
+        self.recording_now = True
+        try:
+            yield
+        finally:
+            self.recording_now = False
+
+
+class Compiler(Recorder):
     """Prepares functions for the shapes that they are called with within `recording()`.
 
     Args:
@@ -37,22 +52,12 @@ class Compiler:
     """
 
     def __init__(self, device: torch.device, compile: bool = True, backend: str = "inductor") -> None:
-        self.recording_now = False
         self.failures = 0
         """shapes that could not be prepared, so far: they run as they are"""
         self._compile, self._backend = compile, backend
         self._capture = cuda_graphs(torch.cuda.graph_pool_handle()) if device.type == "cuda" else uncaptured
         # One code object serves all shapes and both students.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Calls in here prepare the functions for their shapes; it may take minutes."""
-        self.recording_now = True
-        try:
-            yield
-        finally:
-            self.recording_now = False
 
     def __call__(self, function: Function, *, compile: bool = True, most: int | None = None) -> Prepared:
         """`function` prepared: compiled unless that is not wanted, for batches of at most `most`."""
@@ -109,28 +114,18 @@ class Prepared:
             logger.warning("not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, lines[0])
 
 
-class Traced:
+class Traced(Recorder):
     """A network and TorchScript records of it, one for each combination of input shapes but for the batch size."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval()
-        self._recording = False
         self._records: dict[tuple[Any, ...], Any] = {}
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Calls in here record the network for their shapes."""
-        self._recording = True
-        try:
-            yield
-        finally:
-            self._recording = False
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """The network's output. Inputs that are None come last: they are left to the network's defaults."""
         given = tuple(x for x in inputs if x is not None)
         key = tuple((x.shape[1:], x.dtype) for x in given)
-        if self._recording and key not in self._records:
+        if self.recording_now and key not in self._records:
             # Tracing warns of each branch on a shape; a record is only ever used for the shapes it was made with.
             with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore")

@@ -6,7 +6,6 @@ beside the files, and nothing else is accepted from then on. Keep a copy of the 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from codecs import BOM_UTF8
@@ -49,19 +48,10 @@ METRICS = {
     ),
 }
 EDM_LICENCE = "CC BY-NC-SA 4.0: no commercial use"
+EDM_SETS = ("cifar10-32x32-cond", "cifar10-32x32-uncond", "ffhq-64x64-uncond", "afhqv2-64x64-uncond")
 EDM_TEACHERS = {
     name: Asset(f"edm/pretrained/edm-{name}.pkl", EDM_LICENCE)
-    for name in (
-        "cifar10-32x32-cond-vp",
-        "cifar10-32x32-cond-ve",
-        "cifar10-32x32-uncond-vp",
-        "cifar10-32x32-uncond-ve",
-        "ffhq-64x64-uncond-vp",
-        "ffhq-64x64-uncond-ve",
-        "afhqv2-64x64-uncond-vp",
-        "afhqv2-64x64-uncond-ve",
-        "imagenet-64x64-cond-adm",
-    )
+    for name in (*(f"{data}-{kind}" for data in EDM_SETS for kind in ("vp", "ve")), "imagenet-64x64-cond-adm")
 }
 EDM_STATISTICS = {
     name: Asset(f"edm/fid-refs/{name}.npz", EDM_LICENCE)
@@ -138,7 +128,8 @@ def obtain(
             size = temporary.stat().st_size
             if expected is None:  # before the file appears: a file that no lock lists is never there
                 known[asset.name] = Locked(url=url if source is None else source.name, sha256=found, bytes=size)
-                _write_lock(lock, known)
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                atomic_text(lock, Lock(dict(sorted(known.items()))).model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror or error}") from error
     say(f"    {target}, {size / 1e6:.1f} MB, sha256 {found} ({'as recorded' if expected else f'recorded in {lock}'})")
@@ -195,9 +186,3 @@ def _download(url: str, path: Path, name: str) -> None:
             bar.update(done - bar.n)
 
         download_file(url, path, advance)
-
-
-def _write_lock(path: Path, entries: Mapping[str, Locked]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = {name: json.loads(entry.model_dump_json()) for name, entry in sorted(entries.items())}
-    atomic_text(path, json.dumps(table, indent=2) + "\n")

@@ -91,7 +91,7 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
             settings not understood.
     """
     name = shown(name or path.name)
-    found: dict[Layer, tuple[str, Factors]] = {}
+    found: dict[Layer, Factors] = {}
     others = []
     try:
         _check_header(path, name)
@@ -112,7 +112,7 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
                     others.append(key)
                     continue
                 part, layer, what = parsed
-                factors = found.setdefault((part, layer.replace(".", "_")), (layer, Factors()))[1]
+                factors = found.setdefault((part, layer.replace(".", "_")), Factors(layer))
                 if what in factors.tensors or (what == "alpha" and factors.alpha is not None):
                     raise UserError(
                         f"LoRA {name}: {shown(key, MOST_QUOTED)}: is there twice, by two names or adapters"
@@ -131,21 +131,17 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
     others += _drop_second_names(found)
     if others:
         logger.warning("LoRA %s: %s skipped: %s", name, len(others), shown(", ".join(others[:5])))
-    for (part, _), (layer, factors) in found.items():
+    for (part, _), factors in found.items():
         if fault := factors.fault():
-            raise UserError(f"LoRA {name}: {part} {shown(layer, MOST_QUOTED)}: {fault}")
+            raise UserError(f"LoRA {name}: {part} {shown(factors.layer, MOST_QUOTED)}: {fault}")
     _apply_settings(name, metadata, settings, found)
-    if (
-        beside is None
-        and any(map(is_pefts, keys))
-        and not metadata
-        and all(f.alpha is None for _, f in found.values())
-    ):
+    has_strength = beside or metadata or any(factors.alpha is not None for factors in found.values())
+    if not has_strength and any(map(is_pefts, keys)):
         logger.warning("LoRA %s: no %s and no alpha: its strength is taken to be alpha = rank", name, SETTINGS_FILE)
     sha256 = sha256_file(path)
     if beside:
         sha256 = hashlib.sha256(f"{sha256} {sha256_file(beside)}".encode()).hexdigest()
-    return Lora(name, sha256, {key: factors for key, (_, factors) in found.items()})
+    return Lora(name, sha256, found)
 
 
 def _check_header(path: Path, name: str) -> None:
@@ -190,7 +186,7 @@ def _scalar(name: str, key: str, value: Tensor) -> float:
     return float(value)
 
 
-def _drop_second_names(found: dict[Layer, tuple[str, Factors]]) -> list[str]:
+def _drop_second_names(found: dict[Layer, Factors]) -> list[str]:
     """Of a file with both Stability's and diffusers' names of blocks the former go, as in diffusers' loader."""
     layers = [layer for part, layer in found if part == "unet"]
     if any(map(_STABILITYS.match, layers)) and any(map(_DIFFUSERS.match, layers)):
@@ -202,11 +198,11 @@ def _drop_second_names(found: dict[Layer, tuple[str, Factors]]) -> list[str]:
 
 
 def _apply_settings(
-    name: str, metadata: Mapping[str, str], beside: Settings | None, found: Mapping[Layer, tuple[str, Factors]]
+    name: str, metadata: Mapping[str, str], beside: Settings | None, found: Mapping[Layer, Factors]
 ) -> None:
     """Strengths beside the tensors. A tensor alpha comes first, then PEFT's settings, then plain metadata."""
     for part in {part for part, _ in found}:
-        layers = {layer: factors for (of, _), (layer, factors) in found.items() if of == part}
+        layers = [factors for (of, _), factors in found.items() if of == part]
         settings, where = beside, f"LoRA {name}: {SETTINGS_FILE}"
         if settings is None:
             where = f"LoRA {name}: lora_adapter_metadata"
@@ -226,27 +222,25 @@ def _settings_in_metadata(metadata: Mapping[str, str], part: str, where: str) ->
     return read_settings(own, where) if own else None
 
 
-def _apply_pefts(settings: Settings, where: str, layers: Mapping[str, Factors]) -> None:
+def _apply_pefts(settings: Settings, where: str, layers: Iterable[Factors]) -> None:
     alphas = Patterns(settings.alpha_pattern, f"{where}: alpha_pattern")
     ranks = Patterns(settings.rank_pattern, f"{where}: rank_pattern")
-    for layer, factors in layers.items():
-        rank = int(ranks.find(layer) or settings.r)
-        if "down" in factors.tensors and len(factors.tensors["down"]) != rank:
-            own = len(factors.tensors["down"])
-            raise UserError(
-                f"{where}: says rank {rank} of {shown(layer, MOST_QUOTED)}, which has {own}: another file's"
-            )
-        if settings.use_dora and "down" in factors.tensors and factors.magnitude is None:
-            raise UserError(f"{where}: use_dora, but {shown(layer, MOST_QUOTED)} has no magnitudes")
+    for factors in layers:
+        rank, told = int(ranks.find(factors.layer) or settings.r), shown(factors.layer, MOST_QUOTED)
+        down = factors.tensors.get("down")
+        if down is not None and len(down) != rank:
+            raise UserError(f"{where}: says rank {rank} of {told}, which has {len(down)}: another file's")
+        if settings.use_dora and down is not None and factors.magnitude is None:
+            raise UserError(f"{where}: use_dora, but {told} has no magnitudes")
         if factors.alpha is not None:
             continue
-        special = alphas.find(layer)
-        usual = settings.lora_alpha if "down" in factors.tensors else settings.alpha
+        special = alphas.find(factors.layer)
+        usual = settings.alpha if down is None else settings.lora_alpha
         factors.alpha, factors.stabilised = usual if special is None else special, settings.use_rslora
         factors.rank = rank
 
 
-def _apply_flat(name: str, metadata: Mapping[str, str], part: str, layers: Mapping[str, Factors]) -> None:
+def _apply_flat(name: str, metadata: Mapping[str, str], part: str, layers: Iterable[Factors]) -> None:
     """Plain entries: kohya's `ss_network_alpha` and, for larger kernels, `conv_alpha`; others' `lora_alpha`."""
 
     def number(key: str, value: object) -> float | None:
@@ -267,7 +261,7 @@ def _apply_flat(name: str, metadata: Mapping[str, str], part: str, layers: Mappi
     if "ss_network_args" in metadata:
         content = read_json(metadata["ss_network_args"], f"LoRA {name}: ss_network_args")
         conv_alpha = number("conv_alpha", content.get("conv_alpha")) if isinstance(content, dict) else None
-    for factors in layers.values():
+    for factors in layers:
         kernels = any(value.ndim == 4 and value.shape[-1] > 1 for value in factors.tensors.values())
         own = conv_alpha if kernels and conv_alpha is not None else alpha
         if factors.alpha is None:

@@ -30,6 +30,8 @@ _OF = {"down": "LoRA", "up": "LoRA", "mid": "LoRA", "diff": "a difference"}
 class Factors:
     """A LoRA's tensors for one layer, named as in the file, without the layer."""
 
+    layer: str
+    """its name, with dots where the file has them"""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """LoRA: down (rank, in), up (out, rank), of a convolution down (rank, in, k, k) or, with mid (rank, rank, k, k),
     (rank, in, 1, 1); bias (out). LoHa: hada_w1_a (out, rank), hada_w1_b (rank, in), … LoKr: lokr_w1 (a, b) or

@@ -8,9 +8,9 @@ import os
 import re
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urljoin, urlsplit
@@ -73,8 +73,6 @@ class LoraFiles:
     paths: bool = False
     token: str | bool | None = False
     guard: Guard = GUARD
-    _read: OrderedDict[tuple[object, ...], Lora] = field(default_factory=OrderedDict, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _readers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(READ_AT_ONCE), init=False)
 
     def find(self, source: str, patience: Patience | None = None) -> Lora:
@@ -134,24 +132,14 @@ class LoraFiles:
         patience = Patience(self.guard.seconds, gone)
         return tuple((self.find(source, patience), own) for source, own in found)
 
-    def _load(self, path: Path, name: str) -> Lora:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"LoRA {name}: {error.strerror}") from error
-        key = (path, status.st_mtime_ns, status.st_size, *map(_stamp, settings_beside(path)))
-        with self._lock:
-            if key in self._read:
-                self._read.move_to_end(key)
-                return self._read[key]
-        lora = self._read_file(path, name)
-        with self._lock:
-            self._read[key] = lora
-            while len(self._read) > KEPT_LORAS:
-                self._read.popitem(last=False)
-        return lora
+    def __post_init__(self) -> None:
+        self._read = lru_cache(KEPT_LORAS)(self._read_file)
 
-    def _read_file(self, path: Path, name: str) -> Lora:
+    def _load(self, path: Path, name: str) -> Lora:
+        return self._read(path, name, *map(_stamp, (path, *settings_beside(path))))
+
+    def _read_file(self, path: Path, name: str, *_stamps: object) -> Lora:
+        """Reads a LoRA; `_stamps` tell the cache when it has to be read again."""
         with self._readers:
             return read_lora(path, name)
 
@@ -163,8 +151,11 @@ class LoraFiles:
             except UserError as error:
                 logger.warning("%s; it is fetched again", error)
                 _drop(place)
-        with self._room():
+        self.cache.mkdir(parents=True, exist_ok=True)
+        try:
             fetch()
+        finally:
+            self._tidy()
         try:
             return self._load(place, name)
         except UserError:
@@ -249,22 +240,9 @@ class LoraFiles:
     def _place(self, key: str) -> Path:
         return self.cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def _room(self) -> _Room:
-        self.cache.mkdir(parents=True, exist_ok=True)
-        return _Room(self.cache)
-
-
-class _Room:
-    """Deletes the oldest cached files after a download, until the rest is within `KEPT_FILES`."""
-
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        files = sorted(self._cache.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    def _tidy(self) -> None:
+        """Deletes the oldest cached files, until the rest is within `KEPT_FILES`."""
+        files = sorted(self.cache.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
         total = 0
         for path in files:
             total += path.stat().st_size

@@ -65,12 +65,17 @@ _PREFIXES = [
 _OLD_TEXT = re.compile(r"self_attn\.to_(q|k|v|out)$")
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """PEFT's ways to begin a training that leave the network's own weights as they are"""
+_UNSUPPORTED = (
+    *("layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    "target_parameters",
+)
+"""settings of PEFT's, by which an adapter does more than add to weights"""
 
 
 class Settings(BaseModel):
     """PEFT's settings that say what a file's tensors mean, with PEFT's defaults."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     peft_type: str = "LORA"
     r: int = Field(8, ge=1, le=1_000_000)
@@ -83,38 +88,29 @@ class Settings(BaseModel):
     alpha_pattern: dict[str, FiniteFloat] | None = None
     init_lora_weights: bool | str | None = True
     auto_mapping: dict[str, Any] | None = None
-    layer_replication: Any = None
-    use_qalora: Any = None
-    use_bdlora: Any = None
-    alora_invocation_tokens: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
-    target_parameters: Any = None
-
-    def check(self, where: str) -> None:
-        """Raises UserError if they ask for more than adding to weights. `where` begins the message."""
-        if self.peft_type.upper() not in ("LORA", "LOHA", "LOKR"):
-            raise UserError(f"{where}: peft_type {shown(self.peft_type, 50)}; expected LORA, LOHA or LOKR")
-        if self.init_lora_weights not in _HARMLESS_STARTS:
-            start = shown(self.init_lora_weights, 50)
-            raise UserError(
-                f"{where}: init_lora_weights {start}: its factors belong to a network whose weights were changed "
-                "before the training; expected it converted to plain LoRA (path_initial_model_for_weight_conversion)"
-            )
-        for name in type(self).model_fields:
-            if name.startswith(("layer_", "use_q", "use_b", "alora", "arrow", "kasa", "target_")) and getattr(
-                self, name
-            ):
-                raise UserError(f"{where}: {name}: not supported; expected a plain adapter")
 
 
 def read_settings(content: object, where: str) -> Settings:
-    """`content` as settings. Raises UserError, whose line begins with `where`."""
+    """`content` as settings.
+
+    Raises:
+        UserError: they are none, or ask for more than adding to weights. `where` begins the message.
+    """
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}: {first_error(error)}") from None
-    settings.check(where)
+    if settings.peft_type.upper() not in ("LORA", "LOHA", "LOKR"):
+        raise UserError(f"{where}: peft_type {shown(settings.peft_type, 50)}; expected LORA, LOHA or LOKR")
+    if settings.init_lora_weights not in _HARMLESS_STARTS:
+        raise UserError(
+            f"{where}: init_lora_weights {shown(settings.init_lora_weights, 50)}: its factors belong to a network "
+            "whose weights were changed before the training; expected it converted to plain LoRA "
+            "(path_initial_model_for_weight_conversion)"
+        )
+    for name in _UNSUPPORTED:
+        if (settings.model_extra or {}).get(name):
+            raise UserError(f"{where}: {name}: not supported; expected a plain adapter")
     return settings
 
 

@@ -61,7 +61,18 @@ def save_edm(
             atomic_text(new / "README.md", card)
         atomic_text(new / CONFIG_FILE, network.config.model_dump_json(indent=2) + "\n")
         save_tensors(tensors, new / WEIGHTS_FILE, metadata)
-        write_manifest(new, _manifest(network.config, name, licence, class_names, teacher))
+        config, sigmas = network.config, list(network.config.sigmas)
+        teacher = teacher or Teacher(subfolder=".", steps=heun_steps(config), guidance_scale=1.0)
+        manifest = Manifest(
+            name=name,
+            family="edm",
+            native_size=(config.resolution, config.resolution),
+            licence=licence,
+            class_names=list(class_names),
+            students={len(sigmas): Student(subfolder=".", sigmas=sigmas)} if sigmas else {},
+            teacher=None if sigmas else teacher,
+        )
+        write_manifest(new, manifest)
 
 
 def heun_steps(config: EdmConfig) -> int:
@@ -69,39 +80,14 @@ def heun_steps(config: EdmConfig) -> int:
     return 18 if config.resolution <= 32 else 40
 
 
-def _manifest(
-    config: EdmConfig, name: str, licence: str, class_names: Sequence[str], teacher: Teacher | None
-) -> Manifest:
-    sigmas = list(config.sigmas)
-    teacher = teacher or Teacher(subfolder=".", steps=heun_steps(config), guidance_scale=1.0)
-    return Manifest(
-        name=name,
-        family="edm",
-        native_size=(config.resolution, config.resolution),
-        licence=licence,
-        class_names=list(class_names),
-        students={len(sigmas): Student(subfolder=".", sigmas=sigmas)} if sigmas else {},
-        teacher=None if sigmas else teacher,
-    )
-
-
-def load_edm(
-    folder: Path,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    *,
-    dropout: float = 0.0,
-    compile: bool = False,
-) -> Edm:
-    """The network in a folder that `save_edm` wrote, frozen.
+def load_edm(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Edm:
+    """The network in a folder that `save_edm` wrote, frozen, without dropout: distillation uses none.
 
     Args:
         folder: holds `dmd2.json`, `config.json` and `model.safetensors`.
         device: where to.
         dtype: of convolutions and norms, and what they run in. To train in bf16, load fp32, which keeps the
             parameters fp32, and set `network.dtype` to bf16.
-        dropout: of a network in training mode, instead of what it was first trained with. Distillation uses none.
-        compile: see `Edm`.
 
     Raises:
         UserError: a file is missing, damaged or not what it should be.
@@ -118,10 +104,10 @@ def load_edm(
         tensors = load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS_FILE}: not safetensors, or damaged ({error})") from error
-    network = network_of(config.model_copy(update={"dropout": dropout}), tensors, folder / WEIGHTS_FILE)
+    network = network_of(config.model_copy(update={"dropout": 0.0}), tensors, folder / WEIGHTS_FILE)
     network.to(device, torch.float32)
     network.cast(dtype)
-    return Edm(channels_last(network).requires_grad_(False).eval(), compile=compile)
+    return Edm(channels_last(network).requires_grad_(False).eval())
 
 
 def _read_config(path: Path) -> EdmConfig:

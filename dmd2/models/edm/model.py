@@ -71,7 +71,7 @@ class ClassEncoder:
 
 
 class EdmModel:
-    """See `dmd2.models.model.Model` and `load_model`."""
+    """See `dmd2.models.model.Model` and `FAMILIES`."""
 
     takes_prompts = False
     takes_churn = True

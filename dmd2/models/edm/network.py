@@ -107,17 +107,6 @@ PUBLISHED = _published()
 """EDM's published models (Karras et al. 2022, table 7), by the names of their files"""
 
 
-def published(name: str) -> EdmConfig:
-    """The configuration of one of EDM's published models.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    if name not in PUBLISHED:
-        raise UserError(f"{name}: no such EDM model; expected one of {', '.join(PUBLISHED)}")
-    return PUBLISHED[name]
-
-
 class UNet(nn.Module):
     """The raw network F (Karras et al. 2022, eq. 7): DDPM++, NCSN++ or ADM."""
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class PickleReader:
             "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch.storage._load_from_bytes": self._storage,
-            "collections.OrderedDict": _empty,
+            "collections.OrderedDict": dict,
             "builtins.set": lambda items=(): {_of(str, item) for item in items},
             "numpy.dtype": self._dtype,
             **array,
@@ -251,10 +251,6 @@ class PickleReader:
         return np.frombuffer(_of(bytes, data), _of(_Dtype, dtype).numpy()).reshape(()).item()
 
 
-def _empty() -> dict[Any, Any]:
-    return {}
-
-
 def _of(kind: type[Any], value: Any) -> Any:
     if type(value) is not kind and not (kind is Tensor and isinstance(value, Tensor)):
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
@@ -308,7 +304,8 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path}: no such file; expected one of EDM's pickles")
     size = path.stat().st_size
     try:
-        with path.open("rb") as file, _mapped(file) as content:
+        # A map's read() never makes room for more than there is, whatever length the pickle claims.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return PickleReader(size).read(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -317,11 +314,6 @@ def read_pickle(path: Path) -> Any:
     except MALFORMED as error:
         why = _shown(str(error).partition("\n")[0]) or type(error).__name__
         raise UserError(f"{path}: not one of EDM's pickles, truncated or damaged ({why})") from error
-
-
-def _mapped(file: BinaryIO) -> mmap.mmap:
-    # A map's read() never makes room for more than there is, whatever length the pickle claims.
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def tensors_of(record: Record) -> dict[str, Tensor]:

@@ -76,6 +76,21 @@ def read_schedule(folder: Path) -> Schedule:
     return Schedule(cast(PredictionType, kind), zero_snr)
 
 
+def network_class(name: str, folder: Path) -> Any:
+    """The class of the network of SDXL or SD 1.5 in the subfolder called `name`, which lies at `folder`."""
+    import diffusers
+    import transformers
+
+    match name:
+        case "unet":
+            return diffusers.UNet2DConditionModel
+        case "vae":
+            return getattr(diffusers, read_vae_config(folder)["_class_name"])
+        case "text_encoder_2":
+            return transformers.CLIPTextModelWithProjection
+    return transformers.CLIPTextModel
+
+
 def read_vae_config(folder: Path) -> dict[str, Any]:
     """The config of a VAE of 4 latent channels.
 

@@ -9,14 +9,13 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
 from dmd2.models.adapters.lora import SETTINGS_FILE, Fused, read_lora, settings_of
-from dmd2.models.stable_diffusion.configs import TIMESTEPS, Schedule, check_configs, read_vae_config
+from dmd2.models.stable_diffusion.configs import TIMESTEPS, Schedule, check_configs, network_class
 from dmd2.models.stable_diffusion.folder import UNET_FILE, load_tokenizer, save_pipeline_configs
-from dmd2.models.stable_diffusion.single_file import SingleFile, check_base
+from dmd2.models.stable_diffusion.single_file import TOKENIZERS, SingleFile, check_base
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_text, sha256_file
 from dmd2.runtime.loading import build_network, check_network, weight_files
@@ -127,18 +126,16 @@ def _from_folder(source: Path, lora: Path | None, new: Path, vae: Path | None, s
         logger.warning("%s: has no scheduler; taken to predict epsilon", source)
         schedule = PREDICTIONS["epsilon"]
     schedule = check_configs(source, ["unet"], folders["vae"], schedule=schedule)
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in TOKENIZERS:
         if not (source / name).is_dir():
             raise UserError(f"{source / name}: missing; expected an SDXL checkpoint in diffusers' layout")
         load_tokenizer(source / name)
     for name, folder in folders.items():
-        check_network(_kind(name, folder), folder / NETWORKS[name], half=True)
+        check_network(network_class(name, folder), folder / NETWORKS[name], half=True)
     _check_lora(source / "unet", lora)
     for name, folder in folders.items():
-        (new / name).mkdir(parents=True)
-        shutil.copyfile(folder / "config.json", new / name / "config.json")
-        _copy_weights(folder / NETWORKS[name], new / name)
-    for name in ("tokenizer", "tokenizer_2"):
+        _copy_network(folder, new / name, NETWORKS[name])
+    for name in TOKENIZERS:
         shutil.copytree(source / name, new / name)
     return schedule
 
@@ -155,32 +152,17 @@ def _from_file(
     file = SingleFile(source, base, vae)
     file.write_configs(new)
     if vae is not None:
-        read_vae_config(vae)
-        check_network(_kind("vae", vae), vae / UNET_FILE, half=True)
-        (new / "vae").mkdir()
-        shutil.copyfile(vae / "config.json", new / "vae" / "config.json")
-        _copy_weights(vae / UNET_FILE, new / "vae")
+        check_network(network_class("vae", vae), vae / UNET_FILE, half=True)
+        _copy_network(vae, new / "vae", UNET_FILE)
     try:
         schedule = check_configs(new, ["unet"], new / "vae", schedule=schedule or file.schedule)
     except UserError as error:  # says where that came from, not where it is for a moment
         raise UserError(str(error).replace(f"{new}/", f"{base}/")) from None
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in TOKENIZERS:
         load_tokenizer(base / name)
     _check_lora(new / "unet", lora)
     file.write_weights(new, NETWORKS)
     return schedule
-
-
-def _kind(name: str, folder: Path) -> Any:
-    import diffusers
-    import transformers
-
-    classes = {
-        "unet": diffusers.UNet2DConditionModel,
-        "text_encoder": transformers.CLIPTextModel,
-        "text_encoder_2": transformers.CLIPTextModelWithProjection,
-    }
-    return classes[name] if name in classes else getattr(diffusers, read_vae_config(folder)["_class_name"])
 
 
 def _check_lora(unet: Path, path: Path | None) -> None:
@@ -195,17 +177,20 @@ def _check_lora(unet: Path, path: Path | None) -> None:
     Fused({"unet": build_network(UNet2DConditionModel, unet / "config.json")}).check(lora)
 
 
-def _copy_weights(path: Path, folder: Path) -> None:
-    """What `path` stands for, under the usual name in `folder`."""
-    files = weight_files(path, half=True)
+def _copy_network(source: Path, folder: Path, name: str) -> None:
+    """Configuration and weights, under the usual `name`, into the new `folder`."""
+    folder.mkdir(parents=True)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    path = folder / name
+    files = weight_files(source / name, half=True)
     if len(files) == 1:
-        shutil.copyfile(files[0], folder / path.name)
+        shutil.copyfile(files[0], path)
         return
     of_keys: dict[str, str] = {}
     for i, file in enumerate(files, 1):
-        name = f"{path.stem}-{i:05}-of-{len(files):05}.safetensors"
-        shutil.copyfile(file, folder / name)
-        with safe_open(folder / name, "pt") as opened:
-            of_keys |= dict.fromkeys(opened.keys(), name)
+        shard = f"{path.stem}-{i:05}-of-{len(files):05}.safetensors"
+        shutil.copyfile(file, folder / shard)
+        with safe_open(folder / shard, "pt") as opened:
+            of_keys |= dict.fromkeys(opened.keys(), shard)
     index = {"metadata": {"total_size": sum(file.stat().st_size for file in files)}, "weight_map": of_keys}
-    atomic_text(folder / f"{path.name}.index.json", json.dumps(index, indent=2) + "\n")
+    atomic_text(folder / f"{name}.index.json", json.dumps(index, indent=2) + "\n")

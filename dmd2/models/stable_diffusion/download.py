@@ -6,14 +6,13 @@ is where a stopped download goes on: each file there is hashed again before it i
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,11 +128,8 @@ def download(
     dest = dest.expanduser().resolve()
     folders = [Folder(dest, sdxl_files(steps, vaes, lora))]
     if safety:
-        names = (
-            "config.json",
-            "preprocessor_config.json",
-            "model.safetensors",
-        )  # what dmd2/inference/safety.py loads
+        # What dmd2/inference/safety.py loads.
+        names = ("config.json", "preprocessor_config.json", "model.safetensors")
         folders.append(Folder(dest.with_name("safety"), [File(SAFETY, name, name) for name in names]))
         if dest.name == "safety":
             raise InvalidInput("dest", "is where the safety checker goes; choose another name", dest)
@@ -262,7 +258,13 @@ def _obtain(folder: Folder, file: File, bar: Any) -> None:
     raw.parent.mkdir(parents=True, exist_ok=True)
     if file.there is not None:
         with atomic_path(raw) as temporary:
-            _link_or_copy(file.there, temporary, link=folder.path in file.there.parents)
+            linked = False
+            if folder.path in file.there.parents:
+                with suppress(OSError):  # some file systems have no links
+                    os.link(file.there, temporary)
+                    linked = True
+            if not linked:
+                shutil.copyfile(file.there, temporary)
         return
     part = folder.part(file)
     if file.size is not None and _size(part) > file.size:
@@ -374,22 +376,6 @@ def _made_from(path: Path) -> str | None:
             return (opened.metadata() or {}).get("sha256_of_pickle")
     except (OSError, SafetensorError):
         return None
-
-
-def _link_or_copy(source: Path, target: Path, link: bool) -> None:
-    try:
-        if link:
-            os.link(source, target)
-            return
-    except OSError as error:
-        if error.errno not in (
-            errno.EPERM,
-            errno.ENOTSUP,
-            errno.EMLINK,
-            errno.EXDEV,
-        ):  # file systems that have no links
-            raise
-    shutil.copyfile(source, target)
 
 
 @contextmanager

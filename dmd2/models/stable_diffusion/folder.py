@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from dmd2.models.stable_diffusion.configs import (
     SCHEDULER,
     Schedule,
     check_configs,
+    network_class,
     read_schedule,
-    read_unet_config,
     read_vae_config,
 )
 from dmd2.models.stable_diffusion.text import TextEncoder
@@ -72,31 +73,21 @@ def load_text_to_image(
         UserError: a file is missing, damaged or not what the manifest says.
     """
     manifest, placement = read_manifest(folder), placement or Placement()
-    classes = {"text_encoder": "CLIPTextModel"}
+    names = ["text_encoder"]
     if manifest.family not in ("sdxl", "sd15"):
         raise UserError(f"{folder / MANIFEST}: family: {shown(manifest.family)}; expected sdxl or sd15")
     if manifest.family == "sdxl":
-        classes["text_encoder_2"] = "CLIPTextModelWithProjection"
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in classes]
-    _check_there(folder, subfolders)
-    # UNets are checked first, for that takes longest, and loaded last.
-    wanted = [*subfolders, "scheduler", *tokenizers, *classes, vae]
-    with verifying(folder, manifest.files, MANIFEST, wanted) as check:
-        try:
-            schedule = check_configs(folder, subfolders, folder / vae, sdxl=manifest.family == "sdxl")
-        except UserError:
-            check(None)  # a damaged file is that first of all
-            raise
-        import transformers  # takes a while, in which other threads hash
-
+        names.append("text_encoder_2")
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
+    with _checked(folder, manifest, subfolders, [*tokenizers, *names, vae], vae) as (schedule, check):
         for name in tokenizers:
             check(name)
         words = [load_tokenizer(folder / name) for name in tokenizers]
         encoders = []
-        for name, kind in classes.items():
+        for name in names:
             check(name)
             file = folder / name / "model.safetensors"
-            encoders.append(load_network(getattr(transformers, kind), file, placement.host(device), dtype))
+            encoders.append(load_network(network_class(name, folder / name), file, placement.host(device), dtype))
             config, words_of = encoders[-1].config, words[len(encoders) - 1]
             window, most = words_of.model_max_length, config.max_position_embeddings
             if not 3 <= window <= most:
@@ -144,23 +135,28 @@ def load_denoisers(
     placement: Placement | None = None,
 ) -> dict[str, StableDiffusion]:
     """The UNets in `subfolders`, by these, and nothing else. Otherwise as `load_text_to_image`."""
-    manifest = read_manifest(folder)
-    _check_there(folder, subfolders)
-    with verifying(folder, manifest.files, MANIFEST, [*subfolders, "scheduler"]) as check:
-        try:
-            for name in subfolders:
-                read_unet_config(folder / name, sdxl=manifest.family == "sdxl")
-            schedule = read_schedule(folder / "scheduler")
-        except UserError:
-            check(None)
-            raise
+    with _checked(folder, read_manifest(folder), subfolders) as (schedule, check):
         return _load_denoisers(folder, subfolders, device, dtype, trace, placement or Placement(), schedule, check)
 
 
-def _check_there(folder: Path, subfolders: list[str]) -> None:
-    for subfolder in subfolders:
-        if not (folder / subfolder).is_dir():
-            raise UserError(f"{folder / subfolder}: missing; these weights are incomplete")
+@contextmanager
+def _checked(
+    folder: Path, manifest: Manifest, unets: list[str], others: Sequence[str] = (), vae: str = "vae"
+) -> Iterator[tuple[Schedule, Callable[[str | None], None]]]:
+    """The schedule of a folder whose configurations fit together, and `verifying`'s function for its files.
+
+    UNets are hashed first, for that takes longest; they should be loaded last.
+    """
+    for name in unets:
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: missing; these weights are incomplete")
+    with verifying(folder, manifest.files, MANIFEST, [*unets, "scheduler", *others]) as check:
+        try:
+            schedule = check_configs(folder, unets, folder / vae, sdxl=manifest.family == "sdxl")
+        except UserError:
+            check(None)  # a damaged file is that first of all
+            raise
+        yield schedule, check
 
 
 def _load_denoisers(

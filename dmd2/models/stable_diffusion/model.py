@@ -25,7 +25,7 @@ TINY = "vae_tiny"
 
 
 class StableDiffusionModel:
-    """See `dmd2.models.model.Model` and `load_model`. For the thread that owns the device."""
+    """See `dmd2.models.model.Model` and `FAMILIES`. For the thread that owns the device."""
 
     takes_prompts = True
     takes_churn = False

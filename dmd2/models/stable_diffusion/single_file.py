@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dmd2.models.stable_diffusion.configs import Schedule, read_unet_config, read_vae_config
+from dmd2.models.stable_diffusion.configs import Schedule, network_class, read_unet_config, read_vae_config
 from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import atomic_text, read_object
 from dmd2.runtime.loading import build_network, expect_floats, fit
@@ -26,8 +26,8 @@ from dmd2.runtime.tensors import save_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
-PREFIXES = (UNET, VAE, CLIP, OPEN_CLIP)
-CONFIGS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PREFIXES = {"unet": UNET, "vae": VAE, "text_encoder": CLIP, "text_encoder_2": OPEN_CLIP}
+"""by the networks' subfolders"""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 MARKS = ("v_pred", "ztsnr", "scaled_fp8")
@@ -63,10 +63,10 @@ class SingleFile:
         _check_kind(path, tensors)
         self.schedule = _schedule(tensors, metadata)
         tensors = _unscaled(tensors)
-        ignored = [key for key in tensors if not key.startswith(PREFIXES) and key not in MARKS]
+        ignored = [key for key in tensors if not key.startswith(tuple(PREFIXES.values())) and key not in MARKS]
         if ignored:
             logger.info("%s: ignored: %s (%d in all)", path, shown(", ".join(ignored[:3])), len(ignored))
-        self.configs = {name: read_config(base, name) for name in CONFIGS if name != "vae" or vae is None}
+        self.configs = {name: read_config(base, name) for name in PREFIXES if name != "vae" or vae is None}
         first = tensors.get(f"{UNET}input_blocks.0.0.weight")
         if first is not None and first.ndim == 4:  # of an inpainting UNet, too, whatever the base is
             self.configs["unet"]["in_channels"] = first.shape[1]
@@ -78,18 +78,11 @@ class SingleFile:
         self.networks = {name: self._network(name, tensors) for name in self.configs}
 
     def _network(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
         from diffusers.loaders import single_file_utils as theirs
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        kinds: dict[str, tuple[Any, str]] = {
-            "unet": (UNet2DConditionModel, UNET),
-            "vae": (AutoencoderKL, VAE),
-            "text_encoder": (CLIPTextModel, CLIP),
-            "text_encoder_2": (CLIPTextModelWithProjection, OPEN_CLIP),
-        }
-        kind, prefix = kinds[name]
-        config, own = self.configs[name], {k: v for k, v in tensors.items() if k.startswith(prefix)}
+        config, prefix = self.configs[name], PREFIXES[name]
+        own = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+        kind = network_class(name, self.base / name)
         network = build_network(kind, self.base / name / "config.json", config)
         try:
             match name:
@@ -128,7 +121,7 @@ class SingleFile:
 
 def check_base(base: Path) -> None:
     """Raises UserError unless a folder has what a checkpoint in one file lacks."""
-    needed = [*(f"{name}/config.json" for name in CONFIGS), *TOKENIZERS]
+    needed = [*(f"{name}/config.json" for name in PREFIXES), *TOKENIZERS]
     missing = [name for name in needed if not (base / name).exists()]
     if missing:
         raise InvalidInput(
