@@ -92,7 +92,7 @@ class PickleReader:
             "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch.storage._load_from_bytes": self._storage,
-            "collections.OrderedDict": dict,
+            "collections.OrderedDict": _empty,
             "builtins.set": lambda items=(): {_of(str, item) for item in items},
             "numpy.dtype": self._dtype,
             **array,
@@ -249,6 +249,10 @@ class PickleReader:
     @staticmethod
     def _scalar(dtype: Any, data: Any) -> Any:
         return np.frombuffer(_of(bytes, data), _of(_Dtype, dtype).numpy()).reshape(()).item()
+
+
+def _empty() -> dict[Any, Any]:
+    return {}
 
 
 def _of(kind: type[Any], value: Any) -> Any:
