@@ -113,18 +113,13 @@ def inpaint(
     Returns:
         x0 (B, C, H, W), fp32; exactly `image` where `mask` is false.
     """
-    first: Tensor | None = None
-    x0 = image
-    for done, (sigma_value, n) in enumerate(zip(sigmas, noise, strict=True), 1):
-        sigma = _level(sigma_value, n)
-        x = start(n, sigma) if first is None else add_noise(x0, sigma, torch.where(mask, n, first))
-        first = n if first is None else first
-        x0 = torch.where(mask, denoise(x, sigma), image)
-        if callback is not None:
-            callback(done, x0)
-    if first is None:
-        raise ValueError("sigmas: expected at least one level")
-    return x0
+    first, *others = noise
+    fresh = [first, *(torch.where(mask, n, first) for n in others)]
+
+    def around(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.where(mask, denoise(x, sigma), image)
+
+    return sample_few_step(around, start, fresh, sigmas, callback)
 
 
 def _level(sigma: float, x: Tensor) -> Tensor:

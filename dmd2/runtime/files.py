@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _flush_folder(path.parent)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then move it to `path`. See `atomic_path`."""
-    with atomic_path(path) as temporary:
-        write(temporary)
-
-
 def atomic_bytes(path: Path, content: bytes) -> None:
     """Replace the content of `path` with `content`, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def atomic_text(path: Path, content: str) -> None:

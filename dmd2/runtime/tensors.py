@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.files import write_atomically
+from dmd2.runtime.files import atomic_path
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -27,13 +27,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{path}: not written, for {name} has values that are not finite in {kind}")
-
-    def write(temporary: Path) -> None:
+    with atomic_path(path) as temporary:
         with os_errors(path):
             save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-
-    write_atomically(path, write)
 
 
 @contextmanager

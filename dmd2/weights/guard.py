@@ -31,44 +31,39 @@ GLANCE = 0.25
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+
+def _networks(*texts: str) -> tuple[Network, ...]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
 # IANA's registries of special-purpose addresses (RFC 6890, RFC 8190) as of 2026: what is not globally reachable. Not
 # `is_global`, about which Python's releases disagree: some call 192.0.0.192 global.
-_REFUSED = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            "0.0.0.0/8",  # this network
-            "10.0.0.0/8",
-            "100.64.0.0/10",  # providers' own
-            "127.0.0.0/8",
-            "169.254.0.0/16",  # link-local: clouds tell secrets here
-            "172.16.0.0/12",
-            "192.0.0.0/24",  # protocols
-            "192.0.2.0/24",  # documentation, as 198.51.100.0/24 and 203.0.113.0/24
-            "192.88.99.0/24",  # 6to4's relays, given up
-            "192.168.0.0/16",
-            "198.18.0.0/15",  # benchmarks
-            "198.51.100.0/24",
-            "203.0.113.0/24",
-            "224.0.0.0/4",  # multicast
-            "240.0.0.0/4",  # reserved, and broadcast
-            # Of IPv6, 2000::/3 is what is not reserved or used within sites. In this:
-            "2001::/23",  # protocols; in it Teredo, benchmarks, ORCHID
-            "2001:db8::/32",  # documentation, as 3fff::/20
-            "2002::/16",  # 6to4: an IPv4 address inside, and nobody uses it any more
-            "3fff::/20",
-        ),
-    )
+_REFUSED = _networks(
+    "0.0.0.0/8",  # this network
+    "10.0.0.0/8",
+    "100.64.0.0/10",  # providers' own
+    "127.0.0.0/8",
+    "169.254.0.0/16",  # link-local: clouds tell secrets here
+    "172.16.0.0/12",
+    "192.0.0.0/24",  # protocols
+    "192.0.2.0/24",  # documentation, as 198.51.100.0/24 and 203.0.113.0/24
+    "192.88.99.0/24",  # 6to4's relays, given up
+    "192.168.0.0/16",
+    "198.18.0.0/15",  # benchmarks
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "224.0.0.0/4",  # multicast
+    "240.0.0.0/4",  # reserved, and broadcast
+    # Of IPv6, 2000::/3 is what is not reserved or used within sites. In this:
+    "2001::/23",  # protocols; in it Teredo, benchmarks, ORCHID
+    "2001:db8::/32",  # documentation, as 3fff::/20
+    "2002::/16",  # 6to4: an IPv4 address inside, and nobody uses it any more
+    "3fff::/20",
 )
-_REACHABLE = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            *("192.0.0.9/32", "192.0.0.10/32"),  # anycast of PCP and TURN
-            *("2001:1::1/128", "2001:1::2/128", "2001:1::3/128", "2001:3::/32", "2001:4:112::/48"),
-            *("2001:20::/28", "2001:30::/28"),
-        ),
-    )
+_REACHABLE = _networks(
+    *("192.0.0.9/32", "192.0.0.10/32"),  # anycast of PCP and TURN
+    *("2001:1::1/128", "2001:1::2/128", "2001:1::3/128", "2001:3::/32", "2001:4:112::/48"),
+    *("2001:20::/28", "2001:30::/28"),
 )
 """parts of the above that the registries call globally reachable"""
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")

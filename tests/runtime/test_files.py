@@ -11,7 +11,7 @@ import pytest
 from dmd2.evaluation.samples import read_prompts
 from dmd2.models.edm.folder import _read_config
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.files import atomic_bytes, atomic_path, atomic_text, read_bounded, sha256_file, write_atomically
+from dmd2.runtime.files import atomic_bytes, atomic_path, atomic_text, read_bounded, sha256_file
 from dmd2.runtime.precision import recorded_precision
 from dmd2.weights.assets import read_lock
 
@@ -33,7 +33,8 @@ def test_new_and_replaced_files_are_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == "σ = 80\n".encode()
     atomic_bytes(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
-    write_atomically(path, lambda temporary: temporary.write_text("third"))
+    with atomic_path(path) as temporary:
+        temporary.write_text("third")
     assert path.read_text() == "third"
     assert names(tmp_path) == ["notes.txt"]
 
@@ -50,12 +51,9 @@ def test_temporary_is_a_hidden_sibling_that_no_suffix_glob_finds(target: Path) -
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_failure_mid_write_keeps_the_old_file(target: Path, error: type[BaseException]) -> None:
-    def write(temporary: Path) -> None:
+    with pytest.raises(error), atomic_path(target) as temporary:
         temporary.write_text("ha")
         raise error("half-way")
-
-    with pytest.raises(error):
-        write_atomically(target, write)
     assert target.read_text() == "old"
     assert names(target.parent) == [target.name]
 

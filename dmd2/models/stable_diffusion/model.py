@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,6 @@ class StableDiffusionModel:
         self._fused: dict[str, Fused] = {}
         self._controls: dict[Path, ControlModel] = {}
         self._own: dict[str, Loras] = {}
-        self._preview: LatentCodec | None = None
 
     def denoiser(self, subfolder: str) -> StableDiffusion:
         if subfolder not in self.denoisers:
@@ -155,16 +154,13 @@ class StableDiffusionModel:
             self._controls[folder] = ControlModel(loaded.network, self.device, loaded.task)
         return self._controls[folder]
 
-    @property
+    @cached_property
     def preview_codec(self) -> LatentCodec:
         """TAESDXL where the weights have it beside another VAE, else the VAE itself."""
-        if self._preview is None:
-            self._preview = self.codec
-            if (self._folder / TINY).is_dir():
-                verify(self._folder, self.manifest, {TINY})
-                vae: Any = load_vae(self._folder / TINY, self.device, self.dtype)
-                self._preview = LatentCodec(vae, device=self.device)
-        return self._preview
+        if not (self._folder / TINY).is_dir():
+            return self.codec
+        verify(self._folder, self.manifest, {TINY})
+        return LatentCodec(load_vae(self._folder / TINY, self.device, self.dtype), device=self.device)
 
 
 def vae_folder(folder: Path, vae: str) -> str:

@@ -96,9 +96,9 @@ class StableDiffusion:
         # σ arrives in float32: what is within its rounding of a table entry is that entry.
         return torch.where((index - nearest).abs() < 1e-3, nearest, index).float().to(sigma.device)
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition, **given: Any) -> Tensor:
-        """x0 alone; `given`: see `features`."""
-        return self.features(x, sigma, cond, **given)[0]
+    def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition, *given: Any, **named: Any) -> Tensor:
+        """The first of `features`, of the same arguments."""
+        return self.features(x, sigma, cond, *given, **named)[0]
 
     def features(
         self,
