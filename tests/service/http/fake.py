@@ -59,20 +59,19 @@ class FakeService:
         manifest = SimpleNamespace(
             students=dict.fromkeys(steps), native_size=NATIVE, class_names=list(classes), name="fake"
         )
-        encoder = SimpleNamespace(count_tokens=lambda prompt: len(prompt.split()))
+        encoder = SimpleNamespace(count_tokens=lambda prompt: len(prompt.split()), token_chunks=lambda prompt: 1)
         model = SimpleNamespace(
             encode_text=encoder,
             codec=SimpleNamespace(factor=4),
             takes_prompts=not classes,
             device=torch.device("cpu"),
             placement=SimpleNamespace(compiler=None),
+            size_unit=4,
+            check_size=check_size,
         )
         self.engine: Any = SimpleNamespace(
             manifest=manifest,
             model=model,
-            size_unit=4,
-            check_size=check_size,
-            check_prompts=lambda prompts: None,
             sha256=lambda steps: "0" * 64,
         )
         self.loras = SimpleNamespace(folder=Path("/nonexistent"))
