@@ -31,35 +31,40 @@ def convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Sequent
     )
 
 
-class ImageClassifier(nn.Module):
-    """A small residual network (He et al. 2016) with a linear head over its global-average pooled features.
+class Trunk(nn.Module):
+    """A small residual network (He et al. 2016) whose features are what remains after global-average pooling.
 
-    `widths` are the channels at the image's own side, at a half and at a quarter and below. A residual block is at
-    the half and one at the quarter.
+    Args:
+        widths: channels after each of four convolutions: the first is as `size` and `stride` say, the others halve
+            the side. A residual block follows the second and the third.
+        features: their number.
     """
 
-    def __init__(self, classes: int, widths: tuple[int, int, int], features: int) -> None:
+    def __init__(self, widths: tuple[int, int, int, int], features: int, size: int, stride: int) -> None:
         super().__init__()
-        whole, half, quarter = widths
+        a, b, c, d = widths
         self.body = nn.Sequential(
-            convolution(3, whole, 3, 1),
-            nn.ReLU(),
-            convolution(whole, half, 3, 2),
-            nn.ReLU(),
-            Residual(half),
-            convolution(half, quarter, 3, 2),
-            nn.ReLU(),
-            Residual(quarter),
-            convolution(quarter, quarter, 3, 2),
-            nn.ReLU(),
-            convolution(quarter, features, 1, 1),
-            nn.ReLU(),
+            *(convolution(3, a, size, stride), nn.ReLU()),
+            *(convolution(a, b, 3, 2), nn.ReLU(), Residual(b)),
+            *(convolution(b, c, 3, 2), nn.ReLU(), Residual(c)),
+            *(convolution(c, d, 3, 2), nn.ReLU()),
+            *(convolution(d, features, 1, 1), nn.ReLU()),
         )
-        self.head = nn.Linear(features, classes)
 
     def features(self, x: Tensor) -> Tensor:
         """float (B, 3, H, W) in [−1, 1] → pooled features, fp32 (B, `features`), ≥ 0."""
         return self.body(x).float().mean((2, 3))
+
+
+class ImageClassifier(Trunk):
+    """With a linear head over the features.
+
+    `widths` are the channels at the image's own side, at a half and at a quarter and below.
+    """
+
+    def __init__(self, classes: int, widths: tuple[int, int, int], features: int) -> None:
+        super().__init__((*widths, widths[-1]), features, 3, 1)
+        self.head = nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """float (B, 3, H, W) in [−1, 1] → logits (B, classes)."""
@@ -78,7 +83,7 @@ class LoadedClassifier:
 
 
 def load_image_classifier(path: Path, device: torch.device | str = "cpu") -> LoadedClassifier:
-    """Read a `classifier.safetensors`, as `train_image_classifier` exports it.
+    """Read a `classifier.safetensors`, as its recipe exports it.
 
     Raises:
         UserError: the file is missing, damaged or something else.

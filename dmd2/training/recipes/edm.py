@@ -4,70 +4,39 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from dmd2.data.cifar10 import CLASSES as CIFAR10
 from dmd2.training.loop import LoopSettings
+from dmd2.training.methods.classifier import ImageClassifierRecipe
 from dmd2.training.methods.common import Recipe
 from dmd2.training.methods.denoising import DenoisingRecipe
 from dmd2.training.methods.dmd import DmdRecipe
 from dmd2.training.methods.dmd2 import Dmd2Recipe
 from dmd2.training.methods.gdd import GddRecipe
-from dmd2.training.methods.image_classifier import ImageClassifierRecipe
+
+
+def _loop(iterations: int, batch_size: int, every: int, **others: Any) -> LoopSettings:
+    return LoopSettings(iterations, batch_size, sample_every=every, checkpoint_every=every, **others)
 
 
 def _small(iterations: int) -> LoopSettings:
-    return LoopSettings(
-        iterations,
-        batch_size=32,
-        warmup=20,
-        max_grad_norm=10.0,
-        ema_decay=0.99,
-        sample_every=100,
-        checkpoint_every=100,
-    )
+    return _loop(iterations, 32, 100, warmup=20, max_grad_norm=10.0, ema_decay=0.99)
 
 
-def _edm(mimg: int, batch_size: int) -> LoopSettings:
-    """EDM's training from scratch (Karras et al. 2022, app. F.3): 10 Mimg of warm-up, no decay, no clipping."""
-    return LoopSettings(
-        iterations=mimg * 10**6 // batch_size,
-        batch_size=batch_size,
-        warmup=10**7 // batch_size,
-        decay=False,
-        max_grad_norm=0,
-        zero_nans=True,
-        ema_half_life=5e5,
-        sample_every=5000,
-        checkpoint_every=5000,
-    )
+def _unclipped(mimg: int, batch_size: int, every: int, ema_half_life: float = 5e5, warmup: int = 0) -> LoopSettings:
+    """EDM's training from scratch (Karras et al. 2022, app. F.3) and GDD's (app. C): no decay, no clipping."""
+    others: Any = {"warmup": warmup, "decay": False, "max_grad_norm": 0, "zero_nans": True}
+    return _loop(mimg * 10**6 // batch_size, batch_size, every, ema_half_life=ema_half_life, **others)
+
+
+_edm = partial(_unclipped, every=5000, warmup=10**7 // 512)  # 10 Mimg of warm-up
+_gdd = partial(_unclipped, every=1000)
 
 
 def _dmd(iterations: int, batch_size: int, ema_decay: float = 0.0) -> LoopSettings:
     """DMD's and DMD2's (app. B of both): 500 steps of warm-up, no decay, gradient norm at most 10, no average."""
-    return LoopSettings(
-        iterations,
-        batch_size,
-        warmup=500,
-        decay=False,
-        max_grad_norm=10.0,
-        ema_decay=ema_decay,
-        sample_every=5000,
-        checkpoint_every=5000,
-    )
-
-
-def _gdd(mimg: int, batch_size: int, ema_half_life: float = 5e5) -> LoopSettings:
-    """GDD's (app. C): no warm-up, no decay, no clipping."""
-    return LoopSettings(
-        iterations=mimg * 10**6 // batch_size,
-        batch_size=batch_size,
-        decay=False,
-        max_grad_norm=0,
-        zero_nans=True,
-        ema_half_life=ema_half_life,
-        sample_every=1000,
-        checkpoint_every=1000,
-    )
+    return _loop(iterations, batch_size, 5000, warmup=500, decay=False, max_grad_norm=10.0, ema_decay=ema_decay)
 
 
 def _gdd_both(name: str, recipe: GddRecipe) -> dict[str, Recipe]:
@@ -76,16 +45,14 @@ def _gdd_both(name: str, recipe: GddRecipe) -> dict[str, Recipe]:
 
 _published_gdd = partial(GddRecipe, freeze=False, discriminator="published")
 
+GAN: Any = {"gan_generator": 3e-3, "gan_critic": 1e-2}
 VGG = ("vgg16_bn", "tf_efficientnet_lite0")
-
 DEIT = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
 
 EDM_RECIPES: dict[str, Recipe] = {
     # 16 epochs
     "cifar10-classifier": ImageClassifierRecipe(
-        loop=LoopSettings(
-            iterations=6000, batch_size=128, warmup=800, max_grad_norm=5.0, ema_decay=0.995, sample_every=1000
-        ),
+        LoopSettings(6000, batch_size=128, warmup=800, max_grad_norm=5.0, ema_decay=0.995, sample_every=1000),
         lr=0.15,
         weight_decay=5e-4,
         widths=(32, 64, 128),
@@ -95,9 +62,7 @@ EDM_RECIPES: dict[str, Recipe] = {
     ),
     # An hour on two idle cores: nine epochs
     "cifar10-small-teacher": DenoisingRecipe(
-        loop=LoopSettings(
-            iterations=7000, batch_size=64, warmup=100, ema_decay=0.998, sample_every=500, checkpoint_every=250
-        ),
+        LoopSettings(7000, batch_size=64, warmup=100, ema_decay=0.998, checkpoint_every=250),
         network="cifar10-small",
         lr=4e-3,
         optimizer="muon",
@@ -110,18 +75,12 @@ EDM_RECIPES: dict[str, Recipe] = {
     ),
     "cifar10-small-dmd2": Dmd2Recipe(_small(720), lr=7e-4, lr_critic=2e-3, generator_every=2, optimizer="muon"),
     "cifar10-small-dmd2-gan": Dmd2Recipe(
-        _small(580),
-        lr=7e-4,
-        lr_critic=2e-3,
-        generator_every=2,
-        gan_generator=3e-3,
-        gan_critic=1e-2,
-        optimizer="muon",
+        _small(580), lr=7e-4, lr_critic=2e-3, generator_every=2, **GAN, optimizer="muon"
     ),
     **_gdd_both("cifar10-small", GddRecipe(_small(660), lr=1e-3, lr_critic=2e-3, freeze=False, r1_gamma=1e-4)),
     # Teachers in pixel space, EDM's own recipe (Karras et al. 2022, table 7): FID 1.79 and 1.97 with Heun 18
     "cifar10-teacher": DenoisingRecipe(
-        loop=_edm(200, 512),
+        _edm(200, 512),
         network="edm-cifar10-32x32-cond-vp",
         lr=1e-3,
         augment=0.12,
@@ -129,7 +88,7 @@ EDM_RECIPES: dict[str, Recipe] = {
         precision="fp32",
     ),
     "cifar10-uncond-teacher": DenoisingRecipe(
-        loop=_edm(200, 512), network="edm-cifar10-32x32-uncond-vp", lr=1e-3, augment=0.12, precision="fp32"
+        _edm(200, 512), network="edm-cifar10-32x32-uncond-vp", lr=1e-3, augment=0.12, precision="fp32"
     ),
     # What published recipes have in common that the published runs had otherwise: one seeded order of the data on
     # any number of processes; precision is what is faster ("auto") where theirs is fixed.
@@ -146,18 +105,10 @@ EDM_RECIPES: dict[str, Recipe] = {
     # and their critic judges generated images with noise of its own; here it sees those that its score denoises.
     # --init: edm-imagenet-64x64-cond-adm
     "imagenet64-dmd2": Dmd2Recipe(_dmd(410_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5),
-    "imagenet64-dmd2-gan": Dmd2Recipe(
-        _dmd(200_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5, gan_generator=3e-3, gan_critic=1e-2
-    ),
+    "imagenet64-dmd2-gan": Dmd2Recipe(_dmd(200_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5, **GAN),
     # --student: model/ of a run of imagenet64-dmd2; its fake_score/ goes on, too, and only the head is new
     "imagenet64-dmd2-gan-resumed": Dmd2Recipe(
-        _dmd(140_000, 280),
-        lr=5e-7,
-        lr_critic=5e-7,
-        generator_every=5,
-        gan_generator=3e-3,
-        gan_critic=1e-2,
-        resumed=True,
+        _dmd(140_000, 280), lr=5e-7, lr_critic=5e-7, generator_every=5, **GAN, resumed=True
     ),
     # The numbers of NVIDIA's FastGen, whose run gives FID 1.99 with EMAs of 0.9996 … 0.99995, but DMD2's method:
     # FastGen puts the head on the frozen teacher's features, may add an approximate R1, updates student and critic on
@@ -183,6 +134,8 @@ EDM_RECIPES: dict[str, Recipe] = {
     # --init: edm-imagenet-64x64-cond-adm
     **_gdd_both(
         "imagenet64",
-        _published_gdd(_gdd(10, 512, 5e7), lr=8e-6, lr_critic=4e-5, backbones=DEIT, r1_gamma=1e-4 / 256),
+        _published_gdd(
+            _gdd(10, 512, ema_half_life=5e7), lr=8e-6, lr_critic=4e-5, backbones=DEIT, r1_gamma=1e-4 / 256
+        ),
     ),
 }

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dmd2.training.loop import LoopSettings
 from dmd2.training.methods.autoencoder import AutoencoderRecipe
+from dmd2.training.methods.classifier import EmojiClassifierRecipe
 from dmd2.training.methods.common import Recipe
 from dmd2.training.methods.denoising import DenoisingRecipe
 from dmd2.training.methods.dmd2 import Dmd2Recipe
-from dmd2.training.methods.emoji_classifier import EmojiClassifierRecipe
+
+# Not compiled: in runs as short as these, compiling five graphs costs what it saves. A GAN heavier than
+# the papers', and a teacher less guided than when it samples (2): both keep the images as varied as the data.
+FOUR_STEPS = Dmd2Recipe(
+    LoopSettings(3200, batch_size=24, warmup=30, ema_decay=0.99, sample_every=200, checkpoint_every=100),
+    lr=1e-4,
+    lr_critic=2e-4,
+    data="emoji",
+    beta2=0.99,
+    sigmas=(),
+    timesteps=(999, 749, 499, 249),
+    guidance_scale=1.5,
+    generator_every=3,
+    gan_generator=3e-2,
+    gan_critic=3e-2,
+)
 
 # How long the emoji recipes take: hours of one x86-64 core with AVX-512 in fp32, from the CPU time of two or three
 # steps of each while other work went on (so rather more than less), without samples and scores.
 EMOJI_RECIPES: dict[str, Recipe] = {
     # 1 core hour
     "emoji-vae": AutoencoderRecipe(
-        loop=LoopSettings(
-            iterations=4000,
-            batch_size=32,
-            warmup=100,
-            ema_decay=0.995,
-            sample_every=500,
-            checkpoint_every=500,
-        ),
+        LoopSettings(4000, batch_size=32, warmup=100, ema_decay=0.995),
         lr=2e-3,
         channels=48,
         encoder_blocks=(0, 1, 4),
@@ -30,9 +41,7 @@ EMOJI_RECIPES: dict[str, Recipe] = {
     ),
     # 0.3 core hours
     "emoji-classifier": EmojiClassifierRecipe(
-        loop=LoopSettings(
-            iterations=4000, batch_size=64, warmup=300, max_grad_norm=5.0, ema_decay=0.99, sample_every=500
-        ),
+        LoopSettings(4000, batch_size=64, warmup=300, max_grad_norm=5.0, ema_decay=0.99),
         lr=3e-3,
         weight_decay=0.05,
         widths=(32, 64, 128, 256),
@@ -46,17 +55,10 @@ EMOJI_RECIPES: dict[str, Recipe] = {
     # v-prediction, unlike SDXL's eps: at t = 999 an eps error is multiplied by σ = 14.6 on its way to x0, which
     # a small network in bf16 feels; the UNet, the schedule and all code paths are the same.
     "emoji-teacher": DenoisingRecipe(
+        LoopSettings(3300, batch_size=64, warmup=100, sample_every=1000, checkpoint_every=250),
         network="emoji",
         data="emoji",
         optimizer="muon",
-        loop=LoopSettings(
-            iterations=3300,
-            batch_size=64,
-            warmup=100,
-            ema_decay=0.999,
-            sample_every=1000,
-            checkpoint_every=250,
-        ),
         lr=1e-3,
         weight_decay=0.01,
         guidance_scale=2.0,
@@ -67,42 +69,11 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         compile=True,
     ),
     # 2.3 core hours.
-    # Not compiled: in runs as short as these, compiling five graphs costs what it saves. A GAN heavier than
-    # the papers', and a teacher less guided than when it samples (2): both keep the images as varied as the data.
-    "emoji-dmd2-4step": Dmd2Recipe(
-        loop=LoopSettings(
-            iterations=3200, batch_size=24, warmup=30, ema_decay=0.99, sample_every=200, checkpoint_every=100
-        ),
-        lr=1e-4,
-        lr_critic=2e-4,
-        data="emoji",
-        beta2=0.99,
-        sigmas=(),
-        timesteps=(999, 749, 499, 249),
-        guidance_scale=1.5,
-        generator_every=3,
-        gan_generator=3e-2,
-        gan_critic=3e-2,
-        compile=False,
-    ),
+    "emoji-dmd2-4step": FOUR_STEPS,
     # 1.7 core hours.
     # Starts from the 4-step student, whose first step is a one-step generator already; v-prediction makes
     # t = 999 as good a place to start from as SDXL's t = 399.
-    "emoji-dmd2-1step": Dmd2Recipe(
-        loop=LoopSettings(
-            iterations=3000, batch_size=24, warmup=30, ema_decay=0.99, sample_every=200, checkpoint_every=100
-        ),
-        lr=1e-4,
-        lr_critic=2e-4,
-        data="emoji",
-        beta2=0.99,
-        sigmas=(),
-        timesteps=(999,),
-        guidance_scale=1.5,
-        generator_every=3,
-        gan_generator=3e-2,
-        gan_critic=3e-2,
-        student_init="unet",
-        compile=False,
+    "emoji-dmd2-1step": replace(
+        FOUR_STEPS, loop=replace(FOUR_STEPS.loop, iterations=3000), timesteps=(999,), student_init="unet"
     ),
 }

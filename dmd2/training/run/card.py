@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-from dmd2.weights.manifest import MANIFEST, read_manifest
 
 
 def model_card(what: str, licence: str, text: str, recipe: Any) -> str:
@@ -35,8 +32,3 @@ Licence: {licence}
 {json.dumps(asdict(recipe), indent=2)}
 ```
 """
-
-
-def name_of(folder: Path) -> str:
-    """What the weights in a folder call themselves; no path of this machine."""
-    return read_manifest(folder).name if (folder / MANIFEST).exists() else "the weights it began with"

@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.emoji.scores import EmojiClassifier
 from dmd2.training.loop import Batch, training_step
-from dmd2.training.methods.emoji_classifier import (
-    EmojiClassifierRecipe,
-    augment,
-    blur,
-    build_classifier,
-    train_classifier,
-)
+from dmd2.training.methods.classifier import EmojiClassifierRecipe, blur
 from dmd2.training.recipes import RECIPES
+from dmd2.training.sources import Inputs
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -43,9 +38,10 @@ def generator(seed: int) -> torch.Generator:
 def test_one_batch_is_learned_by_heart_and_exported(
     recipe: EmojiClassifierRecipe, scenes: EmojiScenes, tmp_path: Path
 ) -> None:
-    method = train_classifier(recipe, scenes, torch.device("cpu"))
+    method = recipe.method(Inputs({}, torch.device("cpu")))
     batch = method.data(0)
-    assert torch.equal(batch.images, method.data(0).images) and len(batch.images) == 16
+    images, *_ = batch
+    assert torch.equal(images, method.data(0)[0]) and len(images) == 16
     first = last = {}
     for step in range(recipe.loop.iterations):
         last = training_step(method.phases, Batch(step, batch, generator(step)), recipe.loop)
@@ -65,14 +61,14 @@ def test_one_batch_is_learned_by_heart_and_exported(
     assert classifier.names == scenes.names and classifier.size == 64
     model.eval()
     with torch.no_grad():
-        expected, _ = model(batch.images.float() / 127.5 - 1)
-    found, background = classifier.answers(classifier.features(batch.images))
+        expected, _ = model(images.float() / 127.5 - 1)
+    found, background = classifier.answers(classifier.features(images))
     assert found.shape == (16, len(scenes)) and background.shape == (16, 9)
     assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())  # fp16 weights
 
 
 def test_same_seed_builds_the_same_network(recipe: EmojiClassifierRecipe) -> None:
-    first, second = (build_classifier(recipe, 7).state_dict() for _ in range(2))
+    first, second = (recipe.network(7).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["emoji.weight"].shape == (7, recipe.features)
 
@@ -80,7 +76,7 @@ def test_same_seed_builds_the_same_network(recipe: EmojiClassifierRecipe) -> Non
 def test_named_recipe_fits_two_megabytes_in_fp16(scenes: EmojiScenes) -> None:
     named = RECIPES["emoji-classifier"]
     assert isinstance(named, EmojiClassifierRecipe)
-    count = sum(parameter.numel() for parameter in build_classifier(named, len(scenes)).parameters())
+    count = sum(parameter.numel() for parameter in named.network(len(scenes)).parameters())
     assert 700_000 <= count <= 900_000
 
 
@@ -99,11 +95,11 @@ def test_blur_is_a_gaussian_of_the_asked_width() -> None:
 
 
 def test_augmentation_is_mild_seeded_and_off_at_zero(recipe: EmojiClassifierRecipe) -> None:
-    x = torch.rand(8, 3, 16, 16, generator=generator(0)) * 2 - 1
+    images = torch.randint(256, (8, 3, 16, 16), generator=generator(0)).byte()
     off = replace(recipe, contrast=0.0, brightness=0.0, noise=0.0, blur_pixels=0.0)
-    assert torch.allclose(augment(x, off, generator(1)), x)
-    once: Tensor = augment(x, recipe, generator(1))
-    assert torch.equal(once, augment(x, recipe, generator(1)))
-    assert not torch.equal(once, augment(x, recipe, generator(2)))
-    smooth = torch.zeros(64, 3, 16, 16)
-    assert float(augment(smooth, recipe, generator(3)).std()) < recipe.noise + recipe.brightness
+    assert torch.allclose(off.see(images, generator(1)), images.float() / 127.5 - 1, atol=1e-6)
+    once: Tensor = recipe.see(images, generator(1))
+    assert torch.equal(once, recipe.see(images, generator(1)))
+    assert not torch.equal(once, recipe.see(images, generator(2)))
+    smooth = torch.full((64, 3, 16, 16), 128, dtype=torch.uint8)
+    assert float(recipe.see(smooth, generator(3)).std()) < recipe.noise + recipe.brightness

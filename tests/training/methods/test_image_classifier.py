@@ -18,7 +18,7 @@ from dmd2.data.images import ImageSet
 from dmd2.evaluation.image_classifier import load_image_classifier
 from dmd2.runtime.errors import UserError
 from dmd2.training.loop import LoopSettings, train
-from dmd2.training.methods.image_classifier import CROP, ImageClassifierRecipe, flip_and_crop, train_image_classifier
+from dmd2.training.methods.classifier import CROP, ImageClassifierRecipe, flip_and_crop
 from dmd2.training.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_images_are_flipped_and_shifted() -> None:
 
 def test_it_learns_and_its_file_says_all(data: Path, tmp_path: Path) -> None:
     images = ImageSet(data)
-    method = train_image_classifier(RECIPE, images, CPU)
+    method = RECIPE.of(images, CPU)
     assert train(method, RECIPE.loop, tmp_path)
     scores = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert scores[-1]["score/held_out_accuracy"] > 0.9
@@ -85,7 +85,7 @@ def test_it_learns_and_its_file_says_all(data: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_images_are_never_trained_on_and_epochs_differ(data: Path) -> None:
-    method = train_image_classifier(RECIPE, ImageSet(data), CPU)
+    method = RECIPE.of(ImageSet(data), CPU)
     epoch = 180 // 16
     first = torch.cat([method.data(step)[0] for step in range(epoch)])
     second = torch.cat([method.data(step)[0] for step in range(epoch, 2 * epoch)])
@@ -93,13 +93,13 @@ def test_held_out_images_are_never_trained_on_and_epochs_differ(data: Path) -> N
     assert not torch.equal(first, second)
     every = torch.cat([method.data(step)[0] for step in range(40 * epoch)]).flatten(1).unique(dim=0)
     assert len(every) == 180
-    assert torch.equal(method.data(7)[0], train_image_classifier(RECIPE, ImageSet(data), CPU).data(7)[0])
+    assert torch.equal(method.data(7)[0], RECIPE.of(ImageSet(data), CPU).data(7)[0])
 
 
 def test_data_that_does_not_fit_is_one_line(data: Path, tmp_path: Path) -> None:
     def refused(recipe: ImageClassifierRecipe, path: Path, words: str) -> None:
         with pytest.raises(UserError, match=words) as error:
-            train_image_classifier(recipe, ImageSet(path), CPU)
+            recipe.of(ImageSet(path), CPU)
         assert "\n" not in str(error.value)
 
     refused(replace(RECIPE, held_out=190), data, "200 images; this recipe needs at least 206")
