@@ -145,7 +145,7 @@ def pairs(
 ) -> None:
     """Make noise-image pairs for DMD with the teacher's deterministic sampler. Run again to continue."""
     from dmd2.data.pairs import make_pairs
-    from dmd2.evaluation.samples import read_prompts
+    from dmd2.data.prompts import read_prompts
     from dmd2.inference.engine import resolve_device
     from dmd2.runtime.terminal import say
 

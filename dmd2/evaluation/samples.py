@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from dmd2.data.images import ImageSet
+from dmd2.data.prompts import read_prompts
 from dmd2.diffusion.sampling import Churn
 from dmd2.inference.engine import Engine
 from dmd2.inference.mode import Mode, default_mode
 from dmd2.models.model import family_of
 from dmd2.runtime.errors import InvalidInput, UserError
-from dmd2.runtime.files import read_text, sha256_file
+from dmd2.runtime.files import sha256_file
 from dmd2.weights.manifest import MANIFEST, Manifest, read_manifest
 
 DEFAULT_N = 50_000  # what FID is usually measured with
@@ -180,17 +181,3 @@ def open_images(
         raise InvalidInput("prompts", f"missing; {source} takes prompts: expected a text file with one a line")
     lines = read_prompts(prompts)
     return Samples(source, n or len(lines), steps, seed, device, lines)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises UserError if there is none."""
-    try:
-        lines = [
-            line.strip() for line in read_text(path).split("\n")
-        ]  # not splitlines(), which cuts within some prompts
-    except UserError as error:
-        raise InvalidInput("prompts", str(error)) from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise InvalidInput("prompts", "is empty; expected one prompt a line", path)
-    return prompts

@@ -115,13 +115,12 @@ def _int(digits: str) -> int:
     return int(digits)
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte-order mark, or in UTF-16 with one (Windows' programs).
+def text_of(data: bytes, path: Path) -> str:
+    """The content of a text file in UTF-8, with or without a byte-order mark, or in UTF-16 with one (Windows').
 
     Raises:
-        UserError: no such file, larger than `MOST_JSON`, or no such text.
+        UserError: it is no such text.
     """
-    data = read_bounded(path, MOST_JSON, shown(path, 500))
     try:
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:

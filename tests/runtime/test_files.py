@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dmd2.evaluation.samples import read_prompts
+from dmd2.data.prompts import read_prompts
 from dmd2.models.edm.folder import _read_config
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import atomic_bytes, atomic_path, atomic_text, read_bounded, sha256_file
