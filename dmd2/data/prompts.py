@@ -43,7 +43,7 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
         ".pkl": _pickle,
     }
     read = readers.get(path.suffix.lower(), _lines)
-    prompts = []
+    prompts: list[str] = []
     try:
         if path.is_file() and path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: larger than {MOST_BYTES // 10**9} GB; expected a smaller file")
