@@ -38,8 +38,7 @@ class StableDiffusionFamily:
 
     Args:
         folder: what exports begin as a copy of: the teacher's, or one with a VAE for a teacher that is new.
-        unet: the teacher's.
-        sigmas: (1000,) its table; SD's own unless given.
+        teacher: its network, what that predicts, and its table of σ.
         encode_text: its text encoders, frozen.
         text: tokenizer and text encoders that are trained with the UNet, of a new teacher.
         autocast: the dtype that networks are trained in; None for fp32.
@@ -53,32 +52,31 @@ class StableDiffusionFamily:
     def __init__(
         self,
         folder: Path,
-        unet: Any,
+        teacher: StableDiffusion,
         codec: LatentCodec,
-        prediction_type: PredictionType,
-        sigmas: Tensor | None,
         encode_text: TextEncoder,
         size: tuple[int, int],
         autocast: torch.dtype | None,
         subfolder: str = TEACHER,
         text: tuple[Any, nn.Module, nn.Module] | None = None,
     ) -> None:
-        self.folder, self.teacher_network, self.codec, self.prediction_type = folder, unet, codec, prediction_type
+        self.folder, self.codec, self.teacher_network = folder, codec, teacher.unet
+        self.prediction_type, self._sigmas = teacher.prediction_type, teacher.table
         self.encode_text, self.size, self.autocast = encode_text, size, autocast
-        self.subfolder, self.text, self._sigmas = subfolder, text, sigmas
-        plain_attention(unet)
+        self.subfolder, self.text = subfolder, text
+        plain_attention(teacher.unet)
         manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
         self.name = manifest.name if manifest else "the weights it began with"
         self.licence = manifest.licence if manifest else LICENCE
         self.sha256 = manifest.files.get(f"{subfolder}/{UNET_FILE}", "") if manifest else ""
-        teacher = manifest.teacher if manifest else None
-        self.sample_steps, self.guidance_scale = (teacher.steps, teacher.guidance_scale) if teacher else (25, 1.0)
+        about = manifest.teacher if manifest else None
+        self.sample_steps, self.guidance_scale = (about.steps, about.guidance_scale) if about else (25, 1.0)
         self.origin = f"the teacher of {self.name}, which is in `{subfolder}`"
-        self.teacher = self.denoiser(unet)
+        self.teacher = self.denoiser(teacher.unet)
         self.device = self.teacher.device
         width, height = size
         self.shape = codec.channels, height // codec.factor, width // codec.factor
-        channels = unet.config.block_out_channels
+        channels = teacher.unet.config.block_out_channels
         self.bottleneck = channels[-1], self.shape[1] // 2 ** (len(channels) - 1)
 
     @classmethod
@@ -88,13 +86,10 @@ class StableDiffusionFamily:
             raise WeightsError("holds no teacher; `dmd2 train emoji-teacher` makes one", folder)
         name = manifest.teacher.subfolder
         model = load_text_to_image(folder, [name], device, torch.float32)
-        teacher = model.denoisers[name]
         return cls(
             folder,
-            teacher.unet,
+            model.denoisers[name],
             model.codec,
-            teacher.prediction_type,
-            teacher.table,
             model.encode_text,
             manifest.native_size,
             autocast_dtype(precision, device),
@@ -119,7 +114,8 @@ class StableDiffusionFamily:
         for network in (unet, *encoders):
             network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         encode = TextEncoder([tokenizer] * 2, encoders)
-        return cls(folder, unet, codec, prediction_type, None, encode, size, autocast, text=text)
+        teacher = StableDiffusion(unet, prediction_type)
+        return cls(folder, teacher, codec, encode, size, autocast, text=text)
 
     def student(self, levels: Sequence[float], *, boundary: float, subfolder: str | None, start: Path | None) -> Any:
         if boundary:
