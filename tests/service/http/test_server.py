@@ -1,0 +1,212 @@
+"""`dmd2 serve` itself: the command, real weights behind the real client, the same image at both doors, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import signal
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+import dmd2.cli
+from dmd2.service.http import server as served
+from dmd2.service.http.app import create_app
+from dmd2.service.http.guard import Rules
+from dmd2.service.images import ImageService
+from tests.service.cog.cog_server import wait_for
+from tests.service.http.fake import client_of
+from tests.service.http.serve_process import ServeProcess
+
+EMOJI = Path(__file__).resolve().parents[3] / "weights" / "emoji"
+
+
+def pixels(data: bytes | str | None) -> np.ndarray:
+    assert data is not None
+    data = base64.b64decode(data) if isinstance(data, str) else data
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_a_process_serves_openais_client_and_finishes_what_it_took(tmp_path: Path) -> None:
+    server = ServeProcess(tmp_path, "--weights", str(EMOJI))
+    try:
+        wait_for(lambda: server.log.count("listening on"), "its socket")
+        server.wait_until_ready()
+        with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0) as client:
+            made = client.images.generate(prompt="an owl", n=2, extra_body={"seed": 5})
+            assert made.data is not None and made.usage is not None and made.size == "64x64"
+            assert pixels(made.data[0].b64_json).shape == (64, 64, 3)
+            owl = base64.b64decode(str(made.data[0].b64_json))
+            mask = io.BytesIO()
+            half = Image.new("L", (64, 64))
+            half.paste(255, (0, 0, 64, 32))
+            half.save(mask, "PNG")
+            edited = client.images.edit(image=owl, mask=("mask.png", mask.getvalue()), prompt="a cat")
+            assert edited.data is not None
+            painted = pixels(edited.data[0].b64_json)
+            assert (painted[32:] == pixels(owl)[32:]).all() and (painted[:32] != pixels(owl)[:32]).any()
+            stream: Any = client.images.generate(
+                prompt="an owl", stream=True, partial_images=3, extra_body={"seed": 5}
+            )
+            events = list(stream)
+            assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 3 + ["completed"]
+            assert abs(pixels(events[-1].b64_json) - pixels(owl)).max() <= 2
+
+        def ask(number: int) -> httpx.Response:
+            body = {"prompt": "a red apple", "n": 10, "seed": number}
+            return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=300)
+
+        with ThreadPoolExecutor(6) as clients:
+            answers = [clients.submit(ask, number) for number in range(6)]
+            wait_for(lambda: "dmd2_queue_depth" in (text := server.client.get("/metrics").text) and
+                     'dmd2_queue_depth{model="emoji"} 0.0' not in text, "a queue")  # fmt: skip
+            server.client.close()
+            server.process.send_signal(signal.SIGTERM)
+            for number, answer in enumerate(answers):
+                response = answer.result()
+                assert response.status_code == 200, response.text
+                assert [image["seed"] for image in response.json()["data"]] == list(range(number, number + 10))
+        assert server.process.wait(120) == 0
+        assert "Traceback" not in server.log and "an owl" not in server.log
+        access = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+        assert len([line for line in access if line["path"] == "/v1/images/generations"]) == 8
+        assert list(server.temporary.iterdir()) == []
+    finally:
+        server.close()
+
+
+def test_both_doors_give_the_same_image_for_the_same_seed(weights: Path, tmp_path: Path) -> None:
+    import predict
+
+    async def run() -> None:
+        service = ImageService(weights, "cpu", safety=tmp_path / "none", environ={})
+        predictor = predict.Predictor()
+        predictor.service, predictor.record_metric = service, lambda *_: None
+        defaults: dict[str, Any] = {
+            "prompt_strength": 0.8,
+            "lora_scale": 1.0,
+            "control_scale": 0.8,
+            "negative_prompt": "",
+        }
+        defaults |= {"width": None, "height": None, "aspect_ratio": None, "image": None, "mask": None}
+        defaults |= {"lora_weights": None, "control_image": None, "control": None, "guidance_scale": 0}
+        defaults |= {"output_quality": 80, "disable_safety_checker": False, "previews": False}
+        given = {
+            "prompt": "an owl",
+            "num_outputs": 2,
+            "seed": 11,
+            "output_format": "png",
+            "num_inference_steps": None,
+        }
+        files = await asyncio.to_thread(list, await predictor.run(**defaults, **given))
+        first = [pixels(file.read_bytes()) for file in files]
+        app = create_app({"tiny": lambda: ImageService(weights, "cpu", tmp_path / "none", {}, files=False)})
+        async with client_of(app) as client:
+            body = {"prompt": "an owl", "n": 2, "seed": 11}
+            said = (await client.post("/v1/images/generations", json=body)).json()
+        second = [pixels(image["b64_json"]) for image in said["data"]]
+        for mine, other in zip(first, second, strict=True):
+            assert mine.shape == other.shape and abs(mine - other).max() <= 2
+        assert abs(first[0] - first[1]).max() > 2
+        service.close()
+
+    asyncio.run(run())
+
+
+def test_real_weights_count_their_tokens_and_say_that_nothing_failed_to_compile(
+    weights: Path, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        app = create_app({"tiny": lambda: ImageService(weights, "cpu", tmp_path / "none", {}, files=False)})
+        async with client_of(app) as client:
+            said = (await client.post("/v1/images/generations", json={"prompt": "an owl", "size": "64x32"})).json()
+            assert said["usage"]["input_tokens"] == 2 and said["usage"]["output_tokens"] == 16 * 8
+            ready = (await client.get("/readyz")).json()
+            assert ready["models"]["tiny"] == {"loaded": True, "warm": True, "compile_failures": 0}
+            models = (await client.get("/v1/models")).json()["data"]
+            assert models[0]["size"] == "64x64" and models[0]["steps"] == [1, 4]
+
+    asyncio.run(run())
+
+
+# The command
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["dmd2", "serve", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        dmd2.cli.main()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_bad_options_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def line(*arguments: object) -> str:
+        error = refused(monkeypatch, capsys, *arguments)
+        assert error.startswith("dmd2: ") and error.count("\n") == 1
+        return error
+
+    assert "--host 0.0.0.0: anybody could ask; expected --api-key-file, or --insecure-public" in line(
+        "--host", "0.0.0.0"
+    )
+    assert "--host ::: anybody" in line("--host", "::")
+    assert "expected a folder with a dmd2.json" in line("--weights", tmp_path)
+    assert "--cors *: expected an origin" in line("--cors", "*")
+    assert "api-key-file: cannot be read (No such file" in line("--api-key-file", tmp_path / "none")
+    assert "two folders are called emoji" in line("--weights", EMOJI, "--weights", EMOJI)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port} on 127.0.0.1: cannot listen there" in line("--port", port, "--weights", EMOJI)
+
+
+@pytest.mark.parametrize("options", [["--insecure-public"], ["--api-key-file"]])
+def test_a_public_server_is_one_that_was_meant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
+) -> None:
+    (tmp_path / "keys").write_text("a-key-of-enough-characters\n")
+    called: list[Any] = []
+
+    def serve(weights: object, host: str, port: int, rules: Rules, **_: object) -> int:
+        called.append((host, rules))
+        return 0
+
+    monkeypatch.setattr(served, "serve", serve)
+    more = [*options, str(tmp_path / "keys")] if "--api-key-file" in options else options
+    monkeypatch.setattr(sys, "argv", ["dmd2", "serve", "--host", "0.0.0.0", *more])
+    with pytest.raises(SystemExit) as end:
+        dmd2.cli.main()
+    ((host, rules),) = called
+    assert end.value.code == 0 and host == "0.0.0.0" and not rules.loopback
+    assert len(rules.keys) == ("--api-key-file" in options) and "a-key" not in repr(rules)
+
+
+def test_weights_that_cannot_be_loaded_end_it_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "dmd2.json").write_text("{}")
+    monkeypatch.setattr(served, "_log", lambda: None)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        error = refused(monkeypatch, capsys, "--port", port, "--weights", tmp_path)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert error.startswith("dmd2: ") and "dmd2.json" in error and error.count("\n") == 1
