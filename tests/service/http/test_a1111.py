@@ -1,0 +1,214 @@
+"""AUTOMATIC1111's API, asked in the shapes in which Open WebUI, SillyTavern and LibreChat ask."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from dmd2.service.http.app import create_app
+from tests.service.http.fake import FakeService, client_of, fake_app, until
+
+OPEN_WEBUI = {
+    "prompt": "an owl",
+    "batch_size": 2,
+    "width": 512,
+    "height": 512,
+    "steps": 50,
+    "negative_prompt": "cat",
+    "cfg_scale": 7.0,
+    "sampler_name": "Euler a",
+    "scheduler": "Karras",
+}
+SILLYTAVERN = {
+    "prompt": "best quality, an owl <lora:style:0.8> <lora:other>",
+    "negative_prompt": "lowres, bad anatomy",
+    "sampler_name": "DDIM",
+    "scheduler": "Automatic",
+    "steps": 20,
+    "cfg_scale": 7,
+    "width": 64,
+    "height": 96,
+    "restore_faces": False,
+    "enable_hr": False,
+    "hr_upscaler": "Latent",
+    "hr_scale": 1.5,
+    "hr_additional_modules": [],
+    "denoising_strength": 0.7,
+    "hr_second_pass_steps": 0,
+    "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"},
+    "override_settings_restore_afterwards": True,
+    "clip_skip": 1,
+    "save_images": True,
+    "send_images": True,
+    "do_not_save_grid": False,
+    "do_not_save_samples": False,
+}
+LIBRECHAT = {
+    "prompt": "an owl",
+    "negative_prompt": "cat",
+    "cfg_scale": 4.5,
+    "steps": 22,
+    "width": 1024,
+    "height": 1024,
+}
+API = "/sdapi/v1"
+
+
+def png(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def coded(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def ask(body: Any, service: FakeService | None = None, path: str = "txt2img") -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with client_of(fake_app(service)) as client:
+            return await client.post(f"{API}/{path}", json=body)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("body", [OPEN_WEBUI, SILLYTAVERN, LIBRECHAT], ids=["Open WebUI", "SillyTavern", "LibreChat"])
+def test_a_clients_own_body_is_answered_in_the_shape_that_it_reads(body: dict[str, Any]) -> None:
+    service = FakeService()
+    answer = ask(body, service)
+    assert answer.status_code == 200, answer.text
+    said, info = answer.json(), json.loads(answer.json()["info"])
+    assert len(said["images"]) == body.get("batch_size", 1)
+    assert all(png(image).size == (body["width"], body["height"]) for image in said["images"])
+    assert info["all_seeds"][0] == info["seed"] and len(info["infotexts"]) == len(said["images"])
+    assert said["parameters"]["prompt"] == body["prompt"]
+    (asked,) = service.asked
+    assert asked.num_inference_steps == 4 and "lora" not in asked.prompt
+    assert asked.lora_weights == ("style:0.8 other:1" if body is SILLYTAVERN else None)
+
+
+def test_open_webui_chooses_a_model_as_it_does() -> None:
+    """It sends back all options that it was told, with another checkpoint; and lists models by title and name."""
+
+    async def run() -> None:
+        services = {name: FakeService() for name in ("first", "second")}
+        app = create_app({name: lambda service=service: service for name, service in services.items()})
+        async with client_of(app, headers={"Authorization": "Basic dXNlcjpwYXNz"}) as client:
+            models = (await client.get(f"{API}/sd-models")).json()
+            assert [(model["title"], model["model_name"]) for model in models] == [("first",) * 2, ("second",) * 2]
+            options = (await client.get(f"{API}/options")).json()
+            assert options["sd_model_checkpoint"] == "first"
+            chosen = await client.post(f"{API}/options", json=options | {"sd_model_checkpoint": "second"})
+            assert chosen.status_code == 200
+            assert (await client.get(f"{API}/options")).json()["sd_model_checkpoint"] == "second"
+            await client.post(f"{API}/txt2img", json=OPEN_WEBUI)
+            assert services["second"].asked and not services["first"].asked
+            unknown = await client.post(f"{API}/options", json={"sd_model_checkpoint": "third"})
+            assert unknown.status_code == 404 and "expected one of first, second" in unknown.json()["detail"]
+            here = {"override_settings": {"sd_model_checkpoint": "first"}}
+            await client.post(f"{API}/txt2img", json=OPEN_WEBUI | here)
+            assert len(services["first"].asked) == 1
+
+    asyncio.run(run())
+
+
+def test_sillytavern_finds_all_that_it_looks_for() -> None:
+    async def run() -> None:
+        async with client_of(fake_app()) as client:
+            for path in ("samplers", "schedulers", "upscalers", "latent-upscale-modes"):
+                names = (await client.get(f"{API}/{path}")).json()
+                assert isinstance(names, list) and all(isinstance(each["name"], str) for each in names)
+            assert (await client.get(f"{API}/sd-vae")).json() == []
+            assert "forge_preset" not in (await client.get(f"{API}/options")).json()
+            await client.post(f"{API}/options", json={"sd_model_checkpoint": "fake"})
+            progress = (await client.get(f"{API}/progress")).json()  # it waits until nothing is loaded any more
+            assert progress["progress"] == 0.0 and progress["state"]["job_count"] == 0
+
+    asyncio.run(run())
+
+
+def test_progress_and_interrupt_are_the_callers_own() -> None:
+    async def run() -> None:
+        service = FakeService(held=True)
+        app = fake_app(service)
+        transport = httpx.ASGITransport(app, client=("10.0.0.2", 1))
+        async with (
+            client_of(app) as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as other,
+        ):
+            mine = asyncio.create_task(client.post(f"{API}/txt2img", json=OPEN_WEBUI))
+            await until(lambda: service.asked)
+            assert (await client.get(f"{API}/progress")).json()["state"]["job_count"] == 1
+            assert (await other.get(f"{API}/progress")).json()["state"]["job_count"] == 0
+            assert (await other.post(f"{API}/interrupt")).status_code == 200
+            assert not service.cancelled
+            assert (await client.post(f"{API}/interrupt")).status_code == 200
+            answer = await mine
+            assert answer.status_code == 200 and answer.json()["images"] == []
+            assert len(service.cancelled) == 1 and app.state.models.served["fake"].admission.running == 0
+            assert (await client.get(f"{API}/progress")).json()["state"]["job_count"] == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("invert", [0, 1])
+def test_an_image_and_its_mask_reach_the_service(invert: int) -> None:
+    service = FakeService()
+    image, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 64, 16))
+    body = {"prompt": "a cat", "init_images": [f"data:image/png;base64,{coded(image)}"], "mask": coded(mask)}
+    body |= {"inpainting_mask_invert": invert, "denoising_strength": 0.5, "seed": 7, "inpainting_fill": 1}
+    answer = ask(body, service, "img2img")
+    assert answer.status_code == 200, answer.text
+    (asked,) = service.asked
+    assert asked.image == base64.b64decode(coded(image)) and asked.prompt_strength == 0.5 and asked.seed == 7
+    assert isinstance(asked.mask, bytes)
+    with Image.open(io.BytesIO(asked.mask)) as used:
+        assert used.getpixel((0, 0)) == (0 if invert else 255) and used.getpixel((0, 63)) == (255 if invert else 0)
+    assert "init_images" not in answer.json()["parameters"]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, 1), (1, 1), (3, 1), (4, 4), (50, 4), (None, 4)])
+def test_any_number_of_steps_becomes_a_students(steps: int | None, expected: int) -> None:
+    service = FakeService()
+    assert ask({"prompt": "an owl", "steps": steps}, service).status_code == 200
+    assert service.asked[0].num_inference_steps == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "said"),
+    [
+        ("txt2img", {"prompt": ""}, "prompt"),
+        ("txt2img", {"prompt": "<lora:only>"}, "prompt"),
+        ("txt2img", {"width": 8}, "width"),
+        ("txt2img", {"width": 63}, "width"),
+        ("txt2img", {"batch_size": 4, "n_iter": 3}, "batch_size"),
+        ("txt2img", {"seed": -2}, "seed"),
+        ("txt2img", {"override_settings": {"sd_model_checkpoint": ["x"] * 1000}}, "model"),
+        ("img2img", {}, "init_images"),
+        ("img2img", {"init_images": ["%%%"]}, "init_images"),
+        ("img2img", {"init_images": ["é"]}, "init_images"),
+        ("img2img", {"init_images": ["aGk="], "mask": "aGk=", "inpainting_mask_invert": 1}, "mask"),
+    ],
+)
+def test_what_is_wrong_is_one_line_in_automatic1111s_shape(path: str, change: dict[str, Any], said: str) -> None:
+    answer = ask({"prompt": "an owl"} | change, None, path)
+    assert answer.status_code in (400, 404), answer.text
+    assert set(answer.json()) == {"error", "detail", "body", "errors"}
+    assert said in answer.json()["detail"] and len(answer.json()["detail"]) <= 500
+
+
+def test_choices_of_strangers_are_not_remembered_for_ever() -> None:
+    from dmd2.service.http.a1111 import MOST_CALLERS, _Callers
+
+    callers = _Callers()
+    for number in range(MOST_CALLERS + 10):
+        callers.choose(str(number), "fake")
+    assert callers.checkpoint("9") is None and callers.checkpoint("10") == "fake"
