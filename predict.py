@@ -114,31 +114,12 @@ class Predictor(BaseRunner):
         ),
     ) -> AsyncIterator[Path]:
         """Generates images and hands over each as soon as it is encoded."""
+        asked = {name: value for name, value in locals().items() if name != "self"}
         if negative_prompt or guidance_scale:
             print(
                 "negative_prompt and guidance_scale have no effect: the model is distilled to generate without them"
             )
-        request = ImageRequest(
-            prompt=prompt,
-            width=width,
-            height=height,
-            aspect_ratio=aspect_ratio,
-            num_outputs=num_outputs,
-            num_inference_steps=num_inference_steps,
-            seed=seed,
-            output_format=output_format,
-            output_quality=output_quality,
-            disable_safety_checker=disable_safety_checker,
-            previews=previews,
-            image=image,
-            mask=mask,
-            prompt_strength=prompt_strength,
-            lora_weights=lora_weights,
-            lora_scale=lora_scale,
-            control=control,
-            control_image=control_image,
-            control_scale=control_scale,
-        )
+        request = ImageRequest(**asked)
         # Not `yield`: see dmd2/service/cog/bridge.py.
         return in_this_context(self._files(await begun(self.service.generate(request))))
 
