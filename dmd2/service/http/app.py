@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from dmd2 import __version__
-from dmd2.service.http import a1111, openai
+from dmd2.service.http import a1111, live, openai
 from dmd2.service.http.guard import Guard, Rules
 from dmd2.service.http.kept import Kept
 from dmd2.service.http.metrics import Metrics
@@ -122,6 +122,7 @@ def create_app(
 
     app.include_router(openai.router(models, kept))
     app.include_router(a1111.router(models))
+    app.include_router(live.router(models))
     pages = frozenset[str]()
     if (page / "index.html").is_file():
         pages = frozenset({"/", *(f"/{path.relative_to(page).as_posix()}" for path in page.rglob("*"))})

@@ -12,7 +12,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request, Response
@@ -65,6 +65,11 @@ class LoraChoice(BaseModel):
     scale: float = Field(1.0, ge=-4, le=4)
 
 
+def lora_text(loras: Sequence[LoraChoice]) -> str | None:
+    """As an image request names them."""
+    return " ".join(f"{lora.path}:{lora.scale:g}" for lora in loras) or None
+
+
 class Generation(BaseModel):
     """The body of `/v1/images/generations`."""
 
@@ -109,7 +114,7 @@ class Generation(BaseModel):
             seed=secrets.randbelow(2**32 - MOST_IMAGES) if self.seed is None else self.seed,
             output_format=FORMATS[self.output_format or "png"],
             output_quality=max(1, 100 if self.output_compression is None else self.output_compression),
-            lora_weights=" ".join(f"{lora.path}:{lora.scale:g}" for lora in self.loras or ()) or None,
+            lora_weights=lora_text(self.loras or ()),
             previews=bool(self.stream and self.partial_images),
             **more,
         )
