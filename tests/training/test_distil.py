@@ -18,9 +18,8 @@ from dmd2.models.edm.folder import load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, EdmNetwork
 from dmd2.runtime.errors import UserError
 from dmd2.training.discriminators.published import PublishedDiscriminator
-from dmd2.training.distil import distil
+from dmd2.training.distil import Distillation, distil
 from dmd2.training.loop import Batch, LoopSettings, train, training_step
-from dmd2.training.methods.common import Distillation
 from dmd2.training.methods.dmd import DmdRecipe
 from dmd2.training.methods.dmd2 import Dmd2Recipe
 from dmd2.training.methods.gdd import GddRecipe
