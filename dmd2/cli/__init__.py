@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from dmd2 import __version__
-from dmd2.cli import convert, evaluate, generate, info, serve, train
+from dmd2.cli import convert, data, evaluate, generate, info, serve, train
 from dmd2.runtime.errors import InvalidInput, UserError
 
 
@@ -33,12 +33,13 @@ class Verb(TyperCommand):
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 converters = typer.Typer(no_args_is_help=True)
+makers = typer.Typer(no_args_is_help=True)
 
 EXAMPLES: dict[Callable[..., None], str] = {
     generate.generate: 'dmd2 generate "a red apple" --steps 1 --seed 7 --out images',
     train.train: "dmd2 train emoji-dmd2-1step --out runs/mine",
     train.recipes: "dmd2 recipes cifar10-dmd2 --set lr=5e-5",
-    train.pairs: "dmd2 pairs weights/edm/edm-cifar10-32x32-cond-vp pairs -n 100000",
+    data.pairs: "dmd2 pairs weights/edm/edm-cifar10-32x32-cond-vp pairs -n 100000",
     evaluate.evaluate: "dmd2 evaluate runs/mine/model --metric fid --ref cifar10.npz",
     evaluate.ref_stats: "dmd2 ref-stats cifar10.zip cifar10.npz",
     info.info: "dmd2 info weights/emoji",
@@ -52,6 +53,15 @@ converters.command(cls=Verb, epilog="Example: dmd2 convert edm edm-cifar10-32x32
 converters.command(cls=Verb, epilog="Example: dmd2 convert sdxl checkpoint.safetensors lora.safetensors student")(
     convert.sdxl
 )
+
+app.add_typer(makers, name="data")
+MAKERS: dict[Callable[..., None], str] = {
+    data.prompts: "dmd2 data prompts weights/emoji prompts.txt prompts",
+    data.latents: "dmd2 data latents weights/emoji images.zip latents --part 1/8",
+    data.pairs: "dmd2 data pairs weights/edm/edm-cifar10-32x32-cond-vp pairs -n 100000",
+}
+for _verb, _example in MAKERS.items():
+    makers.command(cls=Verb, epilog=f"Example: {_example}")(_verb)
 
 
 def _version(wanted: bool) -> None:
@@ -72,6 +82,11 @@ def _root(
 @converters.callback()
 def _convert() -> None:
     """Turn published weights into a folder that dmd2 reads."""
+
+
+@makers.callback()
+def _data() -> None:
+    """Compute once what trainings read again and again: embeddings, latents, noise-image pairs."""
 
 
 def main() -> None:

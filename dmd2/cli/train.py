@@ -1,4 +1,4 @@
-"""`dmd2 train`, and what it takes: `dmd2 pairs`."""
+"""`dmd2 train` and `dmd2 recipes`."""
 
 from __future__ import annotations
 
@@ -129,26 +129,3 @@ def recipes(
         print(f"{each}: {note.method}; {note.family}; data: {note.data}")
         for what, said in (("takes", note.takes), ("published", note.published)):
             print(f"    {what}: {said}\n" if said else "", end="")
-
-
-def pairs(
-    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of a teacher.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pairs, or one to continue.")],
-    count: Annotated[int, typer.Option("-n", help="Pairs to make.")] = 100_000,
-    steps: Annotated[int, typer.Option(help="Steps of the teacher's sampler for each pair.")] = 18,
-    batch: Annotated[int, typer.Option(help="Pairs made at once.")] = 100,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text, one prompt a line, for the teacher of a text-to-image model.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
-) -> None:
-    """Make noise-image pairs for DMD with the teacher's deterministic sampler. Run again to continue."""
-    from dmd2.data.pairs import make_pairs
-    from dmd2.data.prompts import read_prompts
-    from dmd2.inference.engine import resolve_device
-    from dmd2.runtime.terminal import say
-
-    texts = [] if prompts is None else read_prompts(prompts)
-    make_pairs(weights, out, count, steps, batch, resolve_device(device), prompts=texts, compile=compile)
-    say(f"done: {count} pairs in {out}")

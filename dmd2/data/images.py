@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmd2.data.shards import batch_rows
 from dmd2.inference.image_input import MOST_BYTES, ImageFile, Role
 from dmd2.runtime.errors import DataError, InvalidInput, shown
 
@@ -75,7 +76,6 @@ class ImageSet:
         self._memory: Tensor | None = None
         if in_memory and len(self) * 3 * self.resolution**2 <= IN_MEMORY_BYTES:
             self._memory = torch.stack([self._decode(name, self.resolution) for name in self._files.names])
-        self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._files.names)
@@ -99,16 +99,7 @@ class ImageSet:
 
     def batch(self, size: int, seed: int, step: int) -> Tensor:
         """The rows (size,) of the step's batch: a pure function of (seed, step). Each epoch has its own order."""
-        places = torch.arange(step * size, (step + 1) * size)
-        epochs = places // len(self)
-        rows = [self._shuffled(seed, int(e))[places[epochs == e] % len(self)] for e in epochs.unique()]
-        return torch.cat(rows)
-
-    def _shuffled(self, seed: int, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != (seed, epoch):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            self._order = (seed, epoch), torch.randperm(len(self), generator=generator)
-        return self._order[1]
+        return batch_rows(len(self), size, seed, step)
 
     def _decode(self, name: str, resolution: int | None) -> Tensor:
         try:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -61,16 +62,13 @@ class Index(BaseModel):
     columns: dict[str, Column]
     made: dict[str, JsonValue]
     """whatever the rows depend on: networks by checksum, prompts, steps, seeds"""
-    extra: str = ""
-    """name of a file with one more row, such as the empty prompt's"""
     files: dict[str, str] = {}
     """name → sha256 of those that are whole"""
 
     def shards(self) -> dict[str, range]:
         """Each file's name and its rows."""
         starts = range(0, self.count, self.shard)
-        names = {f"{self.kind}-{k:05d}.safetensors": self._rows(start) for k, start in enumerate(starts)}
-        return names | ({self.extra: range(1)} if self.extra else {})
+        return {f"{self.kind}-{k:05d}.safetensors": self._rows(start) for k, start in enumerate(starts)}
 
     def _rows(self, start: int) -> range:
         return range(start, min(start + self.shard, self.count))
@@ -117,7 +115,6 @@ def make_shards(
     batch: int,
     *,
     part: Part | None = None,
-    make_extra: Callable[[], Rows] | None = None,
 ) -> bool:
     """Makes the files of `part` that `out` lacks, with a progress bar; says whether the whole set is there now.
 
@@ -129,7 +126,6 @@ def make_shards(
         index: of the set; without files.
         make: rows → their columns, on any device; called with at most `batch` rows of one file.
         batch: how many rows at once. It changes nothing but rounding.
-        make_extra: the columns of `index.extra`, of one row.
 
     Raises:
         UserError: `out` holds something else; another process makes the same file; a value is not finite.
@@ -140,7 +136,7 @@ def make_shards(
         raise InvalidInput("shard", f"makes {len(index.shards())} files; expected {MOST_FILES} at most", index.shard)
     try:
         with _folder(out) as locks:
-            return _make(out, index, make, batch, part or Part(), make_extra, locks)
+            return _make(out, index, make, batch, part or Part(), locks)
     except OSError as error:
         raise DataError(f"cannot be written to ({shown(error.strerror or error)})", out) from error
 
@@ -162,7 +158,6 @@ def _make(
     make: Callable[[range], Rows],
     batch: int,
     part: Part,
-    make_extra: Callable[[], Rows] | None,
     locks: _Locks,
 ) -> bool:
     """See `make_shards`."""
@@ -180,7 +175,7 @@ def _make(
                 made = []
                 for start in range(rows[name].start, rows[name].stop, batch):
                     some = range(start, min(start + batch, rows[name].stop))
-                    made.append(make_extra() if make_extra and name == index.extra else make(some))
+                    made.append(make(some))
                     bar.update(len(some))
                 tensors = {column: torch.cat([one[column].cpu() for one in made]) for column in index.columns}
                 _check(out / name, index, rows[name], tensors)
@@ -196,7 +191,7 @@ def _begin(out: Path, index: Index) -> Index:
         _write(out, index)
         return index
     there = read_index(out)
-    for field in ("kind", "count", "shard", "columns", "extra"):
+    for field in ("kind", "count", "shard", "columns"):
         _compare(out, field, getattr(there, field), getattr(index, field))
     for field in sorted(there.made.keys() | index.made.keys()):
         _compare(out, field, there.made.get(field), index.made.get(field))
@@ -352,10 +347,6 @@ class Shards:
                 found[name][chosen] = tensor[row[chosen]]
         return found
 
-    def extra(self) -> Rows:
-        """The one row that is not counted. Only where the index has an `extra`."""
-        return self._file(self.index.extra)
-
     def _file(self, name: str) -> Rows:
         if name not in self._open:
             path = self.folder / name
@@ -370,3 +361,15 @@ class Shards:
             _check(path, self.index, self.index.shards()[name], tensors)
             self._open[name] = tensors
         return self._open[name]
+
+
+def batch_rows(count: int, size: int, seed: int, step: int) -> Tensor:
+    """The rows (size,) of a step's batch: a pure function of (seed, step). Each epoch has its own order."""
+    places = torch.arange(step * size, (step + 1) * size)
+    epochs = places // count
+    return torch.cat([_order(count, seed, int(e))[places[epochs == e] % count] for e in epochs.unique()])
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

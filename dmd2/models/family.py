@@ -7,7 +7,7 @@ and saved; it knows no method, and no method knows it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from dmd2.runtime.precision import Precision
 from dmd2.weights.manifest import read_manifest
 
 Labels = Any
-"""what images are asked for by: a list of captions, or int64 (B,) classes with −1 for any"""
+"""what images are asked for by: captions (or what they were encoded to), or int64 (B,) classes with −1 for any"""
 
 
 class Family(Protocol):
@@ -82,6 +82,9 @@ class Family(Protocol):
     def unconditional(self, cond: Cond) -> Cond:
         """What guidance leads away from, for as many images."""
 
+    def embedded(self, rows: Mapping[str, Tensor]) -> Cond:
+        """What rows of `dmd2 data prompts` or `latents` are to the networks. Raises UserError if they do not fit."""
+
     def any_labels(self, n: int) -> Labels:
         """Labels that leave everything open."""
 
@@ -114,8 +117,11 @@ class Family(Protocol):
         """Writes a folder of weights with what `trainable` has become."""
 
 
-def open_family(folder: Path, device: torch.device, precision: Precision) -> Family:
+def open_family(folder: Path, device: torch.device, precision: Precision, host: torch.device | None = None) -> Family:
     """The teacher in a folder of weights.
+
+    Args:
+        host: where text encoders and VAE stay, if not on `device`.
 
     Raises:
         UserError: there is none.
@@ -126,4 +132,4 @@ def open_family(folder: Path, device: torch.device, precision: Precision) -> Fam
         return EdmFamily.open(folder, device, precision)
     from dmd2.models.stable_diffusion.family import StableDiffusionFamily
 
-    return StableDiffusionFamily.open(folder, device, precision)
+    return StableDiffusionFamily.open(folder, device, precision, host)

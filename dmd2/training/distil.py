@@ -94,7 +94,8 @@ def distil(recipe: Distillation, inputs: Inputs) -> Method:
     """
     source = SOURCES[recipe.data]
     inputs = inputs.with_defaults(source.defaults)
-    family = open_family(inputs.need("init"), inputs.device, recipe.precision)
+    host = torch.device("cpu") if source.precomputed else None
+    family = open_family(inputs.need("init"), inputs.device, recipe.precision, host)
     return wire(recipe, family, source(inputs, family, recipe.needs_images), inputs)
 
 
@@ -153,9 +154,8 @@ def _data(recipe: Distillation, family: Family, source: Source, inputs: Inputs) 
     def data(step: int) -> Samples:
         batch = source.batch(n, seed=seed, step=step, images=recipe.needs_images, paired=recipe.paired)
         cond = family.condition(batch.labels)
-        real = real_cond = None
-        if batch.images is not None:
-            real = family.codec.encode(batch.images.to(device))
+        real, real_cond = batch.x0(family, device), None
+        if real is not None:
             real_cond = cond if batch.image_labels is batch.labels else family.condition(batch.image_labels)
         shape, uncond = (len(cond), *family.shape), family.unconditional(cond)
         return Samples(shape, cond, uncond, real, real_cond, pairs(step) if pairs else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,6 +64,21 @@ class CaptionPreview:
             say(f"scores here are of {QUICK_N} images: an fd of so few is higher than of 1,000 (README)")
         self.told = True
         return quick_score(generate, self.scenes, self.classifier, QUICK_N)
+
+
+class RowsPreview:
+    """Images of texts that were encoded before the run: the first ones of its data."""
+
+    scores = False
+
+    def __init__(self, cond: Any, columns: int = 4) -> None:
+        self.cond, self.columns = cond, columns
+
+    def grid(self, generate: Generate) -> Tensor:
+        return tile(generate(self.cond, list(range(len(self.cond)))).cpu(), self.columns)
+
+    def score(self, generate: Generate) -> dict[str, float]:
+        return {}
 
 
 class ClassPreview:

@@ -10,15 +10,18 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dmd2.data.embeddings import TEXT, VAE, sha256_of
 from dmd2.data.images import ImageSet
+from dmd2.data.shards import Shards, batch_rows
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.emoji.scores import EmojiClassifier
 from dmd2.models.family import Family, Labels
-from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.errors import DataError, InvalidInput
 from dmd2.runtime.paths import EMOJI
 from dmd2.runtime.terminal import say
 from dmd2.training.parallel.group import ALONE, Parallel
-from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview
+from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview, RowsPreview
+from dmd2.weights.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Examples:
     """uint8 (B, 3, H, W): real ones; None unless they were asked for"""
     image_labels: Labels = None
     """of the real ones"""
+    latents: Tensor | None = None
+    """fp32 (B, C, h, w): real images instead of `images`, where these were encoded before"""
+
+    def x0(self, family: Family, device: torch.device) -> Tensor | None:
+        """The real images in the family's x0 space, on `device`."""
+        if self.latents is not None:
+            return self.latents.to(device)
+        return None if self.images is None else family.codec.encode(self.images.to(device))
 
 
 class Source(Protocol):
@@ -68,6 +79,11 @@ class Source(Protocol):
 
     defaults: ClassVar[Mapping[str, Path]]
     """what inputs are unless they are named"""
+    precomputed: ClassVar[bool]
+    """whether labels are conditions already, and images latents: text encoders and VAE stay off the device"""
+
+    def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
+        """Raises UserError: what is given is not for this family, or lacks real images where these are needed."""
 
     def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
         """For `n` images of a student. `images`: also real ones; `paired`: generate with the labels of these."""
@@ -90,6 +106,7 @@ class EmojiSource:
         "init": EMOJI,
         "classifier": EMOJI / "classifier.safetensors",
     }
+    precomputed: ClassVar = False
 
     def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
         if family.takes_classes:
@@ -124,6 +141,7 @@ class ImageSource:
     """Images with their classes, if there are any. See `dmd2.data.images.ImageSet`."""
 
     defaults: ClassVar[Mapping[str, Path]] = {}
+    precomputed: ClassVar = False
 
     def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
         self.family, self.inputs = family, inputs
@@ -160,5 +178,54 @@ class ImageSource:
         return ClassPreview(names, classes, score)
 
 
-SOURCES: dict[str, type[EmojiSource] | type[ImageSource]] = {"emoji": EmojiSource, "images": ImageSource}
+class LatentSource:
+    """Embeddings of prompts, and latents of images where the method needs some, from `dmd2 data`."""
+
+    defaults: ClassVar[Mapping[str, Path]] = {}
+    precomputed: ClassVar = True
+
+    def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
+        self.family, self.inputs = family, inputs
+        folder = inputs.need("data", "a folder that `dmd2 data prompts` or `dmd2 data latents` made")
+        self.shards = Shards(folder, "latents", *([] if needs_images else ["prompts"]))
+        manifest = read_manifest(inputs.need("init"))
+        for name, parts in (("text_encoders", TEXT), ("vae", VAE)):
+            made, own = self.shards.index.made.get(name), sha256_of(manifest, parts)
+            if made not in (None, own):
+                raise DataError(
+                    f"made with other networks ({name}) than those of {family.name}; make it anew", folder
+                )
+        row = self.shards.rows(torch.tensor([0]))
+        family.embedded(_texts(row))
+        if "latents" in row and row["latents"].shape[1:] != family.shape:
+            shapes = f"latents of {tuple(row['latents'].shape[1:])}; expected {tuple(family.shape)}"
+            raise DataError(f"{shapes} of {family.name}", folder)
+
+    def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
+        """Real images are others than those whose captions are generated, but where they are `paired`."""
+        rows = self.shards.rows(self._rows(n, seed + 1, step))
+        labels = self.family.embedded(_texts(rows))
+        if not images:
+            return Examples(labels)
+        if paired:
+            return Examples(labels, image_labels=labels, latents=rows["latents"].float())
+        return replace(self.lesson(n, seed=seed, step=step, freedom=1.0), labels=labels)
+
+    def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
+        rows = self.shards.rows(self._rows(n, seed, step))
+        labels = self.family.embedded(_texts(rows))
+        return Examples(labels, image_labels=labels, latents=rows["latents"].float())
+
+    def _rows(self, n: int, seed: int, step: int) -> Tensor:
+        return batch_rows(len(self.shards), n, seed, step)[self.inputs.rows(n)]
+
+    def preview(self) -> Preview:
+        return RowsPreview(self.family.embedded(_texts(self.shards.rows(torch.arange(min(16, len(self.shards)))))))
+
+
+def _texts(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in rows.items() if name != "latents"}
+
+
+SOURCES: dict[str, type[Source]] = {"emoji": EmojiSource, "images": ImageSource, "latents": LatentSource}
 """by what a recipe's `data` says"""

@@ -33,9 +33,9 @@ class Killed(BaseException):
     """Ends a process at a given point."""
 
 
-def index_of(count: int = COUNT, shard: int = SHARD, extra: str = "empty.safetensors", **made: int) -> Index:
+def index_of(count: int = COUNT, shard: int = SHARD, **made: int) -> Index:
     columns = {"x": Column(dtype="float16", shape=[2, 3]), "n": Column(dtype="int64", shape=[])}
-    return Index(kind="rows", count=count, shard=shard, columns=columns, made=dict(made), extra=extra)
+    return Index(kind="rows", count=count, shard=shard, columns=columns, made=dict(made))
 
 
 def make_rows(rows: range) -> dict[str, Tensor]:
@@ -43,12 +43,8 @@ def make_rows(rows: range) -> dict[str, Tensor]:
     return {"x": (n[:, None, None] * torch.ones(2, 3)).half(), "n": n}
 
 
-def make_empty() -> dict[str, Tensor]:
-    return {"x": torch.full((1, 2, 3), -1.0).half(), "n": torch.tensor([-1])}
-
-
 def make(out: Path, part: Part | None = None, index: Index | None = None) -> bool:
-    return make_shards(out, index or index_of(), make_rows, BATCH, part=part, make_extra=make_empty)
+    return make_shards(out, index or index_of(), make_rows, BATCH, part=part)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -70,12 +66,10 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 def test_files_hold_their_rows_and_the_index_their_sums(whole: Path) -> None:
     names = ["rows-00000.safetensors", "rows-00001.safetensors", "rows-00002.safetensors"]
-    assert list(content(whole)) == ["empty.safetensors", INDEX, *names]
+    assert list(content(whole)) == [INDEX, *names]
     assert load_file(whole / names[2])["n"].tolist() == [8, 9, 10]
     index = read_index(whole)
-    assert index.whole and index.files == {
-        name: module.sha256_file(whole / name) for name in ["empty.safetensors", *names]
-    }
+    assert index.whole and index.files == {name: module.sha256_file(whole / name) for name in names}
 
 
 @given(
@@ -139,14 +133,14 @@ def test_a_process_that_is_killed_for_real_goes_on(tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.data.test_shards import index_of, make_empty, make_rows
+from tests.data.test_shards import index_of, make_rows
 from dmd2.data.shards import make_shards
 from pathlib import Path
 def make(rows):
     if rows.start >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return make_rows(rows)
-make_shards(Path({str(out)!r}), index_of(), make, 3, make_extra=make_empty)
+make_shards(Path({str(out)!r}), index_of(), make, 3)
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=600)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -163,7 +157,7 @@ def test_one_file_is_made_again_alone_the_same(copy: Path) -> None:
         made.append(rows)
         return make_rows(rows)
 
-    assert make_shards(copy, index_of(), noted, BATCH, make_extra=make_empty)
+    assert make_shards(copy, index_of(), noted, BATCH)
     assert made == [range(4, 7), range(7, 8)] and content(copy) == before
 
 
@@ -176,7 +170,7 @@ def test_a_damaged_file_is_made_again(copy: Path) -> None:
 def test_a_set_that_is_not_whole_says_what_it_lacks(tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert not make(out, Part(2, 2))
-    with pytest.raises(UserError, match=r"lacks 2 of 4 files, such as rows-00000.safetensors"):
+    with pytest.raises(UserError, match=r"lacks 2 of 3 files, such as rows-00000.safetensors"):
         Shards(out, "rows")
     assert make(out, Part(1, 2))
     assert len(Shards(out, "rows")) == COUNT
@@ -188,7 +182,6 @@ def test_rows_come_in_the_order_asked_for(whole: Path) -> None:
     rows = shards.rows(chosen)
     assert torch.equal(rows["n"], chosen)
     assert torch.equal(rows["x"], make_rows(range(COUNT))["x"][chosen])
-    assert shards.extra()["n"].tolist() == [-1]
     assert shards.rows(chosen[:0])["x"].shape == (0, 2, 3)
     with pytest.raises(IndexError):
         shards.rows(torch.tensor([COUNT]))
@@ -209,7 +202,6 @@ def test_a_folder_of_another_set_is_refused(copy: Path) -> None:
         (index_of(count=12), "count"),
         (index_of(shard=5), "shard"),
         (index_of(seed=1), "seed"),
-        (index_of(extra=""), "extra"),
     ):
         with pytest.raises(UserError, match=f"holds other rows, whose {field} is"):
             make(copy, index=other)

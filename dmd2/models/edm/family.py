@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,9 @@ class EdmFamily:
 
     def unconditional(self, cond: ClassCondition) -> ClassCondition:
         return cond.unconditional()
+
+    def embedded(self, rows: Mapping[str, Tensor]) -> ClassCondition:
+        raise InvalidInput("set", f"{self.name} takes classes, not texts; expected data=images", "data=latents")
 
     def any_labels(self, n: int) -> Tensor:
         return torch.full((n,), -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dmd2.models.stable_diffusion.folder import (
     save_module,
     save_text_to_image,
 )
-from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
+from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder, time_ids
 from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
 from dmd2.runtime.errors import InvalidInput, WeightsError
 from dmd2.runtime.loading import load_network
@@ -31,6 +31,8 @@ from dmd2.runtime.precision import Precision, autocast_dtype
 from dmd2.weights.manifest import MANIFEST, Student, Teacher, read_manifest
 
 TEACHER = "unet_teacher"
+EMBEDDED = ("context", "pooled")
+"""columns of rows that `dmd2 data` makes of a text"""
 
 
 class StableDiffusionFamily:
@@ -80,15 +82,19 @@ class StableDiffusionFamily:
         self.bottleneck = channels[-1], self.shape[1] // 2 ** (len(channels) - 1)
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device, precision: Precision) -> StableDiffusionFamily:
+    def open(
+        cls, folder: Path, device: torch.device, precision: Precision, host: torch.device | None = None
+    ) -> StableDiffusionFamily:
         manifest = read_manifest(folder)
         if manifest.teacher is None:
             raise WeightsError("holds no teacher; `dmd2 train emoji-teacher` makes one", folder)
         name = manifest.teacher.subfolder
-        model = load_text_to_image(folder, [name], device, torch.float32)
+        together = host in (None, device)
+        model = load_text_to_image(folder, [name] if together else [], host or device, torch.float32)
+        denoisers = model.denoisers if together else load_denoisers(folder, [name], device, torch.float32)
         return cls(
             folder,
-            model.denoisers[name],
+            denoisers[name],
             model.codec,
             model.encode_text,
             manifest.native_size,
@@ -153,15 +159,27 @@ class StableDiffusionFamily:
             raise InvalidInput("sigmas", "expected [], and timesteps instead: this teacher's levels are timesteps")
         return tuple(float(self.teacher.sigmas[t]) for t in timesteps)
 
-    def condition(self, labels: list[str], network: Any = None) -> TextCondition:
+    def condition(self, labels: list[str] | TextCondition, network: Any = None) -> TextCondition:
+        if isinstance(labels, TextCondition):
+            return labels
         if not isinstance(network, nn.ModuleDict):
-            return self.encode_text(labels, self.size)
+            return self.encode_text(labels, self.size).to(self.device)
         encode = TextEncoder(self.encode_text.tokenizers, [network["text_encoder"], network["text_encoder_2"]])
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return encode(labels, self.size)
 
     def unconditional(self, cond: TextCondition) -> TextCondition:
-        return self.encode_text.unconditional(cond, lambda: self.encode_text([""], self.size))
+        return self.encode_text.unconditional(cond, lambda: self.condition([""]))
+
+    def embedded(self, rows: Mapping[str, Tensor]) -> TextCondition:
+        context, pooled = (rows[name].to(self.device, torch.float32) if name in rows else None for name in EMBEDDED)
+        width = self.teacher_network.config.cross_attention_dim
+        two = len(self.encode_text.encoders) > 1
+        if context is None or context.ndim != 3 or context.shape[-1] != width or (pooled is not None) != two:
+            found = {name: tuple(value.shape[1:]) for name, value in rows.items()}
+            told = f"holds {found}; {self.name} takes a context of {width} channels"
+            raise InvalidInput("data", told + (" and a pooled embedding" if two else " alone"))
+        return TextCondition(context, pooled, time_ids(self.size, context) if two else None)
 
     def any_labels(self, n: int) -> list[str]:
         return [""] * n

@@ -103,9 +103,7 @@ class TextEncoder:
         context = torch.cat(hidden, dim=-1)
         if len(self.encoders) == 1:
             return TextCondition(context)
-        width, height = size
-        ids_row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=device)
-        return TextCondition(context, pooled, ids_row.expand(len(prompts), -1)).masked(keep)
+        return TextCondition(context, pooled, time_ids(size, context)).masked(keep)
 
     def token_chunks(self, prompt: str) -> int:
         """How many chunks of CLIP's window the prompt fills. Prompts of unequal numbers do not go into one batch.
@@ -149,6 +147,13 @@ class TextEncoder:
                 part = [tokenizer.bos_token_id, *row[w * body : (w + 1) * body], tokenizer.eos_token_id]
                 out[i, w, : len(part)] = torch.tensor(part)
         return out
+
+
+def time_ids(size: tuple[int, int], context: Tensor) -> Tensor:
+    """SDXL's (B, 6) sizes for uncropped images of `size` (width, height), as many as contexts (B, L, D)."""
+    width, height = size
+    row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=context.device)
+    return row.expand(len(context), -1)
 
 
 def _states(encoder: nn.Module, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:

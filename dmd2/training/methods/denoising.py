@@ -147,7 +147,7 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
         return source.lesson(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, freedom=freedom)
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
-        x0, told = family.codec.encode(batch.data.images.to(inputs.device)), None
+        x0, told = batch.data.x0(family, inputs.device), None
         if recipe.augment > 0:
             x0, told = augment(x0, recipe.augment, batch.generator)
         sigma = family.sample_sigma(len(x0), batch.generator)

@@ -1,0 +1,101 @@
+"""What text encoders and VAE make of prompts and images, once for all training.
+
+Embeddings are of CLIP's first window: a longer prompt is cut, as in DMD2's published runs. Latents are the mean of
+the VAE's distribution. Both are kept in fp16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmd2.data.captioned import CaptionedImages
+from dmd2.data.shards import Column, Index, Part, Rows, make_shards
+from dmd2.models.stable_diffusion.folder import TextToImage, load_text_to_image
+from dmd2.weights.manifest import Manifest, read_manifest
+
+SHARD = 1000
+"""rows in a file: what a stop costs at most"""
+TEXT, VAE = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), ("vae",)
+
+
+def sha256_of(manifest: Manifest, subfolders: Sequence[str]) -> str:
+    """Of the networks in these subfolders of weights."""
+    files = [(name, sum) for name, sum in sorted(manifest.files.items()) if name.split("/")[0] in subfolders]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def make_prompts(
+    weights: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    batch: int = 16,
+    device: torch.device | str = "cpu",
+    shard: int = SHARD,
+    part: Part | None = None,
+) -> bool:
+    """The embeddings of prompts: `context` (L, D), and SDXL's `pooled` (P,). See `make_shards`.
+
+    Raises:
+        UserError: `weights` are of no text-to-image model; `out` holds something else.
+    """
+    model = load_text_to_image(weights, [], torch.device(device), torch.float32)
+    of_texts = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+    index = _index("prompts", len(prompts), shard, _embed(model, [""]), model.manifest, {"prompts": of_texts})
+    return make_shards(out, index, lambda rows: _embed(model, prompts[rows.start : rows.stop]), batch, part=part)
+
+
+def make_latents(
+    weights: Path,
+    images: Path,
+    out: Path,
+    *,
+    batch: int = 4,
+    device: torch.device | str = "cpu",
+    shard: int = SHARD,
+    part: Part | None = None,
+) -> bool:
+    """As `make_prompts`, of captioned images, with their `latents` (C, h, w) at the weights' own size.
+
+    Raises:
+        UserError: as `make_prompts`; an image or a caption is missing or damaged.
+    """
+    found = CaptionedImages(images)
+    size = read_manifest(weights).native_size
+    model = load_text_to_image(weights, [], torch.device(device), torch.float32)
+
+    @torch.no_grad()
+    def make(rows: range) -> Rows:
+        latents = model.codec.encode(found.images(rows, size)).half()
+        return {"latents": latents, **_embed(model, found.captions(rows))}
+
+    blank = model.codec.encode(torch.zeros(1, 3, size[1], size[0], dtype=torch.uint8)).half()
+    made = {"images": found.sha256, "vae": sha256_of(model.manifest, VAE), "size": f"{size[0]}x{size[1]}"}
+    row = {"latents": blank, **_embed(model, [""])}
+    return make_shards(out, _index("latents", len(found), shard, row, model.manifest, made), make, batch, part=part)
+
+
+@torch.no_grad()
+def _embed(model: TextToImage, prompts: Sequence[str]) -> dict[str, Tensor]:
+    cond = model.encode_text(list(prompts), model.manifest.native_size)
+    window = model.encode_text.tokenizers[0].model_max_length
+    columns = {"context": cond.context[:, :window].half()}
+    return columns if cond.pooled is None else columns | {"pooled": cond.pooled.half()}
+
+
+def _index(
+    kind: str, count: int, shard: int, row: Mapping[str, Tensor], manifest: Manifest, made: Mapping[str, str]
+) -> Index:
+    """`row`: of one image or prompt."""
+    columns = {
+        name: Column(dtype=str(value.dtype).removeprefix("torch."), shape=list(value.shape[1:]))
+        for name, value in row.items()
+    }
+    text = {"text_encoders": sha256_of(manifest, TEXT)}
+    return Index(kind=kind, count=count, shard=shard, columns=columns, made={**text, **made})
