@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dmd2 import __version__
 from dmd2.diffusion.sampling import Churn
-from dmd2.evaluation.frechet import frechet_distance
+from dmd2.evaluation.frechet import frechet_distance, moments
 from dmd2.evaluation.metrics import (
     NEIGHBOURS,
     SPLITS,
@@ -39,7 +39,6 @@ from dmd2.evaluation.metrics import (
     centre_crop,
     inception_score,
     kernel_distance,
-    moments,
     prdc,
     resized,
 )
@@ -112,16 +111,9 @@ def evaluate(settings: Settings) -> dict[str, Any] | None:
     began = time.monotonic()
     with process_group(settings.device) as place:
         networks = _load_networks(settings, place.device)
-        images = open_images(
-            settings.weights,
-            settings.n,
-            settings.prompts,
-            settings.steps,
-            settings.seed,
-            place.device,
-            None if "patch-fid" in settings.metrics else settings.resize,
-            settings.churn,
-        )
+        side = None if "patch-fid" in settings.metrics else settings.resize
+        what = (settings.weights, settings.n, settings.prompts, settings.steps, settings.seed)
+        images = open_images(*what, place.device, side, settings.churn)
         _check_images(settings, images, networks)
         compared = set(settings.metrics) & set(REFERENCED)
         reference = _Reference(settings, networks, place, images) if compared else None
@@ -317,31 +309,30 @@ def _read_statistics(path: Path, extractor: Extractor) -> tuple[Tensor, Tensor]:
 
 def _scores(settings: Settings, rows: dict[str, Tensor], reference: _Reference | None) -> dict[str, float]:
     """Every score by name. Scores in the small classifier's features end in `_small`."""
-    suffix = "_small" if settings.features == "small" else ""
-    scores: dict[str, float] = {}
-    for metric in settings.metrics:
-        if metric in ("fid", "patch-fid"):
-            assert reference is not None
-            name = "patch" if metric == "patch-fid" else "features"
-            key = "patch_fid" if metric == "patch-fid" else ("fd_small" if suffix else "fid")
-            mean, covariance = (part.cpu() for part in moments(rows[name]))
-            scores[key] = frechet_distance(mean, covariance, *(part.cpu() for part in reference.moments(name)))
-        elif metric == "kid":
-            assert reference is not None
-            mean_std = kernel_distance(reference.rows["features"], rows["features"])
-            scores |= dict(zip((f"kid{suffix}", f"kid{suffix}_std"), mean_std, strict=True))
-        elif metric == "is":
-            mean_std = inception_score(rows["log_probabilities"])
-            scores |= dict(zip((f"is{suffix}", f"is{suffix}_std"), mean_std, strict=True))
-        elif metric == "prdc":
-            assert reference is not None
-            figures = prdc(reference.rows["features"], rows["features"])
-            scores |= {f"{name}{suffix}": value for name, value in figures.items()}
-        elif metric == "accuracy":
-            scores["accuracy"] = float(rows["right"].double().mean())
-        else:
-            scores["clip_score"] = float(rows["clip"].double().mean())
-    return scores
+    small = "_small" if settings.features == "small" else ""
+
+    def distance(name: str) -> float:
+        assert reference is not None
+        parts = (*moments(rows[name]), *reference.moments(name))
+        return frechet_distance(*(part.cpu() for part in parts))
+
+    def compared(measure: Callable[[Tensor, Tensor], Any]) -> Any:
+        assert reference is not None
+        return measure(reference.rows["features"], rows["features"])
+
+    def with_std(name: str, found: tuple[float, float]) -> dict[str, float]:
+        return {f"{name}{small}": found[0], f"{name}{small}_std": found[1]}
+
+    figures: dict[str, Callable[[], dict[str, float]]] = {
+        "fid": lambda: {"fd_small" if small else "fid": distance("features")},
+        "patch-fid": lambda: {"patch_fid": distance("patch")},
+        "kid": lambda: with_std("kid", compared(kernel_distance)),
+        "is": lambda: with_std("is", inception_score(rows["log_probabilities"])),
+        "prdc": lambda: {f"{name}{small}": value for name, value in compared(prdc).items()},
+        "accuracy": lambda: {"accuracy": float(rows["right"].double().mean())},
+        "clip": lambda: {"clip_score": float(rows["clip"].double().mean())},
+    }
+    return {name: value for metric in settings.metrics for name, value in figures[metric]().items()}
 
 
 # What can be asked for
@@ -418,9 +409,7 @@ def _file(path: Path | None) -> dict[str, str] | None:
 def _used(networks: Networks) -> dict[str, Any]:
     """Path and sha256 of the networks that the scores depend on."""
     parts = {"features": networks.extractor, "classifier": networks.classifier, "clip": networks.clip}
-    found: dict[str, Any] = {}
-    for name, network in parts.items():
-        found[name] = network and {"path": str(network.path), "sha256": network.sha256}
+    found: dict[str, Any] = {k: v and {"path": str(v.path), "sha256": v.sha256} for k, v in parts.items()}
     if networks.extractor:
         found["features"]["name"] = networks.extractor.name
     return found

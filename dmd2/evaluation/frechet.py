@@ -5,6 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 4096  # rows of a sum in float64 that are held at once
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (F,) and covariance (F, F) of features (N, F), in float64 on their device; what `frechet_distance` takes.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    n, width = features.shape
+    if n < 2:
+        raise ValueError(f"expected at least two samples, not {n}")
+    blocks = features.split(BLOCK)
+    mean = sum((block.double().sum(0) for block in blocks), features.new_zeros(width, dtype=torch.float64)) / n
+    scatter = features.new_zeros(width, width, dtype=torch.float64)
+    for block in blocks:
+        centred = block.double() - mean
+        scatter += centred.T @ centred
+    return mean, scatter / (n - 1)
+
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians; what FID is, of Inception features.
@@ -42,17 +62,10 @@ def frechet_distance_of(features1: Tensor, features2: Tensor) -> float:
     Raises:
         ValueError: fewer than two samples, or different F.
     """
-    return frechet_distance(*_moments(features1), *_moments(features2))
+    return frechet_distance(*moments(features1), *moments(features2))
 
 
 def _root(covariance: Tensor) -> Tensor:
     """The symmetric square root of a (F, F) covariance, in float64."""
     values, vectors = torch.linalg.eigh((covariance.double() + covariance.double().T) / 2)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"expected at least two samples, (N, F), not {tuple(features.shape)}")
-    features = features.double()
-    return features.mean(0), features.T.cov().reshape(features.shape[1], -1)

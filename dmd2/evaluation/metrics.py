@@ -2,7 +2,7 @@
 
 Features come from Inception (a TorchScript file, given by path) or, where none is at hand, from this project's own
 small classifier. Figures of the two cannot be compared, so their names differ: FID is Inception's only; the other is
-FD-small. FID itself is `dmd2.evaluation.frechet.frechet_distance` of two `moments`.
+FD-small. FID itself is `dmd2.evaluation.frechet.frechet_distance`.
 """
 
 from __future__ import annotations
@@ -30,28 +30,9 @@ NEIGHBOURS = 3, 5
 """k of precision and recall (Kynkäänniemi et al. 2019), k of density and coverage (Naeem et al. 2020)"""
 KID_SUBSETS, KID_SUBSET = 100, 1000  # Bińkowski et al. 2018, sec. 4
 SPLITS = 10  # of the Inception score (Salimans et al. 2016)
-BLOCK = 4096  # rows of a sum in float64 that are held at once
-DISTANCE_ROWS = 512  # rows of a distance matrix, likewise
+DISTANCE_ROWS = 512  # rows of a distance matrix that are held at once
 
 # Metrics of features
-
-
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (F,) and covariance (F, F) of features (N, F), in float64 on their device; what `frechet_distance` takes.
-
-    Raises:
-        ValueError: fewer than two samples.
-    """
-    n, width = features.shape
-    if n < 2:
-        raise ValueError(f"expected at least two samples, not {n}")
-    blocks = features.split(BLOCK)
-    mean = sum((block.double().sum(0) for block in blocks), features.new_zeros(width, dtype=torch.float64)) / n
-    scatter = features.new_zeros(width, width, dtype=torch.float64)
-    for block in blocks:
-        centred = block.double() - mean
-        scatter += centred.T @ centred
-    return mean, scatter / (n - 1)
 
 
 def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, float]:

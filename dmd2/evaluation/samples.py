@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +24,6 @@ from dmd2.runtime.files import sha256_file
 from dmd2.weights.manifest import MANIFEST, Manifest, read_manifest
 
 DEFAULT_N = 50_000  # what FID is usually measured with
-
-
-class Images(Protocol):
-    """n images, by number."""
-
-    n: int
-    side: int
-    """in pixels, the shorter one"""
-    labels: list[int] | None
-    """the class of each; None where there are no classes"""
-    prompts: list[str] | None
-    metadata: dict[str, Any]
-    """what it takes to get the same ones again, for JSON"""
-
-    def generate(self, rows: list[int]) -> Tensor:
-        """The images with these numbers, uint8 (B, 3, H, W), on any device."""
 
 
 class Samples:
@@ -142,6 +126,11 @@ def _sha256_of_folder(folder: Path, names: list[str]) -> str:
     for name in names:
         digest.update(f"{sha256_file(folder / name)}  {name}\n".encode())
     return digest.hexdigest()
+
+
+Images = Samples | DataSet
+"""n images by number, of `side` pixels (the shorter one), with `labels` or `prompts` where they have any; `metadata`
+is what it takes to get the same ones again, for JSON"""
 
 
 def open_images(

@@ -24,8 +24,8 @@ from dmd2.cli import app
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import Churn, sample_heun, teacher_sigmas
 from dmd2.evaluation.evaluate import CLASSIFIER, Place, Settings, collect, evaluate, reference_statistics
-from dmd2.evaluation.frechet import frechet_distance
-from dmd2.evaluation.metrics import Inception, SmallFeatures, moments, prdc, resized
+from dmd2.evaluation.frechet import frechet_distance, moments
+from dmd2.evaluation.metrics import Inception, SmallFeatures, prdc, resized
 from dmd2.evaluation.samples import DataSet, Samples, open_images
 from dmd2.inference.engine import Engine
 from dmd2.models.edm.folder import load_edm, save_edm

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dmd2.evaluation.frechet import frechet_distance
+from dmd2.evaluation.frechet import frechet_distance, moments
 from dmd2.evaluation.metrics import (
     PATCH,
     ClipScore,
@@ -22,7 +22,6 @@ from dmd2.evaluation.metrics import (
     centre_crop,
     inception_score,
     kernel_distance,
-    moments,
     prdc,
     resized,
 )
