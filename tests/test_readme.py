@@ -7,6 +7,7 @@ like those that are not run; files that any page names must be there.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from dmd2.cli import app
 from dmd2.training.loop import LoopSettings, train
 from dmd2.training.recipes import RECIPES, build_method, resolve
 from tests.service.cog.cog_server import CogServer
+from tests.service.http.serve_process import ServeProcess
 from tests.training.pixels import same_weights, write_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +68,14 @@ BLOCKS = blocks(ROOT / "README.md")
 SHELL = [block for page in PAGES for block in blocks(page) if block.language == "sh"]
 TREE = next(block for block in BLOCKS if not block.language)
 SERVED = [block for block in BLOCKS if "localhost:5000" in block.code]
-ALONE = [b for b in BLOCKS if b.is_run and b.language and b not in SERVED and "dmd2 cog" not in b.code]
+ASKED = [block for block in BLOCKS if "localhost:8000/v1" in block.code]
+"""what `dmd2 serve` is asked"""
+SERVERS = ("dmd2 cog", "dmd2 serve ")
+ALONE = [
+    b
+    for b in BLOCKS
+    if b.is_run and b.language and b not in SERVED + ASKED and not any(name in b.code for name in SERVERS)
+]
 
 
 def commands(code: str) -> Iterator[list[str]]:
@@ -84,7 +93,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 def run(block: Block, folder: Path, port: int = 5000) -> str:
     """Runs a block as a user would who stands in `folder`, with the environment activated."""
-    code = block.code.replace("localhost:5000", f"localhost:{port}")
+    code = re.sub("localhost:(5000|8000/v1)", lambda found: found[0].replace(found[1][:4], str(port)), block.code)
     command = {"sh": ["bash", "-euo", "pipefail", "-c", code], "python": [sys.executable, "-c", code]}[block.language]
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": paths, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -127,6 +136,21 @@ def test_what_the_service_is_asked_runs_as_written(folder: Path) -> None:
         with Image.open(folder / name) as image:
             assert image.size == (64, 64)
     assert any("event: output" in text for text in said)
+
+
+def test_what_dmd2_serve_is_asked_runs_as_written(folder: Path) -> None:
+    (folder / "server").mkdir()
+    server = ServeProcess(folder / "server", "--weights", str(ROOT / "weights" / "emoji"))
+    try:
+        server.wait_until_ready()
+        said = [run(block, folder, server.port) for block in ASKED]
+    finally:
+        server.close()
+    (curl, python) = said
+    assert [image["seed"] for image in json.loads(curl)["data"]] == [7, 8]
+    assert python.split() == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    with Image.open(folder / "lion-7.png") as image:
+        assert image.size == (64, 64)
 
 
 def parsed(words: list[str]) -> None:

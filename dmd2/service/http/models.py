@@ -136,7 +136,7 @@ class Run:
             refusal = Refusal.of(error)
             metrics.errors.labels(refusal.code).inc()
             if refusal.status_code >= 500:
-                logger.error("%s: %s", name, refusal.detail, exc_info=None if refusal.status_code == 504 else error)
+                logger.error("%s: %s", name, refusal.detail, exc_info=error)
             raise refusal from None
         finally:
             self.close()

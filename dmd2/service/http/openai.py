@@ -40,14 +40,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "No valid key.",
         403: "From a web page that the server does not allow.",
         404: "No such model.",
-        408: "The body came too slowly.",
+        408: "Not done within X-Request-Timeout, or the body came too slowly.",
         413: "The body is too large.",
         421: "Host is not this machine's.",
         429: "The queue is full, or the key's rate is used up; Retry-After says when to ask again.",
         499: "The client has gone.",
         500: "The generation failed.",
         503: "Loading, stopping or overloaded; Retry-After says when to ask again.",
-        504: "Not done within X-Request-Timeout.",
     }.items()
 }
 
@@ -371,9 +370,7 @@ def router(models: Models, kept: Kept, clock: Callable[[], float] = time.time) -
         "/images/edits",
         response_model=ImagesAnswer,
         responses={**ERRORS, 200: {"content": {"text/event-stream": {}}, "description": "Images, or a stream."}},
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _edit_schema()}}}
-        },
+        openapi_extra={"requestBody": _edit_schema()},
     )
     async def edits(request: Request, x_request_timeout: Timeout = None) -> Response:
         body, files = await read_form(request)
@@ -451,5 +448,6 @@ def _edit_schema() -> dict[str, Any]:
     schema.pop("$defs", None)
     for name in ("image", "mask"):
         schema["properties"][name] = {"type": "string", "format": "binary"}
+    schema["properties"]["loras"] = {"type": "string", "description": "The list, as JSON."}
     schema["required"] = ["prompt", "image"]
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}

@@ -70,7 +70,7 @@ class Refusal(HTTPException):
         if isinstance(error, Draining | Stopped):
             return cls(503, "stopping", "the server is being stopped", retry_after=10)
         if isinstance(error, TimeoutError):
-            return cls(504, "timeout", "not done within the time that the request allows (X-Request-Timeout)")
+            return cls(408, "timeout", "not done within the time that the request allows (X-Request-Timeout)")
         if isinstance(error, InvalidInput):
             return cls(400, "invalid_value", error, NAMES.get(error.field, error.field))
         if isinstance(error, UserError):

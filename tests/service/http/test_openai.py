@@ -258,7 +258,7 @@ def test_who_runs_out_of_time_is_told_and_leaves_nothing_behind(waits: bool) -> 
                 first.cancel()
                 await until(lambda: service.cancelled)
             late = await client.post(GENERATIONS, json=body, headers={"X-Request-Timeout": "0.05"})
-            assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+            assert late.status_code == 408 and late.json()["error"]["code"] == "timeout"
             assert (admission.waiting, admission.running) == (0, 4 if waits else 0)
             service.open.set()
             await asyncio.gather(first, return_exceptions=True)

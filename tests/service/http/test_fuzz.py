@@ -1,0 +1,89 @@
+"""Whatever fits the OpenAPI document, and much that does not: no 5xx, no answer that the document does not know.
+
+`scripts/fuzz-api CASES` runs it with more cases than the suite has time for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from dmd2.service.cog.supervisor import listen
+from tests.service.cog.cog_server import wait_for
+from tests.service.http.fake import FakeService, fake_app
+
+CASES = int(os.environ.get("DMD2_FUZZ_CASES", "100"))
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+@contextmanager
+def listening() -> Iterator[str]:
+    """The URL of the application, on a service without networks."""
+    app = fake_app(FakeService())
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, loop="asyncio"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started and app.state.models.ready, "the application")
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+def ask(operation: schemathesis.APIOperation, mode: GenerationMode, cases: int, statuses: Counter[str]) -> None:
+    """So many cases of one route, that fit its schema or do not. Raises what `CHECKS` find."""
+    # The others take texts for numbers; in a form all are texts.
+    strict = mode is GenerationMode.NEGATIVE and operation.path == "/v1/images/generations"
+    checks = [*CHECKS, negative_data_rejection] if strict else CHECKS
+
+    @settings(
+        max_examples=cases, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(operation.as_strategy(generation_mode=mode))
+    def one(case: schemathesis.Case) -> None:
+        response = case.call()
+        statuses[f"{case.method} {case.path} {response.status_code}"] += 1
+        case.validate_response(response, checks=checks)
+
+    one()
+
+
+def test_no_5xx_and_no_undocumented_answer() -> None:
+    statuses: Counter[str] = Counter()
+    with listening() as url:
+        operations = [
+            found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()
+        ]
+        posts = sum(bool(operation.body) for operation in operations)
+        each = max(1, (CASES - len(operations) + posts) // (2 * posts))
+        for operation in operations:
+            ask(operation, GenerationMode.POSITIVE, each if operation.body else 1, statuses)
+            if operation.body:
+                ask(operation, GenerationMode.NEGATIVE, each, statuses)
+    print(sum(statuses.values()), "cases", dict(statuses))
+    assert {key for key in statuses if key.endswith(" 200")} >= {
+        f"POST {path} 200" for path in ("/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/options")
+    }
