@@ -53,6 +53,12 @@ converters.command(cls=Verb, epilog="Example: dmd2 convert edm edm-cifar10-32x32
 converters.command(cls=Verb, epilog="Example: dmd2 convert sdxl checkpoint.safetensors lora.safetensors student")(
     convert.sdxl
 )
+converters.command(cls=Verb, epilog="Example: dmd2 convert student dmd2_sdxl_4step_unet_fp16.bin sdxl student")(
+    convert.student
+)
+converters.command(cls=Verb, epilog="Example: dmd2 convert export runs/mine/model unet_fp16.safetensors")(
+    convert.export
+)
 
 app.add_typer(makers, name="data")
 MAKERS: dict[Callable[..., None], str] = {

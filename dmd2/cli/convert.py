@@ -1,4 +1,4 @@
-"""`dmd2 convert`: published weights → a folder that dmd2 reads."""
+"""`dmd2 convert`: published weights → a folder that dmd2 reads, and back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,46 @@ from dmd2.runtime.paths import ROOT
 
 
 def edm(
-    source: Annotated[Path, typer.Argument(metavar="FILE.pkl", help="One of EDM's published pickles.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A pickle of EDM's or GDD's, or the pytorch_model.bin of DMD2's.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder: safetensors, a config, a dmd2.json.")],
+    like: Annotated[
+        Path | None, typer.Option(help="Folder of the teacher that a .bin was distilled from, unless it is EDM's.")
+    ] = None,
 ) -> None:
-    """Convert one of EDM's pickles. It is read, never run: nothing that it holds is executed."""
+    """Convert a network of EDM's kind. Pickles are read, never run: nothing that they hold is executed."""
     from dmd2.models.edm.published import convert_edm
 
-    config = convert_edm(source, out)
+    config = convert_edm(source, out, like)
     print(f"{out}: {config.architecture}, {config.resolution}x{config.resolution}, {config.classes} classes")
+
+
+def student(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A UNet in one .bin or .safetensors, as DMD2's.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the model that it was distilled from.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    steps: Annotated[int, typer.Option(help="That it was distilled for: 1 or 4.")] = 4,
+) -> None:
+    """Make a folder of weights of a student's UNet in one file."""
+    from dmd2.models.stable_diffusion.students import import_student
+
+    import_student(source, base, out, steps)
+    print(f"{out}: {source.name}, {steps} steps")
+
+
+def export(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Folder of a student.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file: .safetensors, or .bin as torch writes it.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Which student; the one with the most steps unless given.")
+    ] = None,
+) -> None:
+    """Write a student as DMD2's release has it: the UNet, the LoRA or EDM's network in one file."""
+    from dmd2.models.family import export_weights
+
+    export_weights(weights, out, steps)
+    print(out)
 
 
 def sdxl(

@@ -133,3 +133,24 @@ def open_family(folder: Path, device: torch.device, precision: Precision, host: 
     from dmd2.models.stable_diffusion.family import StableDiffusionFamily
 
     return StableDiffusionFamily.open(folder, device, precision, host)
+
+
+def export_weights(folder: Path, out: Path, steps: int | None) -> None:
+    """Writes a student as one file with the names of DMD2's release.
+
+    Of Stable Diffusion's that is the UNet in fp16 by diffusers' names, or the LoRA; of EDM's the network by EDM's.
+
+    Args:
+        out: `.safetensors`, or `.bin` as torch writes it.
+        steps: of the student; None for the one with the most.
+
+    Raises:
+        UserError: there is no such student; `out` exists or cannot be written.
+    """
+    if read_manifest(folder).family == "edm":
+        from dmd2.models.edm.published import export_edm
+
+        return export_edm(folder, out)
+    from dmd2.models.stable_diffusion.students import export_student
+
+    return export_student(folder, out, steps)

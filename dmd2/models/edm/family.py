@@ -74,6 +74,9 @@ class EdmFamily:
     ) -> EdmNetwork:
         if subfolder is not None:
             raise InvalidInput("student_init", "expected null; an EDM teacher's folder holds no student", subfolder)
+        if boundary and self.config.preconditioning != "edm":
+            told = f"expected 0; {self.name} has the preconditioning {self.config.preconditioning}"
+            raise InvalidInput("boundary", told, f"{boundary:g}")
         network = deepcopy(self.teacher_network) if start is None else load_edm(start, self.device).network
         wanted = self.config.model_copy(
             update={"sigmas": tuple(levels), "boundary": boundary or self.config.boundary}

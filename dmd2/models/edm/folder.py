@@ -99,7 +99,7 @@ def load_edm(folder: Path, device: torch.device | str, dtype: torch.dtype = torc
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; these weights are incomplete")
     verify(folder, manifest)
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_edm_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
@@ -110,7 +110,11 @@ def load_edm(folder: Path, device: torch.device | str, dtype: torch.dtype = torc
     return Edm(channels_last(network).requires_grad_(False).eval())
 
 
-def _read_config(path: Path) -> EdmConfig:
+def read_edm_config(folder: Path) -> EdmConfig:
+    """What `save_edm` wrote. Raises UserError if there is none."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing; expected a folder of EDM weights")
     try:
         return EdmConfig.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except ValidationError as error:

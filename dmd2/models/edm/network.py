@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dmd2.diffusion.denoiser import Condition
 from dmd2.diffusion.noise import karras_sigmas, per_image
 from dmd2.models.edm.layers import STYLES, Block, Conv, Fourier, Norm, Sinusoids, adm_heads, linear
+from dmd2.models.edm.preconditioning import Kind, precondition
 from dmd2.runtime.errors import UserError
 
 Count = Annotated[int, Field(ge=1, le=16)]
@@ -52,6 +53,10 @@ class EdmConfig(BaseModel):
     boundary: float = Field(default=0.0, ge=0, le=1)
     """ε of consistency models' preconditioning (Song et al. 2023, app. C), which GDD's students use with 0.002: the
     network is the identity at σ = ε. 0: EDM's preconditioning"""
+    preconditioning: Kind = "edm"
+    """what surrounds the raw network; see `dmd2.models.edm.preconditioning`"""
+    embedding_mult: Count = 4
+    """channels of the embedding, in units of `model_channels`"""
     sigmas: tuple[Level, ...] = ()
     """descending levels that a student was distilled for, one a step; empty: a teacher"""
 
@@ -62,6 +67,10 @@ class EdmConfig(BaseModel):
             raise ValueError(f"resolution {self.resolution} cannot be halved {len(self.channel_mult) - 1} times")
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
+        if self.boundary and self.preconditioning != "edm":
+            raise ValueError(
+                f"boundary {self.boundary:g}: expected 0 with the preconditioning {self.preconditioning}"
+            )
         if any(a <= b for a, b in pairwise(self.sigmas)):
             raise ValueError("sigmas: expected descending levels")
         widths = [self.model_channels * m for m in self.channel_mult]
@@ -114,7 +123,7 @@ class UNet(nn.Module):
         super().__init__()
         style = STYLES[config.architecture]
         self.adm, self.classes = style.adm, config.classes
-        c, embedding = config.model_channels, 4 * config.model_channels
+        c, embedding = config.model_channels, config.embedding_mult * config.model_channels
         width = 2 * c if style.fourier else c
 
         self.map_noise = Fourier(width) if style.fourier else Sinusoids(width, style.adm)
@@ -164,7 +173,9 @@ class UNet(nn.Module):
                 self.dec[f"{r}x{r}_block{i}"] = block(here + skips.pop(), channels, attention=attends)
                 here = channels
         norm = Norm(here, style.eps)
-        conv = Conv(style, here, config.channels, 3, gain=0.0 if style.adm else 1e-5)
+        # iDDPM's networks also predict a variance, which nothing here reads.
+        outputs = config.channels * (2 if config.preconditioning == "iddpm" else 1)
+        conv = Conv(style, here, outputs, 3, gain=0.0 if style.adm else 1e-5)
         if style.adm:
             self.out_norm, self.out_conv = norm, conv
         else:
@@ -260,18 +271,18 @@ class EdmNetwork(nn.Module):
         Raises:
             ValueError: a shape is not as above.
         """
-        scaled, c_skip, c_out = self._precondition(x, sigma, labels)
-        output, bottleneck = self.model(scaled, sigma.float().log() / 4, labels.float(), augment)
-        return c_skip * x + c_out * output.float(), bottleneck.float()
+        scaled, c_skip, c_out, c_noise = self._precondition(x, sigma, labels)
+        output, bottleneck = self.model(scaled, c_noise, labels.float(), augment)
+        return c_skip * x + c_out * output[:, : x.shape[1]].float(), bottleneck.float()
 
     def bottleneck(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """What `forward` returns beside x0; the decoder is not run."""
-        scaled, _, _ = self._precondition(x, sigma, labels)
-        embedding = self.model.embed(sigma.float().log() / 4, labels.float(), None)
+        scaled, _, _, c_noise = self._precondition(x, sigma, labels)
+        embedding = self.model.embed(c_noise, labels.float(), None)
         return self.model.encode(scaled, embedding)[-1].float()
 
-    def _precondition(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The raw network's input, c_skip and c_out."""
+    def _precondition(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The raw network's input, c_skip, c_out and c_noise."""
         config = self.config
         shape = (len(x), config.channels, config.resolution, config.resolution)
         if x.shape != shape or sigma.shape != shape[:1] or labels.shape != (len(x), config.classes):
@@ -279,13 +290,9 @@ class EdmNetwork(nn.Module):
                 f"expected x {shape}, sigma {shape[:1]} and labels {(len(x), config.classes)}, not "
                 f"{tuple(x.shape)}, {tuple(sigma.shape)} and {tuple(labels.shape)}"
             )
-        # Karras et al. 2022, table 1, with ε of Song et al. 2023, app. C, where `boundary` is not 0
-        s, d, epsilon = per_image(sigma.float(), x), config.sigma_data, config.boundary
-        norm = (s**2 + d**2).sqrt()
-        c_skip = d**2 / ((s - epsilon) ** 2 + d**2)
-        c_out = (s - epsilon) * d / norm
-        scaled = (x / norm).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return scaled, c_skip, c_out
+        c_skip, c_out, c_in, c_noise = precondition(config.preconditioning, sigma, config.sigma_data, config.boundary)
+        scaled = (x * per_image(c_in, x)).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return scaled, per_image(c_skip, x), per_image(c_out, x), c_noise
 
 
 # The adapter

@@ -12,7 +12,7 @@ import math
 import mmap
 import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dmd2.models.edm.folder import expect_new, network_of, save_edm
-from dmd2.models.edm.network import EdmConfig
+from dmd2.models.edm.folder import expect_new, load_edm, network_of, read_edm_config, save_edm
+from dmd2.models.edm.network import PUBLISHED, EdmConfig, EdmNetwork
+from dmd2.models.edm.preconditioning import BETA_D, BETA_MIN, C_1, C_2, LEVELS, RANGES, Kind, iddpm_levels
 from dmd2.runtime.errors import UserError, first_error
+from dmd2.runtime.tensors import read_tensors, write_tensors
 
 MAX_OPCODES = 5_000_000  # ImageNet-64's file has 54,000; each can cost a hundred bytes of memory
 LICENCE = "that of the file they were converted from; EDM's published weights are CC BY-NC-SA 4.0"
@@ -338,19 +340,22 @@ def tensors_of(record: Record) -> dict[str, Tensor]:
     return found
 
 
-# What EDM's preconditioning is made with, in order, then more of the U-Net's arguments: their names in `EdmConfig`.
-ARGUMENTS = {
-    "img_resolution": "resolution",
-    "img_channels": "channels",
-    "label_dim": "classes",
-    "use_fp16": "",
-    "sigma_min": "sigma_min",
-    "sigma_max": "sigma_max",
-    "sigma_data": "sigma_data",
-    "model_type": "",
-    "num_blocks": "blocks",
-    "attn_resolutions": "attention",
+# What the U-Net's preconditioning is made with, in order, then more of the U-Net's arguments: their names in
+# `EdmConfig`.
+FIRST = {"img_resolution": "resolution", "img_channels": "channels", "label_dim": "classes", "use_fp16": ""}
+NAMES = {"sigma_min": "sigma_min", "sigma_max": "sigma_max", "sigma_data": "sigma_data"}
+ARGUMENTS = FIRST | NAMES | {"model_type": "", "num_blocks": "blocks", "attn_resolutions": "attention"}
+ARGUMENTS |= {"channel_mult_emb": "embedding_mult"}
+
+# By class: the preconditioning; the arguments of its own, which must have these values; levels of a student.
+CLASSES: dict[str, tuple[Kind, dict[str, float], tuple[float, ...]]] = {
+    "EDMPrecond": ("edm", {}, ()),
+    "GDDPrecond": ("edm", {}, (80.0,)),
+    "VPPrecond": ("vp", {"beta_d": BETA_D, "beta_min": BETA_MIN, "M": LEVELS, "epsilon_t": 1e-5}, ()),
+    "VEPrecond": ("ve", {}, ()),
+    "iDDPMPrecond": ("iddpm", {"C_1": C_1, "C_2": C_2, "M": LEVELS}, ()),
 }
+GDD_BOUNDARY = 0.002
 UNUSED = ("use_fp16", "label_dropout")  # precision is the caller's; labels are only dropped in training
 
 # The arguments that tell DDPM++ and NCSN++ apart. A file may leave out what is as in the first line.
@@ -364,18 +369,21 @@ SONG = {
 
 
 def config_of(record: Record) -> EdmConfig:
-    """The configuration that EDM's preconditioned network was made with.
+    """The configuration that a preconditioned network was made with.
 
     Raises:
-        UserError: it is not EDM's preconditioning, or not DDPM++, NCSN++ or ADM.
+        UserError: it is of none of `CLASSES`, or not DDPM++, NCSN++ or ADM.
     """
-    if record.class_name != "EDMPrecond":
-        raise UserError(f"a network of the class {_shown(record.class_name)}; expected EDMPrecond")
-    given = dict(zip(ARGUMENTS, _of(tuple, record.state.get("_init_args", ())), strict=False))
+    if record.class_name not in CLASSES:
+        raise UserError(f"a network of the class {_shown(record.class_name)}; expected {', '.join(CLASSES)}")
+    kind, own, sigmas = CLASSES[record.class_name]
+    order = [*FIRST, *(NAMES if kind == "edm" else own or ("sigma_min", "sigma_max")), "model_type"]
+    given = dict(zip(order, _of(tuple, record.state.get("_init_args", ())), strict=False))
     given |= _of(dict, record.state.get("_init_kwargs", {}))
     given = {_of(str, name): tuple(value) if type(value) is list else value for name, value in given.items()}
-    if given.pop("channel_mult_emb", 4) != 4:
-        raise UserError("channel_mult_emb is not 4")
+    for name, value in own.items():
+        if given.pop(name, value) != value:
+            raise UserError(f"{name} of {record.class_name} is not {value:g}")
 
     defaults: dict[str, Any]
     model_type = _of(str, given.pop("model_type", "DhariwalUNet"))
@@ -395,34 +403,88 @@ def config_of(record: Record) -> EdmConfig:
     given = {"dropout": 0.1, **defaults, **given}
     values = {ARGUMENTS.get(name, name): value for name, value in given.items() if name not in UNUSED}
     # EDM's networks say 0 … ∞ where they were trained for 0.002 … 80.
-    values["sigma_min"] = max(0.002, values.get("sigma_min", 0))
-    values["sigma_max"] = min(80.0, values.get("sigma_max", math.inf))
+    lowest, highest = RANGES[kind]
+    values["sigma_min"] = max(lowest, values.get("sigma_min", 0))
+    values["sigma_max"] = min(highest, values.get("sigma_max", math.inf))
+    values |= {"preconditioning": kind, "sigmas": sigmas, "boundary": GDD_BOUNDARY if sigmas else 0.0}
     try:
         return EdmConfig.model_validate({"architecture": architecture, **values})
     except ValidationError as error:
         raise UserError(f"not a network of EDM's: {_shown(first_error(error))}") from None
 
 
-def convert_edm(source: Path, out: Path) -> EdmConfig:
-    """Reads one of EDM's pickles and writes its network (the EMA) into the new folder `out`. See `save_edm`.
+def convert_edm(source: Path, out: Path, like: Path | None = None) -> EdmConfig:
+    """Reads a network and writes it into the new folder `out`. See `save_edm`.
+
+    Args:
+        source: one of EDM's pickles (its EMA is taken), one with an older preconditioning, one of GDD's; or, as DMD2
+            publishes its EDM students, `pytorch_model.bin` or safetensors with the parameters by name.
+        like: for the latter, folder of the teacher that it was distilled from; None for EDM's published one that has
+            such parameters.
 
     Returns:
         The network's configuration.
 
     Raises:
-        UserError: `source` is not such a pickle, or `out` cannot be written.
+        UserError: `source` is no such file, or `out` cannot be written.
     """
     expect_new(out)
-    content = read_pickle(source)
-    if type(content) is not dict or not isinstance(content.get("ema"), Record):
-        raise UserError(f"{source}: holds no network under the key 'ema'")
-    try:
-        config, tensors = config_of(content["ema"]), tensors_of(content["ema"])
-    except (UserError, TypeError) as error:
-        raise UserError(f"{source}: {error}") from None
+    if source.suffix in (".bin", ".safetensors"):
+        tensors = _plain(source)
+        config = _config_of(tensors, source, like).model_copy(update={"sigmas": (80.0,), "dropout": 0.0})
+    else:
+        content = read_pickle(source)
+        if type(content) is not dict or not isinstance(content.get("ema"), Record):
+            raise UserError(f"{source}: holds no network under the key 'ema'")
+        try:
+            config, tensors = config_of(content["ema"]), tensors_of(content["ema"])
+        except (UserError, TypeError) as error:
+            raise UserError(f"{source}: {error}") from None
+        levels = tensors.pop("u", None) if config.preconditioning == "iddpm" else None
+        if levels is not None and not torch.allclose(levels.double(), iddpm_levels(), rtol=1e-4, atol=1e-6):
+            raise UserError(f"{source}: the levels u are not those of iDDPM's schedule")
     network = network_of(config, tensors, source)
     try:
         save_edm(out, network, name=source.stem, licence=LICENCE, recipe={"name": "convert edm", "file": source.name})
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
     return config
+
+
+def _plain(source: Path) -> dict[str, Tensor]:
+    """Parameters by name; without what a wrapper or an augmentation that distillation drops adds to them."""
+    tensors = read_tensors(source)
+    prefix = next(
+        (name[: name.index("model.map_layer0.")] for name in sorted(tensors) if "model.map_layer0." in name), ""
+    )
+    return {
+        name.removeprefix(prefix): value.float() if value.is_floating_point() else value
+        for name, value in tensors.items()
+        if name.startswith(f"{prefix}model.")
+    }
+
+
+def _config_of(tensors: Mapping[str, Tensor], source: Path, like: Path | None) -> EdmConfig:
+    if like is not None:
+        found = read_edm_config(like)
+        candidates = [found, found.model_copy(update={"augment_dim": 0})]
+    else:
+        candidates = [c.model_copy(update={"augment_dim": n}) for c in PUBLISHED.values() for n in {c.augment_dim, 0}]
+    shapes = {name: value.shape for name, value in tensors.items()}
+    for config in candidates:
+        with torch.device("meta"):
+            expected = EdmNetwork(config).state_dict()
+        if shapes == {name: value.shape for name, value in expected.items()}:
+            return config
+    if like is not None:
+        network_of(candidates[-1] if not any("map_augment" in name for name in tensors) else found, tensors, source)
+    raise UserError(f"{source}: its tensors are those of no network that EDM publishes; name its teacher's folder")
+
+
+def export_edm(folder: Path, out: Path) -> None:
+    """A folder of EDM weights as DMD2 publishes such students: parameters by name in one `.bin` or `.safetensors`.
+
+    Raises:
+        UserError: there are no such weights; `out` exists already or cannot be written.
+    """
+    write_tensors(load_edm(folder, "cpu").network.state_dict(), out)

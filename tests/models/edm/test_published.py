@@ -9,6 +9,7 @@ import random
 import struct
 import sys
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,11 @@ from torch import nn
 import dmd2.models.edm.published
 from dmd2.models.edm.folder import load_edm
 from dmd2.models.edm.network import EdmConfig, EdmNetwork
+from dmd2.models.edm.preconditioning import iddpm_levels
 from dmd2.models.edm.published import Record, convert_edm, read_pickle
+from dmd2.models.family import export_weights
 from dmd2.runtime.errors import UserError
+from dmd2.runtime.tensors import read_tensors
 from dmd2.weights.manifest import read_manifest
 
 CONFIGS = {
@@ -410,7 +414,7 @@ def test_a_wrong_network_is_one_line(tmp_path: Path) -> None:
         ({"model_type": 3}, "expected str, found int"),
         ({"encoder_type": "skip"}, "a SongUNet that is neither DDPM++ nor NCSN++"),
         ({"resample_filter": [1, 3, 3, 1]}, "neither DDPM++ nor NCSN++"),
-        ({"channel_mult_emb": 2}, "channel_mult_emb is not 4"),
+        ({"channel_mult_emb": 2}, "needs floats"),
         ({"gated": True}, "gated: Extra inputs are not permitted"),
         ({"img_resolution": ...}, "resolution: Field required"),
         ({"num_blocks": 10**6}, "blocks: Input should be less than or equal to 16"),
@@ -422,8 +426,11 @@ def test_a_wrong_network_is_one_line(tmp_path: Path) -> None:
         refused(write(path, snapshot("ddpmpp", **changes)), words)
 
     content = snapshot("ddpmpp")
+    content["ema"].__dict__["class_name"] = "DDIMPrecond"
+    refused(write(path, content), "a network of the class DDIMPrecond; expected EDMPrecond, GDDPrecond, VPPrecond")
+    content = snapshot("ddpmpp", beta_d=10)
     content["ema"].__dict__["class_name"] = "VPPrecond"
-    refused(write(path, content), "a network of the class VPPrecond; expected EDMPrecond")
+    refused(write(path, content), "beta_d of VPPrecond is not 19.9")
     refused(write(path, {"G_ema": content["ema"]}), "holds no network under the key 'ema'")
     refused(write(path, {"ema": {"model": 3}}), "holds no network under the key 'ema'")
 
@@ -434,6 +441,98 @@ def test_a_wrong_network_is_one_line(tmp_path: Path) -> None:
     content = snapshot("ddpmpp")
     content["ema"]._modules["model"] = torch.zeros(3)
     refused(write(path, content), "expected Record, found Tensor")
+
+
+# Others than EDM's own
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "GDDPrecond": {"boundary": 0.002, "sigmas": (80.0,)},
+    "VPPrecond": {"preconditioning": "vp"},
+    "VEPrecond": {"preconditioning": "ve", "sigma_min": 0.02, "sigma_max": 100.0},
+    "iDDPMPrecond": {"preconditioning": "iddpm", "sigma_min": 0.0064},
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+@ARCHITECTURES
+def test_other_preconditionings_are_read_to_the_bit(tmp_path: Path, name: str, kind: str) -> None:
+    expected = EdmConfig.model_validate(config(name).model_dump() | OTHERS[kind])
+    torch.manual_seed(3)
+    built = EdmNetwork(expected)
+    top: Any = persisted(built)
+    kwargs = {key: value for key, value in arguments(expected).items() if not key.startswith("sigma_")}
+    top.__dict__.update(class_name=kind, _init_kwargs=kwargs)
+    if kind == "iDDPMPrecond":
+        top._buffers["u"] = iddpm_levels().float()
+    path = write(tmp_path / "a.pkl", {"ema": top})
+    assert convert_edm(path, tmp_path / "out") == expected
+    mine, theirs = built.state_dict(), load_edm(tmp_path / "out", "cpu").network.state_dict()
+    assert list(mine) == list(theirs) and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    if kind == "iDDPMPrecond":
+        top._buffers["u"] = iddpm_levels().float() * 2
+        refused(write(path, {"ema": top}), "the levels u are not those of iDDPM")
+
+
+def test_another_width_of_the_embedding(tmp_path: Path) -> None:
+    expected = config("ddpmpp").model_copy(update={"embedding_mult": 2})
+    top: Any = persisted(EdmNetwork(expected))
+    top.__dict__.update(class_name="EDMPrecond", _init_kwargs=arguments(expected) | {"channel_mult_emb": 2})
+    assert convert_edm(write(tmp_path / "a.pkl", {"ema": top}), tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_a_student_s_parameters_by_name_go_both_ways(tmp_path: Path, suffix: str) -> None:
+    """As DMD2 publishes them, within a wrapper or not; the teacher says what they are of."""
+    convert_edm(write(tmp_path / "teacher.pkl", snapshot("adm")), tmp_path / "teacher")
+    built = network("adm").state_dict()
+    for prefix in ("", "feedforward_model."):
+        torch.save({f"{prefix}{name}": value for name, value in built.items()}, tmp_path / "pytorch_model.bin")
+        out = tmp_path / f"student{prefix}"
+        found = convert_edm(tmp_path / "pytorch_model.bin", out, tmp_path / "teacher")
+        assert found.sigmas == (80.0,) and read_manifest(out).students[1].sigmas == [80.0]
+    export_weights(tmp_path / "student", tmp_path / f"back{suffix}", None)
+    again = read_tensors(tmp_path / f"back{suffix}")
+    assert again.keys() == built.keys() and all(torch.equal(again[k], built[k]) for k in built)
+    assert convert_edm(tmp_path / f"back{suffix}", tmp_path / "again", tmp_path / "teacher") == found
+    with pytest.raises(UserError, match=r"out .*: exists already"):
+        export_weights(tmp_path / "student", tmp_path / f"back{suffix}", None)
+
+
+def test_a_published_network_is_known_by_its_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the inputs for augmentation or without: distillation drops them."""
+    monkeypatch.setattr(dmd2.models.edm.published, "PUBLISHED", {n: config(n) for n in CONFIGS})
+    built = EdmNetwork(config("ddpmpp").model_copy(update={"augment_dim": 0}))
+    torch.save(built.state_dict(), tmp_path / "a.bin")
+    found = convert_edm(tmp_path / "a.bin", tmp_path / "out")
+    assert found.architecture == "ddpmpp" and found.augment_dim == 0
+
+
+def test_a_bin_that_is_something_else_is_one_line(tmp_path: Path) -> None:
+    convert_edm(write(tmp_path / "teacher.pkl", snapshot("adm")), tmp_path / "teacher")
+    good = network("adm").state_dict()
+    name = next(iter(good))
+    cases: dict[str, Any] = {
+        "lacks": {key: value for key, value in good.items() if key != name},
+        "wide": good | {name: torch.zeros(3, 4)},
+        "list": [1, 2],
+        "number": good | {"model.x": 3},
+    }
+    for case, content in cases.items():
+        torch.save(content, tmp_path / f"{case}.bin")
+        with pytest.raises(UserError, match=rf"{case}\.bin: ") as raised:
+            convert_edm(tmp_path / f"{case}.bin", tmp_path / "out", tmp_path / "teacher")
+        assert "\n" not in str(raised.value)
+    (tmp_path / "junk.bin").write_bytes(b"junk")
+    (tmp_path / "pickle.bin").write_bytes(pickle.dumps({"a": os.mkdir}))
+    with zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"0" * 1000)
+    for case in ("junk", "pickle", "bomb", "nowhere"):
+        with pytest.raises(UserError, match=rf"{case}\.bin: "):
+            convert_edm(tmp_path / f"{case}.bin", tmp_path / "out", tmp_path / "teacher")
+    with pytest.raises(UserError, match="those of no network that EDM publishes"):
+        torch.save(good, tmp_path / "tiny.bin")
+        convert_edm(tmp_path / "tiny.bin", tmp_path / "out")
 
 
 def test_writing_needs_room(tmp_path: Path) -> None:
