@@ -86,19 +86,6 @@ class Scenes:
     """int64 (B,), an index into `EmojiScenes.names`"""
     background: Tensor
     """int64 (B,), an index into `list(BACKGROUNDS)`"""
-    names_emoji: Tensor
-    """bool (B,): the caption says which emoji, not only its kind"""
-    names_background: Tensor
-    """bool (B,): the caption says which background"""
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption, and whether it names the emoji and the background."""
-
-    text: str
-    names_emoji: bool
-    names_background: bool
 
 
 class EmojiScenes:
@@ -188,30 +175,24 @@ class EmojiScenes:
             self.caption(e, b, None if plain else rng)
             for e, b in zip(emoji.tolist(), background.tolist(), strict=True)
         ]
-        return Scenes(
-            images=self._compose(emoji, background, freedom, _generator("pictures", seed, step)),
-            captions=[caption.text for caption in captions],
-            emoji=emoji,
-            background=background,
-            names_emoji=torch.tensor([caption.names_emoji for caption in captions]).bool(),
-            names_background=torch.tensor([caption.names_background for caption in captions]).bool(),
-        )
+        images = self._compose(emoji, background, freedom, _generator("pictures", seed, step))
+        return Scenes(images, captions, emoji, background)
 
-    def caption(self, emoji: int, background: int, rng: random.Random | None = None) -> Caption:
+    def caption(self, emoji: int, background: int, rng: random.Random | None = None) -> str:
         """A caption chosen with `rng`; without one, the plain "a red apple on a blue background"."""
         colour = list(BACKGROUNDS)[background]
         if rng is None:
-            return Caption(_fill(WITH_BACKGROUND[0], self.names[emoji], colour), True, True)
+            return _fill(WITH_BACKGROUND[0], self.names[emoji], colour)
         sort = rng.random()
         if sort < EMPTY_CAPTIONS:
-            return Caption("", False, False)
+            return ""
         names_emoji = sort >= EMPTY_CAPTIONS + KIND_CAPTIONS
         names_background = rng.random() < BACKGROUND_CAPTIONS / (1 - EMPTY_CAPTIONS)
         thing = self.names[emoji] if names_emoji else self.kinds[emoji]
         if names_emoji and self.aliases[emoji] and rng.random() < ALIASES:
             thing = rng.choice(self.aliases[emoji])
         template = rng.choice(WITH_BACKGROUND if names_background else WITHOUT_BACKGROUND)
-        return Caption(_fill(template, thing, colour), names_emoji, names_background)
+        return _fill(template, thing, colour)
 
     def _compose(self, emoji: Tensor, background: Tensor, freedom: float, generator: torch.Generator) -> Tensor:
         """uint8 (B, 3, size, size). Frame and glyph coordinates both run from -1 to 1, x right and y down."""

@@ -87,7 +87,7 @@ class RealScenes:
         self.pairs: dict[str, list[tuple[int, int]]] = {}
         """caption → the (emoji, background) pairs which it may mean"""
         for e, b in scenes.pairs("all").tolist():
-            self.pairs[scenes.caption(e, b).text] = [(e, b)]
+            self.pairs[scenes.caption(e, b)] = [(e, b)]
         for e, b in scenes.pairs("seen").tolist():
             for thing in dict.fromkeys((scenes.names[e], scenes.kinds[e])):  # some kinds are also a name: "bird"
                 self.pairs.setdefault(with_article(thing), []).append((e, b))
@@ -143,7 +143,7 @@ def score_emoji(
     """
     real = real or RealScenes(scenes)
     emoji, background, held_out = _pairs(scenes, classifier, n, seed)
-    captions = [scenes.caption(e, b).text for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
+    captions = [scenes.caption(e, b) for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
     found = _features(generate, captions, _seeds("drawn", seed, n), classifier)
     references = [_features(real, captions, _seeds(f"real {i}", seed, n), classifier) for i in range(2)]
 
@@ -168,7 +168,7 @@ def quick_score(
     Flat: top1, top1_seen, top1_held_out, background and fd. Arguments and errors are those of `score_emoji`.
     """
     emoji, background, held_out = _pairs(scenes, classifier, n, seed)
-    captions = [scenes.caption(e, b).text for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
+    captions = [scenes.caption(e, b) for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
     found = _features(generate, captions, _seeds("drawn", seed, n), classifier)
     reference = _features(RealScenes(scenes), captions, _seeds("real 0", seed, n), classifier)
     emoji_logits, background_logits = classifier.answers(found)
@@ -236,7 +236,7 @@ def _diversity(
     captions = []
     for i in range(OPEN_CAPTIONS):
         emoji, background = rng.choice(seen)
-        both = scenes.caption(emoji, background).text
+        both = scenes.caption(emoji, background)
         name, kind = with_article(scenes.names[emoji]), with_article(scenes.kinds[emoji])
         captions.append((name, kind, name, both)[i % 4])
 

@@ -107,7 +107,6 @@ def test_a_batch_of_scenes_has_the_documented_shapes_and_types(tiny: EmojiScenes
     assert len(scenes.captions) == 37
     assert scenes.emoji.shape == scenes.background.shape == (37,)
     assert scenes.emoji.dtype == scenes.background.dtype == torch.int64
-    assert scenes.names_emoji.dtype == scenes.names_background.dtype == torch.bool
 
 
 def test_held_out_pairs_are_one_in_twenty_and_never_seen(committed: EmojiScenes) -> None:
@@ -141,41 +140,36 @@ def test_scenes_are_uniform_over_the_pairs(tiny: EmojiScenes) -> None:
 
 def test_captions_name_emoji_background_and_aliases_as_often_as_documented(committed: EmojiScenes) -> None:
     rng = random.Random(0)
-    captions = [
-        committed.caption(rng.randrange(len(committed)), rng.randrange(len(BACKGROUNDS)), rng) for _ in range(4000)
-    ]
+    pairs = [(rng.randrange(len(committed)), rng.randrange(len(BACKGROUNDS))) for _ in range(4000)]
+    captions = [committed.caption(emoji, background, rng) for emoji, background in pairs]
+    named = [said(committed, *pair, text) for pair, text in zip(pairs, captions, strict=True)]
     share = {
-        "background": sum(caption.names_background for caption in captions) / 4000,
-        "empty": sum(not caption.text for caption in captions) / 4000,
-        "emoji": sum(caption.names_emoji for caption in captions) / 4000,
+        "background": sum(background for _, background in named) / 4000,
+        "empty": captions.count("") / 4000,
+        "emoji": sum(emoji for emoji, _ in named) / 4000,
     }
-    assert share["background"] == pytest.approx(0.50, abs=0.03)
+    assert share["background"] == pytest.approx(0.50, abs=0.04)
     assert share["empty"] == pytest.approx(0.10, abs=0.02)
-    assert share["emoji"] == pytest.approx(0.65, abs=0.03)  # the other quarter names the kind only
+    assert share["emoji"] == pytest.approx(0.65, abs=0.04)  # the other quarter names the kind only
 
 
-def test_captions_say_what_their_flags_say(committed: EmojiScenes) -> None:
+def said(scenes: EmojiScenes, emoji: int, background: int, text: str) -> tuple[bool, bool]:
+    """Whether a caption names the emoji, and whether the background."""
+    padded = f" {text.replace(',', ' ,')} "
+    names = [scenes.names[emoji], *scenes.aliases[emoji]]
+    return any(f" {name} " in padded for name in names), f" {list(BACKGROUNDS)[background]} " in padded
+
+
+def test_captions_name_the_emoji_or_its_kind(committed: EmojiScenes) -> None:
     scenes = committed.batch(600, seed=2, step=0)
-    colours = list(BACKGROUNDS)
-    rows = zip(
-        scenes.captions,
-        scenes.emoji,
-        scenes.background,
-        scenes.names_emoji,
-        scenes.names_background,
-        strict=True,
-    )
-    for text, emoji, background, names_emoji, names_background in rows:
+    for text, emoji, background in zip(scenes.captions, scenes.emoji, scenes.background, strict=True):
         assert text == text.lower() and re.fullmatch(r"[a-z0-9', ]*", text), text
         assert "  " not in text and text == text.strip()
-        padded = f" {text.replace(',', ' ,')} "
-        if names_background:
-            assert f" {colours[background]} " in padded
-        if names_emoji:
-            names = [committed.names[emoji], *committed.aliases[emoji]]
-            assert any(f" {name} " in padded for name in names), text
-        elif text:
-            assert f" {committed.kinds[emoji]} " in padded
+        names_emoji, names_background = said(committed, int(emoji), int(background), text)
+        assert names_emoji or not text or f" {committed.kinds[emoji]} " in f" {text.replace(',', ' ,')} ", text
+        assert names_background or not re.search(
+            rf"\b({'|'.join(BACKGROUNDS)}) background|on ({'|'.join(BACKGROUNDS)})$", text
+        )
 
 
 def test_every_caption_is_made_of_the_vocabulary(committed: EmojiScenes) -> None:
@@ -195,7 +189,6 @@ def test_plain_captions_name_both(tiny: EmojiScenes) -> None:
         "cherries on a blue background",
         "a t rex on a blue background",
     ]
-    assert scenes.names_emoji.all() and scenes.names_background.all()
 
 
 @pytest.mark.parametrize(
