@@ -1,6 +1,6 @@
 """Emoji scenes: endless captioned images for the embedded model, composed from weights/emoji/emoji.zip.
 
-A scene is one emoji, somewhere inside the frame, turned and mirrored a little, on one flat colour. Every
+A scene is one emoji, somewhere inside the frame, turned a little, on one flat colour. Every
 batch is a pure function of (seed, step), so a resumed run sees exactly the scenes that it would have seen.
 """
 
@@ -91,29 +91,19 @@ class Scenes:
 class EmojiScenes:
     """Composes scenes from a zip of emoji, as `scripts/build-emoji` writes it.
 
-    `scale` is the emoji's longer side as a fraction of the frame, `rotation_degrees` how far it turns at
-    most either way, `shift` how far it lies from the middle at most, as a fraction of the frame, along each
-    side, and `mirror` whether half of the scenes are flipped left to right. An emoji always lies inside the
-    frame: one that would not fit once turned is shrunk until it does. Training uses the emoji of the
-    Unicode `groups`. The defaults are what two CPU cores
-    learn well in an hour or so.
+    An emoji always lies inside the frame: one that would not fit once turned is shrunk until it does. Training uses
+    the emoji of `LEARNED_GROUPS`. The numbers are what two CPU cores learn well in an hour or so.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        size: int = 64,
-        *,
-        scale: tuple[float, float] = (0.8, 0.95),
-        rotation_degrees: float = 6.0,
-        shift: float = 0.1,
-        groups: Sequence[str] = LEARNED_GROUPS,
-        mirror: bool = False,
-    ) -> None:
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale must be two ascending fractions of the frame in (0, 1], not {scale}")
-        self.size, self.scale, self.shift = size, scale, shift
-        self.rotation_degrees, self.mirror = rotation_degrees, mirror
+    scale = (0.8, 0.95)
+    """the emoji's longer side, from … to, as a fraction of the frame"""
+    rotation_degrees = 6.0
+    """how far it turns at most either way"""
+    shift = 0.1
+    """how far it lies from the middle at most, as a fraction of the frame, along each side"""
+
+    def __init__(self, path: Path, size: int = 64) -> None:
+        self.size = size
         entries, self._glyphs = _read(Path(path))  # glyphs: uint8 (N, 4, SIDE, SIDE), premultiplied RGBA
         self._reach = _reach(self._glyphs[:, 3] > 8)
         self.names = [spoken(entry["name"]) for entry in entries]
@@ -122,7 +112,7 @@ class EmojiScenes:
             [alias for alias in dict.fromkeys(map(spoken, entry["aliases"])) if alias != name]
             for entry, name in zip(entries, self.names, strict=True)
         ]
-        learned = torch.tensor([entry["group"] in groups for entry in entries])[:, None]
+        learned = torch.tensor([entry["group"] in LEARNED_GROUPS for entry in entries])[:, None]
         held_out = [[_hashes_out(name, colour) for colour in BACKGROUNDS] for name in self.names]
         self._held_out = torch.tensor(held_out)  # bool (N, backgrounds)
         self._pairs: dict[Split, Tensor] = {
@@ -143,7 +133,7 @@ class EmojiScenes:
     def pairs(self, split: Split) -> Tensor:
         """int64 (P, 2): the (emoji, background) pairs of a split.
 
-        "seen" and "held-out" are of the emoji in `groups`, "all" is both, "every" is of all emoji in the file.
+        "seen" and "held-out" are of the learned emoji, "all" is both, "every" is of all emoji in the file.
         """
         return self._pairs[split]
 
@@ -198,18 +188,15 @@ class EmojiScenes:
         """uint8 (B, 3, size, size). Frame and glyph coordinates both run from -1 to 1, x right and y down."""
         n = len(emoji)
         draws = torch.rand(5, n, generator=generator)
-        u_mirror = draws[2]
         u_scale, u_angle, _, u_x, u_y = 0.5 + freedom * (draws - 0.5)
         jitter = torch.randint(-JITTER, JITTER + 1, (n, 3), generator=generator)
 
-        # A glyph point g shows at frame point f = centre + scale * rotate(flip(g)).
+        # A glyph point g shows at frame point f = centre + scale * rotate(g).
         scale = self.scale[0] + (self.scale[1] - self.scale[0]) * u_scale
         angle = self.rotation_degrees * (2 * u_angle - 1)
-        flip = torch.where(u_mirror < 0.5, -1.0, 1.0) if self.mirror else torch.ones(n)
 
         # How far the turned glyph reaches right, down, left and up of its centre; if too far, shrink it.
         towards = torch.tensor([0.0, 90.0, 180.0, 270.0]) - angle[:, None]
-        towards = torch.where(flip[:, None] < 0, 180 - towards, towards)
         reach = self._reach[emoji[:, None], towards.round().long() % 360]
         scale = torch.minimum(scale, 2 / torch.maximum(reach[:, 0] + reach[:, 2], reach[:, 1] + reach[:, 3]))
         right, down, left, up = (reach * scale[:, None]).unbind(1)
@@ -217,9 +204,9 @@ class EmojiScenes:
         x = (left - right) / 2 + (2 * u_x - 1) * room_x.clamp(max=2 * self.shift)
         y = (up - down) / 2 + (2 * u_y - 1) * room_y.clamp(max=2 * self.shift)
 
-        # grid_sample wants the inverse: g = flip(rotate⁻¹((f - centre) / scale)).
+        # grid_sample wants the inverse: g = rotate⁻¹((f - centre) / scale).
         cos, sin = torch.cos(torch.deg2rad(angle)) / scale, torch.sin(torch.deg2rad(angle)) / scale
-        inverse = torch.stack([flip * cos, flip * sin, -sin, cos], dim=1).view(n, 2, 2)
+        inverse = torch.stack([cos, sin, -sin, cos], dim=1).view(n, 2, 2)
         shift = -inverse @ torch.stack([x, y], dim=1)[:, :, None]
         inverse = torch.cat([inverse, shift], dim=2)
 
