@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,35 +178,28 @@ def compare(
     engine = Engine(weights, device, modes=("1", "4"), trace=True)
     pipeline = load_pipeline(weights, engine.dtype, device)
     largest = SHAPES[0][0]
-    for size, batch in SHAPES:
-        if not fits(f"{size}², batch {batch}", 90):
-            continue
-        engine.warm_up(("1", "4"), [(size, size)], batch)
+
+    def against(name: str, other: Callable[..., Any], size: int = largest, batch: int = 1) -> None:
         for steps in STEPS:
-            calls = {"dmd2": ours(engine, size, steps, batch), "diffusers": theirs(pipeline, size, steps, batch)}
             torch.cuda.reset_peak_memory_stats()
+            calls = {"dmd2": ours(engine, size, steps, batch), name: other(size, steps, batch)}
             row(result, size, steps, batch, calls, rounds)
-            result["rows"][-1] |= {"stages_s": calls["dmd2"]()}
+
+    for size, batch in SHAPES:
+        if fits(f"{size}², batch {batch}", 90):
+            engine.warm_up(("1", "4"), [(size, size)], batch)
+            against("diffusers", partial(theirs, pipeline), size, batch)
     if fits("bf16 beside fp16", 120):
         other = Engine(weights, device, dtype=torch.bfloat16, modes=("1", "4"), trace=True)
         other.warm_up(("1", "4"), [(largest, largest)], 1)
-        for steps in STEPS:
-            calls = {"dmd2": ours(engine, largest, steps, 1), "dmd2_bf16": ours(other, largest, steps, 1)}
-            row(result, largest, steps, 1, calls, rounds)
+        against("dmd2_bf16", partial(ours, other))
         del other
     if fits("diffusers, compiled", 150):
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead", fullgraph=True)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="reduce-overhead", fullgraph=True)
-        for steps in STEPS:
-            calls = {
-                "dmd2": ours(engine, largest, steps, 1),
-                "diffusers_compiled": theirs(pipeline, largest, steps, 1),
-            }
-            row(result, largest, steps, 1, calls, rounds)
-    del engine, pipeline
-    gc.collect()
+        against("diffusers_compiled", partial(theirs, pipeline))
 
 
 def row(result: dict[str, Any], size: int, steps: int, batch: int, calls: Any, rounds: int) -> None:
@@ -222,16 +215,15 @@ def row(result: dict[str, Any], size: int, steps: int, batch: int, calls: Any, r
     found["ratio"] = round(found[f"{other}_p50"] / found["dmd2_p50"], 2)
     found["times_floor"] = round(found["dmd2_p50"] / floor_ms(size, steps, batch), 2)
     found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)  # of both, which are loaded together
+    found["stages_s"] = calls["dmd2"]()
     result["rows"].append(found)
     print(json.dumps(found), file=sys.stderr)
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows and starts as text, one below the other."""
-    lines = []
-    for kind in ("starts", "rows"):
-        for entry in result[kind]:
-            lines.append("  ".join(f"{key} {value}" for key, value in entry.items()))
+    entries = [*result["starts"], *result["rows"]]
+    lines = ["  ".join(f"{key} {value}" for key, value in entry.items()) for entry in entries]
     return "\n".join([*lines, *(f"skipped {what}" for what in result["skipped"])])
 
 

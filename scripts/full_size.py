@@ -6,8 +6,8 @@ import json
 import math
 import os
 import shutil
+import tomllib
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -20,47 +20,14 @@ from dmd2.models.stable_diffusion.configs import TIMESTEPS
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_pipeline_configs
 from dmd2.weights.manifest import DEFAULT, Manifest, Student, write_manifest
 
-UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE: dict[str, Any] = {
-    "sample_size": 1024,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.13025,
-    "force_upcast": False,  # as the fp16-fix VAE
-}
-TEXT: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
-FIRST = TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-SECOND = TEXT | {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
+CONFIGS = tomllib.loads(Path(__file__).with_name("sdxl.toml").read_text())
 PARAMETERS = 2_567_463_684  # of SDXL's UNet
 
 
-def write_full_size(folder: Path, vae: str = "kl", students: tuple[int, ...] = (1, 4)) -> None:
+def write_full_size(folder: Path, students: tuple[int, ...] = (1, 4)) -> None:
     """Makes `folder`: both students have the same weights. Takes 7 GB of disk, and 6 of memory on the way."""
     folder.mkdir(parents=True)
-    for suffix, config in (("", FIRST), ("_2", SECOND)):
+    for suffix in ("", "_2"):
         target = folder / f"tokenizer{suffix}"
         shutil.copytree(DEFAULT / "tokenizer", target)
         settings = json.loads((target / "tokenizer_config.json").read_text())
@@ -69,11 +36,11 @@ def write_full_size(folder: Path, vae: str = "kl", students: tuple[int, ...] = (
         marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
         kind = transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
         with init_empty_weights():
-            encoder = kind(transformers.CLIPTextConfig(**config, **marks))
+            encoder = kind(transformers.CLIPTextConfig(**CONFIGS[f"text_encoder{suffix}"], **marks))
         _write(encoder, folder / f"text_encoder{suffix}", "model.safetensors")
     with init_empty_weights():
-        decoder = diffusers.AutoencoderKL(**VAE) if vae == "kl" else diffusers.AutoencoderTiny()
-        unet = diffusers.UNet2DConditionModel(**UNET)
+        decoder = diffusers.AutoencoderKL(**CONFIGS["vae"])
+        unet = diffusers.UNet2DConditionModel(**CONFIGS["unet"])
     assert sum(p.numel() for p in unet.parameters()) == PARAMETERS
     _write(decoder, folder / "vae", UNET_FILE)
     names = {1: "unet_1step", 4: "unet"}
