@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.denoiser import Codec, Cond, Denoiser
+from dmd2.models.adapters.lora_training import LoraShape
 from dmd2.runtime.precision import Precision
 from dmd2.weights.manifest import read_manifest
 
@@ -69,6 +70,26 @@ class Family(Protocol):
 
     def fake_score(self, start: Path | None) -> Any:
         """A network to train: the teacher's weights, or those in the folder `start` that a run exported."""
+
+    def adapter(self, name: str, shape: LoraShape, levels: Sequence[float], start: Path | None) -> Any:
+        """A LoRA to train on the teacher's network, which stays frozen, as a network of its own.
+
+        Args:
+            name: no other adapter's.
+            levels: for a student, as in `student`; none for a fake score.
+            start: what it goes on from: a student's folder of weights, or that of a fake score that a run exported.
+
+        Raises:
+            UserError: such a family has no LoRAs; `start` is not of this shape.
+        """
+
+    def lighten(self, *, half: bool, checkpoints: Sequence[Any]) -> None:
+        """Less memory: the frozen teacher in the dtype that networks run in, if `half`; and the networks in
+        `checkpoints` keep no activations within their blocks, which run again in backward.
+
+        Raises:
+            UserError: the family cannot do without.
+        """
 
     def denoiser(self, network: Any, compile: bool = False) -> Denoiser:
         """One of these networks as x0(x, σ, cond)."""

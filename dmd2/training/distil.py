@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from dmd2.data.pairs import RegressionPairs
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
+from dmd2.models.adapters.lora_training import LoraShape
 from dmd2.models.family import Family, Labels, open_family
 from dmd2.runtime.errors import InvalidInput, shown
 from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Method, Phase
 from dmd2.training.methods.common import Kit, Networks, Recipe, Samples
-from dmd2.training.ranges import DataName, Levels, Timesteps, as_text
+from dmd2.training.ranges import Alpha, DataName, Levels, Rank, Timesteps, as_text
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import SOURCES, Inputs, Source
 
@@ -36,6 +37,16 @@ class Distillation(Recipe):
     """of the student's steps, descending; σ for EDM's teachers, timesteps for Stable Diffusion's, the other empty"""
     data: DataName = "images"
     compile: bool = False
+    adapter: Literal["full", "lora"] = "full"
+    """what is trained of the student: all of its weights, or a LoRA on the frozen teacher"""
+    networks: Literal["separate", "adapters"] = "separate"
+    """whether the fake score has weights of its own, or is a LoRA, too: then student, fake score and teacher are one
+    frozen network, which is in memory once, in bf16 where networks run in that"""
+    rank: Rank = 64
+    alpha: Alpha = 8.0
+    """of the LoRAs"""
+    checkpointing: bool = False
+    """whether backward runs the networks' blocks again instead of having kept their activations"""
     inputs = ("init", "data", "student", "pairs", "lpips")
     most_steps = 1
     """of the students that it makes"""
@@ -63,6 +74,8 @@ class Distillation(Recipe):
             return f"{given}: expected descending levels"
         if len(self.levels) > self.most_steps:
             return f"{given}: expected a single level; only DMD2 makes students of several steps"
+        if self.networks == "adapters" and self.adapter != "lora":
+            return f"networks=adapters with adapter={self.adapter}: expected adapter=lora with it"
         return None
 
     def method(self, inputs: Inputs) -> Method:
@@ -74,8 +87,22 @@ class Distillation(Recipe):
         """Student and fake score to begin with: the teacher's weights, or for the student those in a `subfolder`."""
         if given := inputs.get("student"):
             raise InvalidInput("student", "this recipe starts from its teacher", given)
-        student = family.student(self.levels, boundary=boundary, subfolder=subfolder, start=None)
-        return student, family.fake_score(None)
+        student = self.new_student(family, None, boundary=boundary, subfolder=subfolder)
+        return student, self.new_fake_score(family, None)
+
+    def new_student(
+        self, family: Family, start: Path | None, *, boundary: float = 0.0, subfolder: str | None = None
+    ) -> Any:
+        """To train: as the teacher, or as a run's in `start`, or that in a `subfolder` of the teacher's folder."""
+        if self.adapter == "full":
+            return family.student(self.levels, boundary=boundary, subfolder=subfolder, start=start)
+        return family.adapter("student", LoraShape(self.rank, self.alpha), self.levels, start)
+
+    def new_fake_score(self, family: Family, start: Path | None) -> Any:
+        """To train: as the teacher, or as what a run exported into the folder `start`."""
+        if self.networks == "separate":
+            return family.fake_score(start)
+        return family.adapter("fake_score", LoraShape(self.rank, self.alpha), (), start)
 
     def pairs(self, family: Family, inputs: Inputs) -> Callable[[int], RegressionPairs] | None:
         """Step → its noise-image pairs, where the method learns from some."""
@@ -104,6 +131,9 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
     sigmas = family.sigmas(recipe.timesteps, recipe.sigmas)  # first: it knows which of the two it takes
     torch.manual_seed(recipe.loop.seed)
     student, fake_score = recipe.start(family, inputs)
+    half = recipe.networks == "adapters"
+    if half or recipe.checkpointing:
+        family.lighten(half=half, checkpoints=(student, fake_score) if recipe.checkpointing else ())
     data = _data(recipe, family, source, inputs)
     preview = source.preview()
     networks = Networks(

@@ -45,6 +45,10 @@ Blur = Annotated[float, Field(ge=0, le=16, allow_inf_nan=False), NUMBER]
 Level = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False), NUMBER]
 """σ"""
 Timestep = Annotated[int, Field(ge=0, le=999), NUMBER]
+Rank = Annotated[int, Field(ge=1, le=1024), NUMBER]
+"""of a LoRA"""
+Alpha = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False), NUMBER]
+"""a LoRA's strength, divided by its rank"""
 Levels = Annotated[tuple[Level, ...], Field(max_length=64)]
 Timesteps = Annotated[tuple[Timestep, ...], Field(max_length=1000)]
 DataName = Literal["emoji", "images", "latents"]

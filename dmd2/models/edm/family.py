@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dmd2.diffusion import draws
 from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
+from dmd2.models.adapters.lora_training import LoraShape
 from dmd2.models.edm.folder import WEIGHTS_FILE, heun_steps, load_edm, save_edm
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import InvalidInput, UserError
@@ -92,6 +93,13 @@ class EdmFamily:
             raise InvalidInput("student", f"{start} is not of the structure of {self.name}")
         network.dtype = self.dtype
         return network.requires_grad_(True).train()
+
+    def adapter(self, name: str, shape: LoraShape, levels: Sequence[float], start: Path | None) -> EdmNetwork:
+        raise InvalidInput("adapter", "expected full; LoRAs are for Stable Diffusion's networks", "lora")
+
+    def lighten(self, *, half: bool, checkpoints: Sequence[Any]) -> None:
+        if half or checkpoints:
+            raise InvalidInput("checkpointing", "expected false; it is for Stable Diffusion's networks", "true")
 
     def denoiser(self, network: EdmNetwork, compile: bool = False) -> Edm:
         return Edm(network, compile=compile)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dmd2.diffusion.noise import sample_sigma
 from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_sigmas
+from dmd2.models.adapters.lora_training import LORA_FILE, Adapted, LoraShape, bare, checkpoint_activations, halve
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import (
     LICENCE,
@@ -28,11 +29,14 @@ from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
 from dmd2.runtime.errors import InvalidInput, WeightsError
 from dmd2.runtime.loading import load_network
 from dmd2.runtime.precision import Precision, autocast_dtype
-from dmd2.weights.manifest import MANIFEST, Student, Teacher, read_manifest
+from dmd2.weights.manifest import MANIFEST, Student, Teacher, read_manifest, verify
 
 TEACHER = "unet_teacher"
 EMBEDDED = ("context", "pooled")
 """columns of rows that `dmd2 data` makes of a text"""
+
+MOST_PIXELS_OF_PLAIN_ATTENTION = 256
+"""along a side"""
 
 
 class StableDiffusionFamily:
@@ -66,7 +70,7 @@ class StableDiffusionFamily:
         self.prediction_type, self._sigmas = teacher.prediction_type, teacher.table
         self.encode_text, self.size, self.autocast = encode_text, size, autocast
         self.subfolder, self.text = subfolder, text
-        plain_attention(teacher.unet)
+        plain_attention(teacher.unet, size)
         manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
         self.name = manifest.name if manifest else "the weights it began with"
         self.licence = manifest.licence if manifest else LICENCE
@@ -134,25 +138,53 @@ class StableDiffusionFamily:
             if student is None or student.timesteps != list(levels):
                 raise InvalidInput("student", f"expected a student of the timesteps {list(levels)}", start)
             folder, subfolder = start, student.subfolder
+            if student.lora:
+                raise InvalidInput("student", "is a LoRA; expected adapter=lora to go on from it", start)
         if subfolder is None:
-            return self._trainable(deepcopy(self.teacher_network))
+            return self._trainable(bare(self.teacher_network))
         return self._trainable(load_denoisers(folder, [subfolder], self.device, torch.float32)[subfolder].unet)
 
     def fake_score(self, start: Path | None) -> Any:
         if start is None:
-            return self._trainable(deepcopy(self.teacher_network))
+            return self._trainable(bare(self.teacher_network))
+        if (start / LORA_FILE).is_file():
+            raise InvalidInput("student", "its fake score is a LoRA; expected networks=adapters", start)
         from diffusers import UNet2DConditionModel
 
         return self._trainable(load_network(UNet2DConditionModel, start / UNET_FILE, self.device, torch.float32))
 
-    @staticmethod
-    def _trainable(unet: Any) -> Any:
-        plain_attention(unet)
+    def adapter(self, name: str, shape: LoraShape, levels: Sequence[float], start: Path | None) -> Adapted:
+        made = Adapted(self.teacher_network, name, shape)
+        if start is not None:
+            path = start / LORA_FILE
+            if levels:
+                manifest = read_manifest(start)
+                student = manifest.students.get(len(levels))
+                if student is None or student.timesteps != list(levels) or not student.lora:
+                    expected = f"expected a LoRA student of the timesteps {list(levels)}"
+                    raise InvalidInput("student", f"{expected}, or adapter=full", start)
+                verify(start, manifest, {Path(student.lora).parts[0]})
+                path = start / student.lora
+            made.load(path)
+        return made
+
+    def lighten(self, *, half: bool, checkpoints: Sequence[Any]) -> None:
+        if half and self.autocast is not None:
+            halve(self.teacher_network, self.autocast)
+            self.teacher = self.denoiser(self.teacher_network)
+        for network in checkpoints:
+            checkpoint_activations(network.unet if isinstance(network, Adapted) else network)
+
+    def _trainable(self, unet: Any) -> Any:
+        plain_attention(unet, self.size)
         return unet.requires_grad_(True).train()
 
     def denoiser(self, network: Any, compile: bool = False) -> StableDiffusion:
         unet = network["unet"] if isinstance(network, nn.ModuleDict) else network
-        return StableDiffusion(unet, self.prediction_type, self._sigmas, autocast=self.autocast, compile=compile)
+        adapted: dict[str, Any] = {"autocast": self.autocast, "compile": compile}
+        if isinstance(network, Adapted):
+            unet, adapted["adapter"] = network.unet, network.active
+        return StableDiffusion(unet, self.prediction_type, self._sigmas, **adapted)
 
     def sigmas(self, timesteps: Sequence[int], sigmas: Sequence[float]) -> tuple[float, ...]:
         if sigmas:
@@ -223,11 +255,20 @@ class StableDiffusionFamily:
     def save_student(
         self, out: Path, network: Any, levels: Sequence[float], kind: str, recipe: Any, card: str
     ) -> None:
+        timesteps = [int(t) for t in levels]
+        if isinstance(network, Adapted):
+            student = Student(
+                subfolder=self.subfolder, timesteps=timesteps, lora=f"lora_{len(levels)}step/{LORA_FILE}"
+            )
+            return self._save(out, self.subfolder, network, recipe, card, student=(len(levels), student))
         name = "unet" if len(levels) == 4 and self.subfolder != "unet" else f"unet_{len(levels)}step"
-        student = Student(subfolder=name, timesteps=[int(t) for t in levels])
+        student = Student(subfolder=name, timesteps=timesteps)
         self._save(out, student.subfolder, network, recipe, card, student=(len(levels), student))
 
     def save_fake_score(self, out: Path, network: Any, kind: str, recipe: Any, card: str) -> None:
+        if isinstance(network, Adapted):
+            out.mkdir(parents=True, exist_ok=True)
+            return network.save(out / LORA_FILE, {"recipe": json.dumps(recipe)})
         save_module(network, out, UNET_FILE, recipe, torch.float32)
 
     def save_teacher(
@@ -240,8 +281,12 @@ class StableDiffusionFamily:
         self._save(out, self.subfolder, network["unet"], recipe, card, teacher=teacher, text=text)
 
 
-def plain_attention(unet: Any) -> None:
-    """Matrix products for attention: with few tokens the fused kernel's backward is slow on a CPU."""
+def plain_attention(unet: Any, size: tuple[int, int]) -> None:
+    """Matrix products for attention, on a CPU and of few tokens: there the fused kernel's backward is slow.
+
+    Elsewhere they would not fit: of SDXL at 1024x1024, one layer's scores and their softmax are 0.7 GB in bf16.
+    """
     from diffusers.models.attention_processor import AttnProcessor
 
-    unet.set_attn_processor(AttnProcessor())
+    if unet.device.type == "cpu" and max(size) <= MOST_PIXELS_OF_PLAIN_ATTENTION:
+        unet.set_attn_processor(AttnProcessor())

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dmd2.diffusion.noise import zero_snr_sigmas
+from dmd2.models.adapters.lora_training import Adapted
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.configs import (
     SCHEDULER,
@@ -224,6 +225,8 @@ def save_text_to_image(
 ) -> None:
     """Writes `folder`: everything of `init`, with one UNet (and perhaps the text encoders) new, in fp16.
 
+    A LoRA of a `student`, in training, takes the UNet's place: the one that it is on stays as it is in `init`.
+
     With a model `card`, only what belongs to the new network: of `init` its teacher, text encoders and VAEs, but no
     other students, data or card. The folder appears whole or not at all, in the place of one that is there. `recipe`
     goes into the safetensors metadata.
@@ -231,13 +234,19 @@ def save_text_to_image(
     old = read_manifest(init) if (init / MANIFEST).exists() else None
     family = old.family if old else "sdxl"
     with whole_folder(folder) as new:
-        left_out = {MANIFEST, unet_subfolder}
+        lora = unet if isinstance(unet, Adapted) else None
+        left_out = {MANIFEST} | ({unet_subfolder} if lora is None else set())
         if card is not None:
             belongs = {*PARTS, *(Path(old.teacher.subfolder).parts[:1] if old and old.teacher else ())}
             left_out |= {path.name for path in init.iterdir() if path.name not in belongs}
             atomic_text(new / "README.md", card)
         shutil.copytree(init, new, ignore=lambda at, _: left_out if Path(at) == init else (), dirs_exist_ok=True)
-        save_module(unet, new / unet_subfolder, UNET_FILE, recipe)
+        if lora is None:
+            save_module(unet, new / unet_subfolder, UNET_FILE, recipe)
+        elif student is not None:
+            path = new / student[1].lora
+            path.parent.mkdir(exist_ok=True)
+            lora.save(path, {"recipe": json.dumps(recipe)})
         if text is not None:
             tokenizer, *encoders = text
             for suffix, encoder in zip(("", "_2"), encoders, strict=True):

@@ -41,6 +41,7 @@ class StableDiffusion:
             gradients. Needs no compiler.
         compiler: allow `recording()` on a GPU: see `dmd2.runtime.compiled`. No gradients.
         device: where the network runs, if its weights are not there yet.
+        adapter: what surrounds each call: a LoRA in training, see `Adapted.active`.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class StableDiffusion:
         trace: bool = False,
         compiler: Compiler | None = None,
         device: torch.device | None = None,
+        adapter: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', not {prediction_type!r}")
         self.unet, self.prediction_type, self.autocast = unet, prediction_type, autocast
+        self._adapter = adapter
         parameter = next(unet.parameters())
         self.device, self.dtype = device or parameter.device, parameter.dtype
         self.table = sd_sigmas() if sigmas is None else sigmas.double()
@@ -118,7 +121,7 @@ class StableDiffusion:
         variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
         scaled = (x / variance.sqrt()).to(self.dtype)
         condition = cond if self.autocast else cond.map(lambda value: value.to(self.dtype))
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        with self._adapter(), torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             timestep = self.timestep(sigma)
             full = scaled
             if known is not None:
@@ -157,10 +160,12 @@ class _WithBottleneck(nn.Module):
         super().__init__()
         self.unet = unet
         self._caught: Tensor | None = None
+        self._runs = False
         unet.mid_block.register_forward_hook(self._catch)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._caught = output
+        if self._runs:  # not in a call of another denoiser over the same UNet: it would keep that one's graph
+            self._caught = output
 
     def forward(
         self,
@@ -172,7 +177,11 @@ class _WithBottleneck(nn.Module):
         **residuals: Any,
     ) -> tuple[Tensor, Tensor]:
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
-        output = self.unet(x, timestep, context, added_cond_kwargs=added, return_dict=False, **residuals)[0]
-        caught, self._caught = self._caught, None
+        self._runs = True
+        try:
+            output = self.unet(x, timestep, context, added_cond_kwargs=added, return_dict=False, **residuals)[0]
+            caught = self._caught
+        finally:
+            self._runs, self._caught = False, None
         assert caught is not None, "the UNet's mid_block was not run"
         return output, caught

@@ -54,6 +54,8 @@ class Dmd2Recipe(Distillation):
     def conflict(self) -> str | None:
         """A generator must not follow a classifier that nothing trains, nor a classifier be trained for nothing."""
         problem = super().conflict()
+        if not problem and self.adapter == "lora" and self.student_init is not None:
+            return f"student_init={self.student_init} with adapter=lora: expected null; a LoRA begins as the teacher"
         if problem or (self.gan_generator > 0) == (self.gan_critic > 0):
             return problem
         given = f"gan_generator={self.gan_generator:g} with gan_critic={self.gan_critic:g}"
@@ -64,12 +66,12 @@ class Dmd2Recipe(Distillation):
         if not self.resumed:
             return super().start(family, inputs, subfolder=self.student_init)
         given = inputs.need("student", "this recipe goes on from a student that was trained without GAN")
-        student = family.student(self.levels, boundary=0.0, subfolder=self.student_init, start=given)
+        student = self.new_student(family, given, subfolder=self.student_init)
         fake = given.parent / FAKE_SCORE
         if not fake.is_dir():
             expected = "expected the model/ of a run of DMD2"
             raise InvalidInput("student", f"has no fake score beside it ({fake}); {expected}", given)
-        return student, family.fake_score(fake)
+        return student, self.new_fake_score(family, fake)
 
     def phases(self, kit: Kit) -> list[Phase]:
         head = new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None

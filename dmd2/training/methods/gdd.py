@@ -57,6 +57,8 @@ class GddRecipe(Distillation):
             return f"boundary={self.boundary:g}: expected less than the level in sigmas, {self.sigmas[-1]:g}"
         if self.discriminator == "published" and not self.backbones:
             return "discriminator=published with backbones=[]: expected timm's networks, or discriminator=small"
+        if self.freeze and self.adapter == "lora":
+            return "freeze=true with adapter=lora: expected adapter=full; a LoRA leaves all of the teacher as it is"
         return None
 
     def start(self, family: Family, inputs: Inputs, **_: Any) -> tuple[Any, Any]:
