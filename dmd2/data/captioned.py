@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.data.images import FORMATS, SUFFIXES
+from dmd2.data.images import BROKEN, FORMATS, SUFFIXES, Read, files_of, visible
 from dmd2.data.prompts import COLUMNS, MOST_CHARACTERS
 from dmd2.inference.image_input import MOST_BYTES, ImageFile, Role
 from dmd2.runtime.errors import DataError, InvalidInput, shown
@@ -25,10 +22,7 @@ from dmd2.runtime.files import text_of
 METADATA = "metadata.jsonl"
 MOST_METADATA = 2 * 10**9
 """bytes of `metadata.jsonl`, at most"""
-_BROKEN = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, RuntimeError, ValueError)
-
-Read = Callable[[int], bytes]
-"""at most so many bytes of one file"""
+_BROKEN = (*BROKEN, tarfile.TarError)
 
 
 @dataclass(frozen=True)
@@ -154,41 +148,10 @@ def _open(path: Path) -> list[dict[str, Read]]:
     """Name → content of each archive, or of the one folder."""
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
-        return [_tar(tar, f"{tar.name}/") for tar in tars] if tars else [_folder(path)]
+        return [_tar(tar, f"{tar.name}/") for tar in tars] if tars else [files_of(path)]
     if not path.is_file():
         raise InvalidInput("images", "no such file or folder; expected a folder, a zip or a WebDataset's tar", path)
-    return [_tar(path, "") if path.suffix.lower() == ".tar" else _zip(path)]
-
-
-def _visible(name: str) -> bool:
-    """Not what Finder and Explorer leave among the files, or what else is hidden."""
-    return not any(part == "__MACOSX" or part.startswith(".") for part in PurePosixPath(name).parts)
-
-
-def _folder(path: Path) -> dict[str, Read]:
-    def reader(file: Path) -> Read:
-        def read(most: int) -> bytes:
-            with file.open("rb") as opened:
-                return opened.read(most)
-
-        return read
-
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    return {name: reader(file) for name, file in files.items() if _visible(name)}
-
-
-def _zip(path: Path) -> dict[str, Read]:
-    archive = zipfile.ZipFile(path)
-
-    def reader(info: zipfile.ZipInfo) -> Read:
-        def read(most: int) -> bytes:
-            with archive.open(info) as opened:
-                return opened.read(most)
-
-        return read
-
-    infos = {info.filename.replace("\\", "/").removeprefix("./"): info for info in archive.infolist()}
-    return {name: reader(info) for name, info in infos.items() if not info.is_dir() and _visible(name)}
+    return [_tar(path, "") if path.suffix.lower() == ".tar" else files_of(path)]
 
 
 def _tar(path: Path, prefix: str) -> dict[str, Read]:
@@ -207,5 +170,5 @@ def _tar(path: Path, prefix: str) -> dict[str, Read]:
     return {
         f"{prefix}{name}": reader(member.offset_data, member.size)
         for name, member in members.items()
-        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and _visible(name)
+        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and visible(name)
     }

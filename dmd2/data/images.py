@@ -6,7 +6,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,21 +26,37 @@ MOST_LABELS = 500_000_000
 MOST_CLASSES = 2**31
 IN_MEMORY_BYTES = 6 * 2**30  # larger sets (ImageNet-64: 15 GB) are decoded anew, batch by batch
 
-_BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError)
-# RuntimeError: an encrypted entry, or (NotImplementedError) an unknown compression
+BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError)
+"""RuntimeError: an encrypted entry, or (NotImplementedError) an unknown compression"""
+Read = Callable[[int], bytes]
+"""at most so many bytes of one file"""
 
 
-@dataclass(frozen=True)
-class _Files:
-    plain: list[str]
-    """names of the images, sorted; relative to the root, with /"""
-    names: list[str]
-    """the same as the file system or the archive spells them"""
-    read: Callable[[str], bytes]
-    labels: bytes | None
-    """content of `dataset.json`"""
-    labels_name: str
-    """where it is"""
+def files_of(path: Path) -> dict[str, Read]:
+    """Name, with /, → content of each file in a folder or a zip. Raises one of BROKEN.
+
+    What Finder and Explorer leave among them (`__MACOSX`, `._name`, `.DS_Store`, `Thumbs.db`) is passed over, as is
+    whatever else is hidden.
+    """
+    opened: dict[str, Callable[[], Any]]
+    if path.is_dir():
+        opened = {p.relative_to(path).as_posix(): partial(p.open, "rb") for p in path.rglob("*") if p.is_file()}
+    else:
+        archive = zipfile.ZipFile(path)
+        entries = [entry for entry in archive.infolist() if not entry.filename.endswith(("/", "\\"))]
+        opened = {_plain(entry.filename): partial(archive.open, entry) for entry in entries}
+    return {name: partial(_read, opened[name]) for name in opened if visible(name)}
+
+
+def _read(opened: Callable[[], Any], most: int) -> bytes:
+    with opened() as file:
+        data: bytes = file.read(most)
+    return data
+
+
+def visible(name: str) -> bool:
+    """Whether a file is none of those that are passed over."""
+    return not any(part == "__MACOSX" or part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 class ImageSet:
@@ -67,29 +83,35 @@ class ImageSet:
         in_memory: bool = True,
     ) -> None:
         self.path, self.fit = path, fit
-        self._files = _folder(path) if path.is_dir() else _zip(path)
-        if not self._files.names:
+        if not (path.is_dir() or path.is_file()):
+            raise InvalidInput("data", "no such file or folder; expected a zip or a folder of images", path)
+        try:
+            files = files_of(path)
+            self._images = {n: files[n] for n in sorted(files) if PurePosixPath(n).suffix.lower() in SUFFIXES}
+            labels = _labels_file(files, self._images)
+            content = None if labels is None else files[labels](MOST_LABELS + 1)
+        except BROKEN as error:
+            what = "cannot be read" if path.is_dir() else "not a whole zip file"
+            raise DataError(f"{what} ({_reason(error)})", path) from error
+        self.names = list(self._images)
+        """of the image files, relative to `path`, in the order of the rows"""
+        if not self.names:
             raise DataError(f"holds no images; expected {', '.join(sorted(SUFFIXES))} files", path)
-        self.resolution = resolution or self._decode(self._files.names[0], None).shape[1]
-        self.labels = self._labels(classes)
+        self.resolution = resolution or self._decode(self.names[0], None).shape[1]
+        self.labels = self._labels(content, labels or LABELS_FILE, classes)
         """int64 (N,), or None where there are none"""
         self._memory: Tensor | None = None
         if in_memory and len(self) * 3 * self.resolution**2 <= IN_MEMORY_BYTES:
-            self._memory = torch.stack([self._decode(name, self.resolution) for name in self._files.names])
+            self._memory = torch.stack([self._decode(name, self.resolution) for name in self.names])
 
     def __len__(self) -> int:
-        return len(self._files.names)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the image files, relative to `path`, in the order of the rows."""
-        return self._files.names
+        return len(self.names)
 
     def images(self, rows: Tensor) -> Tensor:
         """The images at int64 (B,) `rows`: uint8 (B, 3, R, R)."""
         if self._memory is not None:
             return self._memory[rows]
-        return torch.stack([self._decode(self._files.names[i], self.resolution) for i in rows.tolist()])
+        return torch.stack([self._decode(self.names[i], self.resolution) for i in rows.tolist()])
 
     def one_hot(self, rows: Tensor, classes: int) -> Tensor:
         """The classes, one-hot, of the images at int64 (B,) `rows`: fp32 (B, classes)."""
@@ -103,8 +125,8 @@ class ImageSet:
 
     def _decode(self, name: str, resolution: int | None) -> Tensor:
         try:
-            data = self._files.read(name)
-        except _BROKEN as error:
+            data = self._images[name](MOST_BYTES + 1)  # one byte more than is taken: then it is refused
+        except BROKEN as error:
             raise DataError(f"{shown(name)}: unreadable ({_reason(error)})", self.path) from error
         image = ImageFile.read(data, f"{self.path}: {shown(name)}", Role.TRAINING, FORMATS)
         pixels = np.array(image.decode((resolution, resolution) if self.fit and resolution else None))
@@ -114,11 +136,11 @@ class ImageSet:
             raise DataError(f"{shown(name)} is {width}x{height} pixels; expected {side}", self.path)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
-    def _labels(self, classes: int) -> Tensor | None:
-        where = f"{self.path}: {self._files.labels_name}"
+    def _labels(self, data: bytes | None, file: str, classes: int) -> Tensor | None:
+        where = f"{self.path}: {file}"
         try:
             # Bytes: so it is UTF-8 with or without a byte-order mark, UTF-16 or UTF-32.
-            content: Any = json.loads(self._files.labels or b"{}")
+            content: Any = json.loads(data or b"{}")
         except RecursionError:
             raise DataError('nested too deeply; expected {"labels": [["NAME", CLASS], …]}', where) from None
         except ValueError as error:
@@ -126,16 +148,16 @@ class ImageSet:
         entries = content.get("labels") if isinstance(content, dict) else None
         if entries is None:
             if classes:
-                what = "missing" if self._files.labels is None else "holds no labels"
+                what = "missing" if data is None else "holds no labels"
                 raise DataError(f"{what}; a model of {classes} classes needs the class of every image", where)
             return None
         try:
             by_name = {_plain(str(name)): label for name, label in entries}
         except (TypeError, ValueError):
             raise DataError('labels: expected [["NAME", CLASS], …]', where) from None
-        root = PurePosixPath(self._files.labels_name).parent
+        root = PurePosixPath(file).parent
         labels = []
-        for name in self._files.plain:
+        for name in self.names:
             inner = PurePosixPath(name)
             key = inner.relative_to(root).as_posix() if inner.is_relative_to(root) else name
             if key not in by_name:
@@ -151,59 +173,16 @@ class ImageSet:
 
 def _plain(name: str) -> str:
     """A name as zips and label files should spell it: some programs of Windows write back slashes."""
-    return name.replace("\\", "/").removeprefix("./")
+    return PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
-def _listed(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, str] | None]:
-    """Plain names of images → their names, in the order of the former; and both names of the file of labels.
-
-    What Finder and Explorer leave among them (`__MACOSX`, `._name`, `.DS_Store`, `Thumbs.db`) is passed over, as is
-    whatever else is hidden. Labels may lie in a folder that holds everything; the names in them begin there.
-    """
-    plain = {}
-    for name in names:
-        parts = PurePosixPath(_plain(name)).parts
-        if not name.endswith(("/", "\\")) and not any(p == "__MACOSX" or p.startswith(".") for p in parts):
-            plain["/".join(parts)] = name
-    images = {each: plain[each] for each in sorted(plain) if PurePosixPath(each).suffix.lower() in SUFFIXES}
-    labels = [each for each in plain if PurePosixPath(each).name == LABELS_FILE]
-    nearest = min(labels, key=lambda each: (each.count("/"), each), default=None)
-    if nearest is None or not all(
-        PurePosixPath(each).is_relative_to(PurePosixPath(nearest).parent) for each in images
-    ):
-        return images, None  # there are none, or those of a part
-    return images, (nearest, plain[nearest])
-
-
-def _zip(path: Path) -> _Files:
-    if not path.is_file():
-        raise InvalidInput("data", "no such file or folder; expected a zip or a folder of images", path)
-    try:
-        archive = zipfile.ZipFile(path)
-        images, labels = _listed(archive.namelist())
-
-        def read(name: str, most: int = MOST_BYTES) -> bytes:
-            with archive.open(name) as file:  # one byte more than is taken: then it is refused, whatever follows
-                return file.read(most + 1)
-
-        content = None if labels is None else read(labels[1], MOST_LABELS)
-    except _BROKEN as error:
-        raise DataError(f"not a whole zip file ({_reason(error)})", path) from error
-    return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
-
-
-def _folder(path: Path) -> _Files:
-    images, labels = _listed(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-
-    def read(name: str, most: int = MOST_BYTES) -> bytes:
-        with (path / name).open("rb") as file:
-            return file.read(most + 1)
-
-    try:
-        content = None if labels is None else read(labels[1], MOST_LABELS)
-    except OSError as error:
-        raise DataError(f"{LABELS_FILE}: cannot be read ({error.strerror})", path) from error
-    return _Files(list(images), list(images.values()), read, content, labels[0] if labels else LABELS_FILE)
+def _labels_file(files: Iterable[str], images: Iterable[str]) -> str | None:
+    """Where the labels are. They may lie in a folder that holds everything; the names in them begin there."""
+    found = [name for name in files if PurePosixPath(name).name == LABELS_FILE]
+    nearest = min(found, key=lambda name: (name.count("/"), name), default=None)
+    if nearest and all(PurePosixPath(name).is_relative_to(PurePosixPath(nearest).parent) for name in images):
+        return nearest
+    return None  # there are none, or those of a part
 
 
 def _reason(error: BaseException) -> str:
