@@ -16,6 +16,7 @@ import json
 import re
 import secrets
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,15 @@ from dmd2.service.http.refusal import Refusal
 if TYPE_CHECKING:
     from dmd2.service.images import OutputImage
 
-SAMPLER, SCHEDULER = "DMD2", "Automatic"
+SAMPLER = "DMD2"
+LISTS: dict[str, list[str]] = {
+    "samplers": [SAMPLER],
+    "schedulers": ["Automatic"],
+    "upscalers": ["None"],
+    "latent-upscale-modes": [],
+    "sd-vae": [],
+}
+"""what there is one of, or nothing, but is asked for"""
 LORA = re.compile(r"<lora:([^\s,:<>]{1,1000})(?::(-?\d{1,2}(?:\.\d{1,6})?))?>")
 MOST_CALLERS = 1000
 """whose choice of a checkpoint is remembered"""
@@ -206,6 +215,13 @@ def request_of(body: TextToImage, served: Served) -> ImageRequest:
     )
 
 
+def _listing(names: list[str]) -> Callable[[], Awaitable[list[Named]]]:
+    async def listed() -> list[Named]:
+        return [Named(name=name, label=name) for name in names]
+
+    return listed
+
+
 def router(models: Models) -> APIRouter:
     """The routes."""
     errors: dict[int | str, dict[str, Any]] = {status: ERRORS[status] | {"model": ErrorBody} for status in ERRORS}
@@ -279,25 +295,8 @@ def router(models: Models) -> APIRouter:
             job.task.cancel()
         return {}
 
-    @routes.get("/samplers")
-    async def samplers() -> list[Named]:
-        return [Named(name=SAMPLER, aliases=[], options={})]
-
-    @routes.get("/schedulers")
-    async def schedulers() -> list[Named]:
-        return [Named(name=SCHEDULER, label=SCHEDULER)]
-
-    @routes.get("/upscalers")
-    async def upscalers() -> list[Named]:
-        return [Named(name="None")]
-
-    @routes.get("/latent-upscale-modes")
-    async def upscale_modes() -> list[Named]:
-        return []
-
-    @routes.get("/sd-vae")
-    async def vaes() -> list[Named]:
-        return []
+    for path, names in LISTS.items():
+        routes.get(f"/{path}", name=path)(_listing(names))
 
     @routes.get("/sd-models")
     async def checkpoints() -> list[Checkpoint]:
@@ -325,7 +324,7 @@ def answered(body: TextToImage, job: _Job) -> Images:
     """What was generated. Raises Refusal if the safety checker withheld all of it."""
     shown = [image for image in job.images if image.data is not None]
     if job.images and not shown:
-        raise Refusal(400, "moderation_blocked", "every image was withheld by the safety checker; try another seed")
+        raise Refusal(400, "moderation_blocked", "withheld by the safety checker; try another seed")
     asked, seeds = job.run.request, [image.seed for image in shown]
     width, height = shown[0].size if shown else (asked.width or 0, asked.height or 0)
     name = job.run.served.name

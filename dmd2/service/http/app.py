@@ -19,9 +19,9 @@ from starlette.middleware.cors import CORSMiddleware
 from dmd2 import __version__
 from dmd2.service.http import a1111, live, openai
 from dmd2.service.http.guard import Guard, Rules
-from dmd2.service.http.kept import Kept
 from dmd2.service.http.metrics import Metrics
 from dmd2.service.http.models import Models
+from dmd2.service.http.openai import Kept
 from dmd2.service.http.refusal import Refusal, answer
 
 PAGE = Path(__file__).parent / "page"

@@ -46,12 +46,12 @@ MOST_CALLERS = 10_000
 """whose rates are remembered"""
 LEAST_KEY = 16
 """characters"""
+POLICY = "default-src 'none'; frame-ancestors 'none'"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -82,43 +82,29 @@ class Rules:
     log_prompts: bool = False
 
 
-class Bucket:
-    """Allows `per_minute` requests a minute, that many at once after a pause. `taken`: of which clock."""
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self._rate, self._most = per_minute / 60, float(per_minute)
-        self._left, self._at = self._most, now
-
-    def take(self, now: float) -> int:
-        """0 if a request may pass, else whole seconds until one may."""
-        self._left = min(self._most, self._left + (now - self._at) * self._rate)
-        self._at = now
-        if self._left >= 1:
-            self._left -= 1
-            return 0
-        return max(1, math.ceil((1 - self._left) / self._rate))
-
-
 class Rates:
-    """A bucket for each caller; the ones seen last are remembered."""
+    """Lets each caller ask `per_minute` times a minute, that often at once after a pause.
+
+    The callers seen last are remembered.
+    """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute, self._clock = per_minute, clock
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._most, self._clock = per_minute, clock
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # how often they may ask, as of when
 
     def check(self, caller: str) -> None:
         """Raises Refusal if the caller has asked too often."""
-        if not self._per_minute:
+        if not self._most:
             return
-        now = self._clock()
-        bucket = self._buckets.setdefault(caller, Bucket(self._per_minute, now))
-        self._buckets.move_to_end(caller)
-        if len(self._buckets) > MOST_CALLERS:
-            self._buckets.popitem(last=False)
-        if wait := bucket.take(now):
-            raise Refusal(
-                429, "rate_limit_exceeded", f"more than {self._per_minute} requests a minute", retry_after=wait
-            )
+        now, each = self._clock(), 60 / self._most
+        left, then = self._left.pop(caller, (float(self._most), now))
+        left = min(float(self._most), left + (now - then) / each)
+        self._left[caller] = (left - (left >= 1), now)
+        if len(self._left) > MOST_CALLERS:
+            self._left.popitem(last=False)
+        if left < 1:
+            wait = max(1, math.ceil((1 - left) * each))
+            raise Refusal(429, "rate_limit_exceeded", f"more than {self._most} requests a minute", retry_after=wait)
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
@@ -181,23 +167,28 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        began, seen = time.perf_counter(), _Seen(scope["path"] in self._pages, scope["type"] == "websocket")
+        began, websocket, body = time.perf_counter(), scope["type"] == "websocket", _Body(self, receive)
         state = scope.setdefault("state", {})
-        state["id"], state["rates"] = uuid.uuid4().hex, self.rates
-        state["caller"] = (scope.get("client") or ("?",))[0]
-        body = _Body(self, receive)
+        state |= {
+            "id": uuid.uuid4().hex,
+            "rates": self.rates,
+            "caller": (scope.get("client") or ("?",))[0],
+            "status": 0,
+        }
+        policy = PAGE_POLICY if scope["path"] in self._pages else POLICY
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                seen.status = message["status"]
+                state["status"] = message["status"]
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, PAGE_POLICY if name.startswith("content-sec") and seen.page else value)
-                headers["x-request-id"] = state["id"]
+                for name, value in (
+                    HEADERS | {"content-security-policy": policy, "x-request-id": state["id"]}
+                ).items():
+                    headers.setdefault(name, value)
                 if self._rules.origins:
                     headers["cross-origin-resource-policy"] = "cross-origin"
             elif message["type"] in ("websocket.accept", "websocket.close"):
-                seen.status = message.get("code", 101)
+                state["status"] = message.get("code", 101)
             await send(message)
 
         try:
@@ -206,15 +197,15 @@ class Guard:
             except Refusal as refusal:
                 if refusal.status_code == 429:
                     self._metrics.rejections.labels(refusal.code).inc()
-                if seen.websocket:
+                if websocket:
                     await sending({"type": "websocket.close", "code": 1008, "reason": refusal.code})
                 else:
                     await (await answer(Request(scope), refusal))(scope, receive, sending)
             else:
-                await self._app(scope, receive if seen.websocket else body.receive, sending)
+                await self._app(scope, receive if websocket else body.receive, sending)
         finally:
             self._held -= body.held
-            self._log(scope, seen, time.perf_counter() - began)
+            self._log(scope, time.perf_counter() - began)
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         """Raises Refusal unless the request may come in."""
@@ -236,15 +227,15 @@ class Guard:
         if not length.isdecimal() or len(length) > 15 or int(length) > rules.body:
             raise Refusal(413, "too_large", f"a body of {shown(length, 30)} bytes; expected at most {rules.body}")
 
-    def _log(self, scope: MutableMapping[str, Any], seen: _Seen, seconds: float) -> None:
+    def _log(self, scope: MutableMapping[str, Any], seconds: float) -> None:
         state, route = scope["state"], getattr(scope.get("route"), "path", "other")
-        self._metrics.requests.labels(route, str(seen.status)).inc()
-        if not seen.websocket:
+        self._metrics.requests.labels(route, str(state["status"])).inc()
+        if scope["type"] == "http":
             self._metrics.seconds.labels(route).observe(seconds)
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "request": state["id"]}
         line |= {"caller": state["caller"], "method": scope.get("method", "WS"), "path": shown(scope["path"], 200)}
-        line |= {"status": seen.status, "seconds": round(seconds, 4)}
-        line |= {name: state[name] for name in ("model", "n", "seed", "position", "code") if name in state}
+        line |= {"seconds": round(seconds, 4)}
+        line |= {name: state[name] for name in ("status", "model", "n", "seed", "position", "code") if name in state}
         if self._rules.log_prompts and "prompt" in state:
             line["prompt"] = shown(state["prompt"], 5000)
         access.info("%s", json.dumps(line))
@@ -276,12 +267,3 @@ class _Body:
             self._guard.hold(len(message.get("body", b"")), self)
             self._whole = not message.get("more_body")
         return message
-
-
-@dataclass
-class _Seen:
-    """What goes into the log."""
-
-    page: bool
-    websocket: bool
-    status: int = 0

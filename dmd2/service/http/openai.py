@@ -12,7 +12,9 @@ import json
 import math
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request, Response
@@ -21,7 +23,6 @@ from starlette.datastructures import UploadFile
 
 from dmd2.inference.request import ImageRequest, parse_size
 from dmd2.runtime.errors import InvalidInput
-from dmd2.service.http.kept import Kept
 from dmd2.service.http.models import ClientGone, Models, Run, Served, unless_gone
 from dmd2.service.http.refusal import ErrorBody, Refusal
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 10
 LONGEST_TIMEOUT = 3600
-FEWEST_STEPS = ("low",)
-"""qualities that ask for the fastest student; the others get the best one"""
 FORMATS: dict[str, Literal["png", "jpg", "webp"]] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -104,7 +103,7 @@ class Generation(BaseModel):
     def request(self, served: Served, **more: Any) -> ImageRequest:
         """As the service understands it. Raises InvalidInput."""
         width, height = (None, None) if self.size in (None, "auto") else parse_size(str(self.size), "size")
-        steps = self.num_inference_steps or (served.steps[0] if self.quality in FEWEST_STEPS else None)
+        steps = self.num_inference_steps or (served.steps[0] if self.quality == "low" else None)
         return ImageRequest(
             prompt=self.prompt,
             width=width,
@@ -140,6 +139,48 @@ class Edit(Generation):
         if self.prompt_strength is not None:
             return {"prompt_strength": max(0.01, self.prompt_strength)}
         return {"prompt_strength": 0.5 if self.input_fidelity == "high" else 0.75}
+
+
+@dataclass(frozen=True)
+class _File:
+    data: bytes
+    kind: str
+    until: float
+
+
+class Kept:
+    """Files by names that nobody can guess. The oldest go when there are too many bytes.
+
+    Args:
+        seconds: how long each is kept, unless there are too many.
+        most: bytes of all.
+    """
+
+    def __init__(
+        self, seconds: float = 3600.0, most: int = 256_000_000, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.seconds, self._most, self._clock = seconds, most, clock
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self.bytes = 0
+
+    def put(self, data: bytes, form: str) -> str:
+        """The name of a new file. `form`: png, jpeg or webp."""
+        name = f"{secrets.token_urlsafe(24)}.{form}"
+        self._files[name] = _File(data, f"image/{form}", self._clock() + self.seconds)
+        self.bytes += len(data)
+        self._clean()
+        return name
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """Content and media type; None once it is gone."""
+        self._clean()
+        file = self._files.get(name)
+        return None if file is None else (file.data, file.kind)
+
+    def _clean(self) -> None:
+        now = self._clock()
+        while self._files and (self.bytes > self._most or next(iter(self._files.values())).until <= now):
+            self.bytes -= len(self._files.popitem(last=False)[1].data)
 
 
 class ImageData(BaseModel):
@@ -200,20 +241,6 @@ class ModelList(BaseModel):
     data: list[ModelData]
 
 
-def usage_of(served: Served, prompt: str, images: list[OutputImage], edited: bool) -> Usage:
-    """See `Usage`."""
-    model = served.service.engine.model
-    cells = [math.prod(image.size) // model.codec.factor**2 for image in images]
-    text, image = model.encode_text.count_tokens(prompt), cells[0] if edited and cells else 0
-    details = InputDetails(text_tokens=text, image_tokens=image)
-    return Usage(
-        input_tokens=text + image,
-        output_tokens=sum(cells),
-        total_tokens=text + image + sum(cells),
-        input_tokens_details=details,
-    )
-
-
 class Answer:
     """Turns what a run generates into OpenAI's shapes.
 
@@ -243,11 +270,7 @@ class Answer:
         await self.run.each(take)
         shown = [image for image in self.images if image.data is not None]
         if not shown:
-            raise Refusal(
-                400,
-                "moderation_blocked",
-                "every image was withheld by the safety checker; try another seed",
-            )
+            raise Refusal(400, "moderation_blocked", "withheld by the safety checker; try another seed")
         return ImagesAnswer(
             created=self._created,
             data=[self._data(image) for image in shown],
@@ -301,7 +324,12 @@ class Answer:
         return ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
 
     def _usage(self, images: list[OutputImage]) -> Usage:
-        return usage_of(self.run.served, self._body.prompt, images, isinstance(self._body, Edit))
+        model = self.run.served.service.engine.model
+        cells = [math.prod(image.size) // model.codec.factor**2 for image in images]
+        text, image = model.encode_text.count_tokens(self._body.prompt), cells[0] * isinstance(self._body, Edit)
+        given, made = text + image, sum(cells)
+        details = InputDetails(text_tokens=text, image_tokens=image)
+        return Usage(input_tokens=given, output_tokens=made, total_tokens=given + made, input_tokens_details=details)
 
 
 class Events(Response):
@@ -382,22 +410,22 @@ def router(models: Models, kept: Kept, clock: Callable[[], float] = time.time) -
 
     @routes.get("/models", responses={status: ERRORS[status] for status in (401, 403, 421)})
     async def listed() -> ModelList:
-        return ModelList(data=[described(served) for served in models.served.values()])
+        engines = {served: served.service.engine for served in models.served.values()}
+        return ModelList(
+            data=[
+                ModelData(
+                    id=served.name,
+                    created=served.created,
+                    steps=served.steps,
+                    size="{}x{}".format(*engine.manifest.native_size),
+                    takes_prompts=engine.model.takes_prompts,
+                    classes=engine.manifest.class_names,
+                )
+                for served, engine in engines.items()
+            ]
+        )
 
     return routes
-
-
-def described(served: Served) -> ModelData:
-    """A model, as `/v1/models` tells of it."""
-    engine = served.service.engine
-    return ModelData(
-        id=served.name,
-        created=served.created,
-        steps=served.steps,
-        size="{}x{}".format(*engine.manifest.native_size),
-        takes_prompts=engine.model.takes_prompts,
-        classes=engine.manifest.class_names,
-    )
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from dmd2.service.cog.front import Connection
 from dmd2.service.cog.supervisor import listen
 from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import LOOPBACK, Rules
-from dmd2.service.http.kept import Kept
 from dmd2.service.http.models import Models
+from dmd2.service.http.openai import Kept
 
 DRAIN = 300
 """seconds that requests under way have after SIGTERM"""

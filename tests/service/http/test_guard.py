@@ -149,7 +149,7 @@ def test_rates_of_strangers_are_not_remembered_for_ever() -> None:
     rates = Rates(1, lambda: 0.0)
     for number in range(MOST_CALLERS + 50):
         rates.check(str(number))
-    assert len(rates._buckets) == MOST_CALLERS
+    assert len(rates._left) == MOST_CALLERS
     with pytest.raises(Refusal):
         rates.check(str(MOST_CALLERS + 49))
 

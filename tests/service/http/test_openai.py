@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dmd2.service.http.app import create_app
-from dmd2.service.http.kept import Kept
+from dmd2.service.http.openai import Kept
 from tests.service.http.fake import FakeService, client_of, fake_app, until
 
 GENERATIONS = "/v1/images/generations"
