@@ -90,8 +90,10 @@ def create_app(
     app = FastAPI(title="dmd2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.models, app.state.metrics = models, metrics
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses={503: openai.ERRORS[503]})
     async def healthz() -> Alive:
+        if not models.alive:
+            raise Refusal(503, "device_lost", "the device is gone: the server must be restarted", retry_after=30)
         return Alive()
 
     @app.get("/readyz", responses={503: {"model": Ready, "description": "Not now."}})

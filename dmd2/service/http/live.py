@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
 from dmd2.service.http.models import Models
-from dmd2.service.http.openai import LoraChoice, lora_text
+from dmd2.service.http.openai import LoraChoice, Steps, lora_text
 from dmd2.service.http.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Live(BaseModel):
     id: int = Field(ge=0, le=2**53)
     prompt: str = Field(min_length=1, max_length=5000, pattern=r"\S")
     model: str | None = Field(None, max_length=200)
-    num_inference_steps: Literal[1, 4] | None = Field(None, description="By default the fewest that there are.")
+    num_inference_steps: Steps | None = Field(None, description="By default the fewest that there are.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     width: int | None = Field(None, ge=16, le=2048)
     height: int | None = Field(None, ge=16, le=2048)

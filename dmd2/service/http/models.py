@@ -171,9 +171,13 @@ class Models:
         self.draining = False
 
     @property
+    def alive(self) -> bool:
+        """Whether no device is gone: then only a new process helps."""
+        return all(served.service.alive for served in self.served.values())
+
+    @property
     def ready(self) -> bool:
-        alive = all(served.service.alive for served in self.served.values())
-        return alive and len(self.served) == len(self._loaders) and not self.draining
+        return self.alive and len(self.served) == len(self._loaders) and not self.draining
 
     async def load(self) -> None:
         """Raises what a loader raises."""

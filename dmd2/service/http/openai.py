@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from dmd2.inference.request import ImageRequest, parse_size
@@ -53,6 +53,15 @@ Timeout = Annotated[
     float | None,
     Header(gt=0, le=LONGEST_TIMEOUT, allow_inf_nan=False, description="Seconds after which the answer is of no use."),
 ]
+
+
+def _no_flag(value: object) -> object:
+    if isinstance(value, bool):  # to Python True is 1
+        raise ValueError("expected 1 or 4")
+    return value
+
+
+Steps = Annotated[Literal[1, 4], BeforeValidator(_no_flag)]
 
 
 class LoraChoice(BaseModel):
@@ -94,7 +103,7 @@ class Generation(BaseModel):
     user: str | None = Field(None, max_length=1000, description="Inert.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Inert.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Image i has seed + i. None: random.")
-    num_inference_steps: Literal[1, 4] | None = None
+    num_inference_steps: Steps | None = None
     negative_prompt: str | None = Field(None, max_length=5000, description="Inert.")
     guidance_scale: float | None = Field(None, ge=0, le=20, description="Inert.")
     loras: list[LoraChoice] | None = Field(None, max_length=5)

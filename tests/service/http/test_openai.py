@@ -104,6 +104,8 @@ def test_defaults_are_the_weights_own() -> None:
         ({"seed": -1}, "seed", "invalid_value"),
         ({"seed": 2**32}, "seed", "invalid_value"),
         ({"num_inference_steps": 2}, "num_inference_steps", "invalid_value"),
+        ({"num_inference_steps": True}, "num_inference_steps", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
         ({"guidance_scale": 21}, "guidance_scale", "invalid_value"),
         ({"loras": [{"path": "a b"}]}, "loras.0.path", "invalid_value"),
         ({"loras": [{"path": "a", "scale": 9}]}, "loras.0.scale", "invalid_value"),
@@ -380,6 +382,6 @@ def test_a_device_that_is_gone_is_a_503_and_not_ready() -> None:
             service.alive = False
             lost = await client.post(GENERATIONS, json={"prompt": "an owl"})
             assert lost.status_code == 503 and lost.json()["error"]["code"] == "device_lost"
-            assert (await client.get("/readyz")).status_code == 503
+            assert (await client.get("/readyz")).status_code == (await client.get("/healthz")).status_code == 503
 
     asyncio.run(run())
