@@ -16,7 +16,7 @@ from torch import Tensor
 from dmd2.data.images import BROKEN, FORMATS, SUFFIXES, Read, files_of, visible
 from dmd2.data.prompts import COLUMNS, MOST_CHARACTERS
 from dmd2.inference.image_input import MOST_BYTES, ImageFile, Role
-from dmd2.runtime.errors import DataError, InvalidInput, shown
+from dmd2.runtime.errors import DataError, InvalidInput, first_line, shown
 from dmd2.runtime.files import text_of
 
 METADATA = "metadata.jsonl"
@@ -50,7 +50,7 @@ class CaptionedImages:
         try:
             groups = _open(path)
         except _BROKEN as error:
-            raise DataError(f"cannot be read ({shown(str(error) or type(error).__name__)})", path) from error
+            raise DataError(f"cannot be read ({shown(first_line(error))})", path) from error
         self._items = [item for files in groups for item in self._pairs(files)]
         if not self._items:
             raise DataError(f"holds no images; expected {', '.join(sorted(SUFFIXES))} files", path)
@@ -132,7 +132,7 @@ class CaptionedImages:
         try:
             data = read(most + 1)
         except _BROKEN as error:
-            told = f"unreadable ({shown(str(error) or type(error).__name__)})"
+            told = f"unreadable ({shown(first_line(error))})"
             raise DataError(f"{shown(name)}: {told}", self.path) from error
         if len(data) > most:
             raise DataError(f"{shown(name)}: larger than {most // 1000} kB; expected a smaller file", self.path)

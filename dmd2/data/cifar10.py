@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dmd2.runtime.errors import DataError, UserError
+from dmd2.runtime.errors import DataError, UserError, first_line
 from dmd2.runtime.files import atomic_path
 from dmd2.weights.assets import Asset
 
@@ -54,7 +54,7 @@ def convert_cifar10(archive: Path, out: Path) -> dict[str, Path]:
         else:
             splits = _from_files(files)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"not a whole tar ({str(error) or type(error).__name__})", archive) from error
+        raise DataError(f"not a whole tar ({first_line(error)})", archive) from error
     except UserError as error:
         raise DataError(f"{error}", archive) from None
     out.mkdir(parents=True, exist_ok=True)

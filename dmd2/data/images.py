@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmd2.data.shards import batch_rows
 from dmd2.inference.image_input import MOST_BYTES, ImageFile, Role
-from dmd2.runtime.errors import DataError, InvalidInput, shown
+from dmd2.runtime.errors import DataError, InvalidInput, first_line, shown
 
 LABELS_FILE = "dataset.json"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -92,7 +92,7 @@ class ImageSet:
             content = None if labels is None else files[labels](MOST_LABELS + 1)
         except BROKEN as error:
             what = "cannot be read" if path.is_dir() else "not a whole zip file"
-            raise DataError(f"{what} ({_reason(error)})", path) from error
+            raise DataError(f"{what} ({shown(first_line(error))})", path) from error
         self.names = list(self._images)
         """of the image files, relative to `path`, in the order of the rows"""
         if not self.names:
@@ -127,7 +127,7 @@ class ImageSet:
         try:
             data = self._images[name](MOST_BYTES + 1)  # one byte more than is taken: then it is refused
         except BROKEN as error:
-            raise DataError(f"{shown(name)}: unreadable ({_reason(error)})", self.path) from error
+            raise DataError(f"{shown(name)}: unreadable ({shown(first_line(error))})", self.path) from error
         image = ImageFile.read(data, f"{self.path}: {shown(name)}", Role.TRAINING, FORMATS)
         pixels = np.array(image.decode((resolution, resolution) if self.fit and resolution else None))
         height, width, _ = pixels.shape
@@ -183,7 +183,3 @@ def _labels_file(files: Iterable[str], images: Iterable[str]) -> str | None:
     if nearest and all(PurePosixPath(name).is_relative_to(PurePosixPath(nearest).parent) for name in images):
         return nearest
     return None  # there are none, or those of a part
-
-
-def _reason(error: BaseException) -> str:
-    return shown(str(error) or type(error).__name__)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmd2.evaluation.image_classifier import load_image_classifier
-from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.runtime.errors import InvalidInput, UserError, first_line
 from dmd2.runtime.files import read_object, sha256_file
 
 INCEPTION_FEATURES = 2048
@@ -182,7 +182,9 @@ class Inception:
         try:
             self.net = torch.jit.load(path, map_location=self.device).eval()
         except (RuntimeError, ValueError) as error:
-            raise InvalidInput("inception", f"not a TorchScript file, or damaged ({_first(error)})", path) from error
+            raise InvalidInput(
+                "inception", f"not a TorchScript file, or damaged ({first_line(error)})", path
+            ) from error
         self.sha256 = sha256_file(path)
 
     @torch.inference_mode()
@@ -209,7 +211,9 @@ class Inception:
         except (RuntimeError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise InvalidInput("inception", f"cannot be called with {option} ({_first(error)})", self.path) from error
+            raise InvalidInput(
+                "inception", f"cannot be called with {option} ({first_line(error)})", self.path
+            ) from error
 
 
 class SmallFeatures:
@@ -272,7 +276,7 @@ class ClipScore:
         except UserError:
             raise
         except Exception as error:  # transformers raises many kinds for damaged files
-            raise InvalidInput("clip", f"damaged, or no CLIP model ({_first(error)})", folder) from error
+            raise InvalidInput("clip", f"damaged, or no CLIP model ({first_line(error)})", folder) from error
         if info["missing_keys"]:  # transformers has made up their values
             raise InvalidInput("clip", f"lacks {min(info['missing_keys'])}: no CLIP model, or damaged", folder)
         self.net: Any = model.requires_grad_(False).eval().to(self.device)
@@ -316,9 +320,3 @@ def resized(images: Tensor, side: int) -> Tensor:
         return torch.from_numpy(np.array(pixels.resize((side, side), Image.Resampling.LANCZOS))).permute(2, 0, 1)
 
     return torch.stack([one(image) for image in images.cpu()])
-
-
-def _first(error: Exception) -> str:
-    """The first line of a message that is not empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

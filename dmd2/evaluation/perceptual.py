@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import UserError, first_line
 
 SIDE = 224
 """what both images are enlarged to, in pixels (DMD, app. B)"""
@@ -42,8 +42,7 @@ class Lpips:
                 parameter.requires_grad_(False)
             features = self._features(torch.zeros(2, 3, SIDE, SIDE, device=device))
         except (RuntimeError, ValueError) as error:  # what TorchScript raises for everything
-            reason = str(error).strip().splitlines() or ["unknown"]
-            raise UserError(f"LPIPS {path}: not a TorchScript network of this kind ({reason[0]})") from error
+            raise UserError(f"LPIPS {path}: not a TorchScript network of this kind ({first_line(error)})") from error
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
             raise UserError(f"LPIPS {path}: expected one vector for each image; is this a VGG16 with return_lpips?")
 

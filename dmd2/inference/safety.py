@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import UserError, first_line
 from dmd2.runtime.paths import ROOT
 from dmd2.weights.manifest import MANIFEST, read_manifest, verify
 
@@ -113,8 +113,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: damaged or no part of a safety checker: {first}") from error
+        raise UserError(f"{path}: damaged or no part of a safety checker: {first_line(error)}") from error
 
 
 def may_be_disabled(environ: Mapping[str, str] = os.environ) -> bool:

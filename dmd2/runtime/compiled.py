@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd2.runtime.errors import first_line
 from dmd2.runtime.files import atomic_bytes
 
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn
@@ -109,9 +110,10 @@ class Prepared:
         try:
             records[batch] = self._record(tuple(None if x is None else x[:batch].clone() for x in inputs))
         except Exception as error:  # whatever a compiler may raise: images can be generated without it
-            lines = str(error).strip().splitlines() or [""]
             self._compiler.failures += 1
-            logger.warning("not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, lines[0])
+            logger.warning(
+                "not compiled for %s, batch %d: %s: %s", key, batch, type(error).__name__, first_line(error)
+            )
 
 
 class Traced(Recorder):

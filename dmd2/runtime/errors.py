@@ -104,6 +104,11 @@ def shown(text: object, most: int = 200) -> str:
     return one_line(start if len(start) <= most else start[: most - 1] + "…", most)
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says went wrong, as part of a line; the kind of error where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def first_error(error: ValidationError) -> str:
     """The first of pydantic's complaints, as part of a line: "FIELD: what is wrong"."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmd2.runtime.errors import InvalidInput, UserError, shown
+from dmd2.runtime.errors import InvalidInput, UserError, first_line, shown
 from dmd2.runtime.files import atomic_path, expect_place
 
 
@@ -82,7 +82,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or shown(error)})") from error
     except Exception as error:  # of any kind: torch has many for bytes that it does not understand
-        why = shown(str(error).partition("\n")[0] or type(error).__name__)
+        why = shown(first_line(error))
         raise UserError(f"{path}: no tensors by name, truncated or damaged ({why})") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 from tqdm import tqdm
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import UserError, first_line
 from dmd2.runtime.files import atomic_path, atomic_text, sha256_file
 from dmd2.weights.fetch import download_file
 
@@ -160,8 +160,7 @@ def obtain_clip(repository: str, folder: Path, revision: str | None = None) -> t
         snapshot_download(repository, revision=commit, local_dir=target, allow_patterns=files)
         atomic_text(record, commit + "\n")
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
-        first = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{repository}: {first}") from error
+        raise UserError(f"{repository}: {first_line(error)}") from error
     return target, commit
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import UserError, first_line, shown
 from dmd2.runtime.files import sha256_file
 
 SILENCE = 60.0
@@ -119,7 +119,7 @@ def download_file(url: str, path: Path, advance: Callable[[int, int], object] = 
                     file.write(block)
                     advance(response.num_bytes_downloaded, size)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise UserError(f"{name}: the download failed: {str(error) or type(error).__name__}") from error
+        raise UserError(f"{name}: the download failed: {first_line(error)}") from error
 
 
 class _WholeTar(tarfile.TarInfo):

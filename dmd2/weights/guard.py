@@ -21,7 +21,7 @@ from urllib.parse import unquote_to_bytes, urljoin
 import httpcore2
 import httpx2
 
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import UserError, first_line, shown
 
 REDIRECTS = 5
 SILENCE = 30.0
@@ -162,7 +162,7 @@ class Guard:
             httpcore2.UnsupportedProtocol,
             OSError,
         ) as error:
-            raise UserError(f"{field}: the download failed: {str(error) or type(error).__name__}") from error
+            raise UserError(f"{field}: the download failed: {first_line(error)}") from error
         raise UserError(f"{field}: more than {REDIRECTS} redirects")
 
     def _get(self, pool: Any, url: httpx2.URL, file: BinaryIO, field: str) -> str | None:

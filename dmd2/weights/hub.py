@@ -23,7 +23,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 
 from dmd2 import __version__
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import UserError, first_line
 from dmd2.runtime.files import sha256_file
 from dmd2.weights.manifest import Source
 
@@ -183,11 +183,6 @@ def git_id(path: Path) -> str:
     """Git's name for a file's content. For small files: it is read whole."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

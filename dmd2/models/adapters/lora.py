@@ -27,7 +27,7 @@ from dmd2.models.adapters.lora_keys import (
     read_json,
     read_settings,
 )
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import UserError, first_line, shown
 from dmd2.runtime.files import read_object, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def read_lora(path: Path, name: str | None = None) -> Lora:
                 else:
                     factors.tensors[what] = value
     except (SafetensorError, OSError) as error:
-        reason = shown(str(error).strip().partition("\n")[0])
+        reason = shown(first_line(error))
         raise UserError(f"LoRA {name}: cannot be read as safetensors ({reason}); no other format is read") from error
     if not found:
         told = f": {shown(others[0], MOST_QUOTED)} is no name of a LoRA for Stable Diffusion" if others else ""

@@ -19,7 +19,7 @@ import httpx2  # huggingface_hub's own client, whose errors it lets through
 
 from dmd2.models.adapters.lora import LARGEST_SCALE, PEFTS_FILE, SETTINGS_FILE, Lora, read_lora, settings_beside
 from dmd2.runtime import paths
-from dmd2.runtime.errors import UserError, shown
+from dmd2.runtime.errors import UserError, first_line, shown
 from dmd2.runtime.files import atomic_path, sha256_file
 from dmd2.weights.guard import SILENCE, Guard, Missing, Patience
 
@@ -234,8 +234,9 @@ class LoraFiles:
             code = error.response.status_code
             raise UserError(f"{what}: the hub answers {code}; expected a public repository with a LoRA") from error
         except (OSError, httpx2.HTTPError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{what}: {reason}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE") from error
+            raise UserError(
+                f"{what}: {first_line(error)}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            ) from error
 
     def _place(self, key: str) -> Path:
         return self.cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

@@ -25,7 +25,7 @@ from torch import Tensor
 from dmd2.models.edm.folder import expect_new, load_edm, network_of, read_edm_config, save_edm
 from dmd2.models.edm.network import PUBLISHED, EdmConfig, EdmNetwork
 from dmd2.models.edm.preconditioning import BETA_D, BETA_MIN, C_1, C_2, LEVELS, RANGES, Kind, iddpm_levels
-from dmd2.runtime.errors import UserError, first_error
+from dmd2.runtime.errors import UserError, first_error, first_line
 from dmd2.runtime.tensors import read_tensors, write_tensors
 
 MAX_OPCODES = 5_000_000  # ImageNet-64's file has 54,000; each can cost a hundred bytes of memory
@@ -318,7 +318,7 @@ def read_pickle(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except MALFORMED as error:
-        why = _shown(str(error).partition("\n")[0]) or type(error).__name__
+        why = _shown(first_line(error))
         raise UserError(f"{path}: not one of EDM's pickles, truncated or damaged ({why})") from error
 
 

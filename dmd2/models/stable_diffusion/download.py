@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from dmd2.models.stable_diffusion.configs import TIMESTEPS
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_pipeline_configs
-from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.runtime.errors import InvalidInput, UserError, first_line
 from dmd2.runtime.files import atomic_path, atomic_text, sha256_file
 from dmd2.runtime.loading import build_network
 from dmd2.weights.folders import swap
-from dmd2.weights.hub import AGAIN, File, first_line, git_id, load, look_up, other_bytes, plain_errors
+from dmd2.weights.hub import AGAIN, File, git_id, load, look_up, other_bytes, plain_errors
 from dmd2.weights.manifest import MANIFEST, Manifest, Source, Student, read_manifest
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
