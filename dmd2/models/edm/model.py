@@ -107,9 +107,9 @@ class EdmModel:
     def check_size(self, size: tuple[int, int]) -> None:
         native = self.manifest.native_size
         if size != native:
-            raise UserError(
-                f"width, height: {size[0]}x{size[1]}; these weights generate {native[0]}x{native[1]} pixels and no "
-                "other size"
+            raise InvalidInput(
+                "width, height",
+                f"{size[0]}x{size[1]}; these weights generate {native[0]}x{native[1]} pixels and no other size",
             )
 
     def check_takes_images(self) -> NoReturn:

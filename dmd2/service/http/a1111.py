@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dmd2.inference.image_input import MOST_BYTES, Role, read_image
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
-from dmd2.service.http.models import ClientGone, Models, Run, Served, unless_gone
+from dmd2.service.http.models import ClientGone, Models, Run, Served, request_of, unless_gone
 from dmd2.service.http.openai import ERRORS, MOST_IMAGES
 from dmd2.service.http.refusal import Refusal
 
@@ -188,7 +188,7 @@ def decoded(text: str, field: str) -> bytes:
         raise Refusal(400, "invalid_value", f"{field}: expected base64 or a data URL", field) from None
 
 
-def request_of(body: TextToImage, served: Served) -> ImageRequest:
+def asked_by(body: TextToImage, served: Served) -> ImageRequest:
     """As the service understands it. Raises UserError."""
     prompt = LORA.sub("", body.prompt).strip()
     loras = [f"{match[1]}:{match[2] or 1}" for match in LORA.finditer(body.prompt)]
@@ -203,11 +203,11 @@ def request_of(body: TextToImage, served: Served) -> ImageRequest:
                 inverted = io.BytesIO()
                 ImageOps.invert(read_image(given["mask"], "mask", Role.MASK)).save(inverted, "PNG")
                 given["mask"] = inverted.getvalue()
-    return ImageRequest(
+    return request_of(
+        max((n for n in served.steps if n <= most), default=served.steps[0]),
         prompt=prompt,
         width=body.width,
         height=body.height,
-        num_inference_steps=max((n for n in served.steps if n <= most), default=served.steps[0]),
         seed=secrets.randbelow(2**32 - MOST_IMAGES) if body.seed in (None, -1) else body.seed,
         output_format="png",
         lora_weights=" ".join(loras) or None,
@@ -241,7 +241,7 @@ def router(models: Models) -> APIRouter:
         served = chosen(request, (body.override_settings or {}).get("sd_model_checkpoint"))
         state, caller = request.state, request.state.caller
         try:
-            asked = await asyncio.to_thread(request_of, body, served)
+            asked = await asyncio.to_thread(asked_by, body, served)
         except UserError as error:
             raise Refusal.of(error) from None
         state.model, state.n, state.seed, state.prompt = served.name, n, asked.seed, body.prompt

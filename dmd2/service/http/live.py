@@ -35,8 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
-from dmd2.service.http.models import Models
-from dmd2.service.http.openai import LoraChoice, Steps, lora_text
+from dmd2.service.http.models import Models, request_of
+from dmd2.service.http.openai import LoraChoice, lora_text
 from dmd2.service.http.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Live(BaseModel):
     id: int = Field(ge=0, le=2**53)
     prompt: str = Field(min_length=1, max_length=5000, pattern=r"\S")
     model: str | None = Field(None, max_length=200)
-    num_inference_steps: Steps | None = Field(None, description="By default the fewest that there are.")
+    num_inference_steps: int | None = Field(None, ge=1, le=100, description="By default the fewest that there are.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     width: int | None = Field(None, ge=16, le=2048)
     height: int | None = Field(None, ge=16, le=2048)
@@ -170,11 +170,11 @@ class Line:
             run.close()
 
     def _request(self, live: Live, fewest: int) -> ImageRequest:
-        return ImageRequest(
+        return request_of(
+            live.num_inference_steps or fewest,
             prompt=live.prompt,
             width=live.width,
             height=live.height,
-            num_inference_steps=live.num_inference_steps or fewest,
             seed=secrets.randbelow(2**32) if live.seed is None else live.seed,
             lora_weights=lora_text(live.loras),
             output_format=live.output_format,

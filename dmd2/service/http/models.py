@@ -226,6 +226,15 @@ class Models:
             await asyncio.to_thread(served.service.close)
 
 
+def request_of(steps: int | None, **fields: Any) -> ImageRequest:
+    """A request of any number of steps: which there are is the weights' matter, see `resolve_request`.
+
+    Raises:
+        InvalidInput: one of the fields is wrong.
+    """
+    return ImageRequest(**fields).model_copy(update={"num_inference_steps": steps})
+
+
 async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
     """`work`, which is cancelled if the client of an HTTP request that was read to its end hangs up.
 

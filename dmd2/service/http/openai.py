@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from dmd2.inference.request import ImageRequest, parse_size
 from dmd2.runtime.errors import InvalidInput
-from dmd2.service.http.models import ClientGone, Models, Run, Served, unless_gone
+from dmd2.service.http.models import ClientGone, Models, Run, Served, request_of, unless_gone
 from dmd2.service.http.refusal import ErrorBody, Refusal
 
 if TYPE_CHECKING:
@@ -53,15 +53,6 @@ Timeout = Annotated[
     float | None,
     Header(gt=0, le=LONGEST_TIMEOUT, allow_inf_nan=False, description="Seconds after which the answer is of no use."),
 ]
-
-
-def _no_flag(value: object) -> object:
-    if isinstance(value, bool):  # to Python True is 1
-        raise ValueError("expected 1 or 4")
-    return value
-
-
-Steps = Annotated[Literal[1, 4], BeforeValidator(_no_flag)]
 
 
 class LoraChoice(BaseModel):
@@ -103,7 +94,7 @@ class Generation(BaseModel):
     user: str | None = Field(None, max_length=1000, description="Inert.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Inert.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Image i has seed + i. None: random.")
-    num_inference_steps: Steps | None = None
+    num_inference_steps: int | None = Field(None, ge=1, le=100, description="One of the model's `steps`.")
     negative_prompt: str | None = Field(None, max_length=5000, description="Inert.")
     guidance_scale: float | None = Field(None, ge=0, le=20, description="Inert.")
     loras: list[LoraChoice] | None = Field(None, max_length=5)
@@ -113,11 +104,11 @@ class Generation(BaseModel):
         """As the service understands it. Raises InvalidInput."""
         width, height = (None, None) if self.size in (None, "auto") else parse_size(str(self.size), "size")
         steps = self.num_inference_steps or (served.steps[0] if self.quality == "low" else None)
-        return ImageRequest(
+        return request_of(
+            steps,
             prompt=self.prompt,
             width=width,
             height=height,
-            num_inference_steps=steps,
             seed=secrets.randbelow(2**32 - MOST_IMAGES) if self.seed is None else self.seed,
             output_format=FORMATS[self.output_format or "png"],
             output_quality=max(1, 100 if self.output_compression is None else self.output_compression),
@@ -470,8 +461,6 @@ async def read_form(request: Request) -> tuple[Edit, dict[str, bytes]]:
     try:
         if "loras" in fields:
             fields["loras"] = json.loads(fields["loras"])
-        if fields.get("num_inference_steps") in ("1", "4"):
-            fields["num_inference_steps"] = int(fields["num_inference_steps"])
         return Edit.model_validate(fields, strict=False), files  # a form's values are all texts
     except ValidationError as error:
         raise Refusal.invalid(error) from None

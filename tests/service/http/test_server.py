@@ -30,6 +30,7 @@ from dmd2.service.images import ImageService
 from tests.service.cog.cog_server import wait_for
 from tests.service.http.fake import client_of
 from tests.service.http.serve_process import ServeProcess
+from tests.training.pixels import CONFIG, write_teacher
 
 EMOJI = Path(__file__).resolve().parents[3] / "weights" / "emoji"
 
@@ -170,6 +171,35 @@ def test_real_weights_count_their_tokens_and_say_that_nothing_failed_to_compile(
             assert ready["models"]["tiny"] == {"loaded": True, "warm": True, "compile_failures": 0}
             models = (await client.get("/v1/models")).json()["data"]
             assert models[0]["size"] == "64x64" and models[0]["steps"] == [1, 4]
+
+    asyncio.run(run())
+
+
+def test_weights_of_classes_are_served_at_every_door_whatever_their_steps(tmp_path: Path) -> None:
+    write_teacher(tmp_path / "two", CONFIG.model_copy(update={"sigmas": (80.0, 1.0)}))
+
+    async def run() -> None:
+        app = create_app({"two": lambda: ImageService(tmp_path / "two", "cpu", tmp_path / "none", {}, files=False)})
+        async with client_of(app) as client:
+            (model,) = (await client.get("/v1/models")).json()["data"]
+            assert (model["steps"], model["classes"], model["takes_prompts"]) == ([2], ["dark", "bright"], False)
+            images = []
+            for more in ({}, {"quality": "low"}, {"num_inference_steps": 2}):
+                body = {"prompt": "a bright one", "seed": 3} | more
+                said = (await client.post("/v1/images/generations", json=body)).json()
+                assert said["usage"]["output_tokens"] == 64 and said["usage"]["input_tokens"] == 1
+                images.append(pixels(said["data"][0]["b64_json"]))
+            body = {"prompt": "1", "seed": 3, "steps": 20}
+            images.append(pixels((await client.post("/sdapi/v1/txt2img", json=body)).json()["images"][0]))
+            assert all(abs(image - images[0]).max() <= 2 for image in images)
+            for body, param in (
+                ({"prompt": "a cat"}, "prompt"),
+                ({"prompt": "1", "num_inference_steps": 4}, "num_inference_steps"),
+                ({"prompt": "1", "size": "64x64"}, "size"),
+                ({"prompt": "1", "loras": [{"path": "a"}]}, None),
+            ):
+                refused = await client.post("/v1/images/generations", json=body)
+                assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
 
     asyncio.run(run())
 
