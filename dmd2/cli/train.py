@@ -38,6 +38,7 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Weights to start from; the embedded ones for recipes of theirs.")
     ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Folder of `dmd2 data prompts`, beside its latents.")] = None,
     classifier: Annotated[Path | None, typer.Option(help="Classifier that scores samples.")] = None,
     student: Annotated[Path | None, typer.Option(help="Student to go on from, for recipes that resume one.")] = None,
     pairs_folder: Annotated[Path | None, typer.Option("--pairs", help="Folder of `dmd2 pairs`, for DMD.")] = None,
@@ -77,7 +78,7 @@ def train(
     if not dry_run:
         check_out(folder, resume)
     paths = {"data": data, "init": init, "classifier": classifier}
-    paths |= {"student": student, "pairs": pairs_folder, "lpips": lpips}
+    paths |= {"prompts": prompts, "student": student, "pairs": pairs_folder, "lpips": lpips}
     if resume:
         record = begun(recipe, folder)
         recipe = record.name

@@ -47,7 +47,7 @@ class Distillation(Recipe):
     """of the LoRAs"""
     checkpointing: bool = False
     """whether backward runs the networks' blocks again instead of having kept their activations"""
-    inputs = ("init", "data", "student", "pairs", "lpips")
+    inputs = ("init", "data", "prompts", "student", "pairs", "lpips")
     most_steps = 1
     """of the students that it makes"""
     paired = False

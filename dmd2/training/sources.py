@@ -179,7 +179,10 @@ class ImageSource:
 
 
 class LatentSource:
-    """Embeddings of prompts, and latents of images where the method needs some, from `dmd2 data`."""
+    """Embeddings of prompts, and latents of images where the method needs some, from `dmd2 data`.
+
+    What is generated are the `prompts`, if they are given, else the texts of `data`.
+    """
 
     defaults: ClassVar[Mapping[str, Path]] = {}
     precomputed: ClassVar = True
@@ -188,39 +191,42 @@ class LatentSource:
         self.family, self.inputs = family, inputs
         folder = inputs.need("data", "a folder that `dmd2 data prompts` or `dmd2 data latents` made")
         self.shards = Shards(folder, "latents", *([] if needs_images else ["prompts"]))
+        asked = inputs.get("prompts")
+        self.prompts = self.shards if asked is None else Shards(asked, "prompts", "latents")
         manifest = read_manifest(inputs.need("init"))
-        for name, parts in (("text_encoders", TEXT), ("vae", VAE)):
-            made, own = self.shards.index.made.get(name), sha256_of(manifest, parts)
-            if made not in (None, own):
-                raise DataError(
-                    f"made with other networks ({name}) than those of {family.name}; make it anew", folder
-                )
-        row = self.shards.rows(torch.tensor([0]))
-        family.embedded(_texts(row))
+        for given in (self.shards, self.prompts):
+            for name, parts in (("text_encoders", TEXT), ("vae", VAE)):
+                if given.index.made.get(name, own := sha256_of(manifest, parts)) != own:
+                    told = f"made with other networks ({name}) than {family.name}'s; make it anew"
+                    raise DataError(told, given.folder)
+            row = given.rows(torch.tensor([0]))
+            family.embedded(_texts(row))
+            self._check_latents(row, given.folder)
+
+    def _check_latents(self, row: Mapping[str, Tensor], folder: Path) -> None:
+        family = self.family
         if "latents" in row and row["latents"].shape[1:] != family.shape:
             shapes = f"latents of {tuple(row['latents'].shape[1:])}; expected {tuple(family.shape)}"
             raise DataError(f"{shapes} of {family.name}", folder)
 
     def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
         """Real images are others than those whose captions are generated, but where they are `paired`."""
-        rows = self.shards.rows(self._rows(n, seed + 1, step))
-        labels = self.family.embedded(_texts(rows))
-        if not images:
-            return Examples(labels)
-        if paired:
-            return Examples(labels, image_labels=labels, latents=rows["latents"].float())
-        return replace(self.lesson(n, seed=seed, step=step, freedom=1.0), labels=labels)
+        lesson = self.lesson(n, seed=seed, step=step, freedom=1.0) if images else None
+        if lesson is not None and paired:
+            return lesson
+        rows = self.prompts.rows(self._rows(self.prompts, n, seed + 1, step))
+        return replace(lesson or Examples(None), labels=self.family.embedded(_texts(rows)))
 
     def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
-        rows = self.shards.rows(self._rows(n, seed, step))
+        rows = self.shards.rows(self._rows(self.shards, n, seed, step))
         labels = self.family.embedded(_texts(rows))
         return Examples(labels, image_labels=labels, latents=rows["latents"].float())
 
-    def _rows(self, n: int, seed: int, step: int) -> Tensor:
-        return batch_rows(len(self.shards), n, seed, step)[self.inputs.rows(n)]
+    def _rows(self, shards: Shards, n: int, seed: int, step: int) -> Tensor:
+        return batch_rows(len(shards), n, seed, step)[self.inputs.rows(n)]
 
     def preview(self) -> Preview:
-        return RowsPreview(self.family.embedded(_texts(self.shards.rows(torch.arange(min(16, len(self.shards)))))))
+        return RowsPreview(self.family.embedded(_texts(self.prompts.rows(torch.arange(min(16, len(self.prompts)))))))
 
 
 def _texts(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
