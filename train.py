@@ -3,6 +3,8 @@
 Cog reads this file without running it: inputs have literal defaults and bounds, and plain types.
 """
 
+from typing import Optional
+
 from cog import BaseModel, Input, Path
 
 from dmd2.runtime.errors import told_briefly
@@ -15,12 +17,12 @@ class TrainingOutput(BaseModel):
 
 def train(
     prompts: str = Input(description="What the student is trained on, one prompt a line.", default=""),
-    prompts_file: str | None = Input(
+    prompts_file: Optional[str] = Input(
         description="Instead, a file by https or data URL: text, JSON lines, Parquet, or a pickled list.",
         regex=r"^(https://|data:)",
         default=None,
     ),
-    images: str | None = Input(
+    images: Optional[str] = Input(
         description="Zip of images with captions (a.jpg, a.txt), by https or data URL: with it, a GAN helps.",
         regex=r"^(https://|data:)",
         default=None,
@@ -30,7 +32,7 @@ def train(
         description="Updates of the fake score; the student has a fifth.", ge=1, le=100000, default=1000
     ),
     batch_size: int = Input(description="Images in an update.", ge=1, le=256, default=4),
-    learning_rate: float = Input(description="Of both.", ge=1e-8, le=0.01, default=5e-5),
+    learning_rate: float = Input(description="Of both.", ge=1e-08, le=0.01, default=5e-05),
     rank: int = Input(description="Of the LoRA.", ge=1, le=256, default=64),
     seed: int = Input(description="Of everything random.", ge=0, le=2147483647, default=0),
     minutes: int = Input(description="That it may take.", ge=1, le=10080, default=120),

@@ -3,7 +3,8 @@
 Cog's server checks requests against `.cog/openapi_schema.json`. `cog build` writes that file with a parser that reads
 predict.py without running it, and silently drops or misreads what goes beyond it. This one gives the same bytes for
 what predict.py is made of, and refuses the rest: each input is a plain type with an `Input(…)` of literals, the
-output an iterator. What is the same for every model lies beside it in `openapi.json`.
+output an iterator; likewise train.py, which `/trainings` runs. What is the same for every model lies beside it in
+`openapi.json`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -47,11 +49,15 @@ _BOUNDS = {"ge", "le", "min_length", "max_length", "regex"}
 Method = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def openapi_schema(source: str, file: str = "predict.py", target: str = "Predictor") -> str:
+def openapi_schema(
+    source: str, file: str = "predict.py", target: str = "Predictor", training: str | None = None
+) -> str:
     """The OpenAPI document for class `target` of the Python text `source`, as one line of JSON.
 
     Args:
         file: what messages call the source.
+        training: text of a train.py, whose `train` is what `/trainings` runs. It adds the parts that Cog's server
+            checks its requests against; without them it would take them for predictions.
 
     Raises:
         UserError: something that Cog would drop, misread or refuse. Names the parameter and what would be valid.
@@ -60,9 +66,31 @@ def openapi_schema(source: str, file: str = "predict.py", target: str = "Predict
     method = module.method(target)
     document = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
     fixed = document["components"]["schemas"]
+    inputs, enums = _inputs(module, method, {"Input", "Output", *fixed}, "Input")
+    returns = "nothing" if method.returns is None else ast.unparse(method.returns)
+    if returns not in _ITERATORS or "Path" not in module.from_cog:
+        module.fail(f"{method.name}()", f"returns {returns}: expected {' or '.join(_ITERATORS)}, of Cog's Path")
+    output = {"items": _URI, "title": "Output", "type": "array", "x-cog-array-type": "iterator"}
+    if module.decorator(method, "streaming"):
+        document["paths"]["/predictions"]["post"]["x-cog-streaming"] = True
+    schemas: dict[str, Any] = {"Input": inputs, "Output": output, **enums}
+    if training is not None:
+        taken = {"TrainingInput", "TrainingOutput", "Input", "Output", *fixed}
+        trained = _trained(_Module(training, "train.py"), taken)
+        for name in enums.keys() & trained.keys():
+            if enums[name] != trained[name]:
+                module.fail(name, "has other choices in train.py; expected the same, or another name")
+        schemas |= trained
+    document["components"]["schemas"] = schemas | fixed
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)  # as Go prints them
+
+
+def _inputs(module: _Module, method: Method, taken: Set[str], title: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of a function's parameters, and those of their choices by name."""
     properties, enums, required = {}, {}, []
     for order, (name, annotation, value) in enumerate(module.parameters(method)):
-        if name in ("Input", "Output", *fixed):
+        if name in taken:
             module.fail(name, "is the name of a part of Cog's schema; choose another")
         optional = re.fullmatch(r"Optional\[(\w+)\]", annotation)
         kind = optional[1] if optional else annotation
@@ -82,18 +110,23 @@ def openapi_schema(source: str, file: str = "predict.py", target: str = "Predict
         if "default" not in settings:
             required.append(name)
         properties[name] = dict(sorted(prop.items()))
-
-    inputs: dict[str, Any] = {"properties": properties, "title": "Input", "type": "object"}
+    inputs: dict[str, Any] = {"properties": properties, "title": title, "type": "object"}
     inputs |= {"required": required} if required else {}
-    returns = "nothing" if method.returns is None else ast.unparse(method.returns)
-    if returns not in _ITERATORS or "Path" not in module.from_cog:
-        module.fail(f"{method.name}()", f"returns {returns}: expected {' or '.join(_ITERATORS)}, of Cog's Path")
-    output = {"items": _URI, "title": "Output", "type": "array", "x-cog-array-type": "iterator"}
-    if module.decorator(method, "streaming"):
-        document["paths"]["/predictions"]["post"]["x-cog-streaming"] = True
-    document["components"]["schemas"] = {"Input": dict(sorted(inputs.items())), "Output": output, **enums, **fixed}
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)  # as Go prints them
+    return dict(sorted(inputs.items())), enums
+
+
+def _trained(module: _Module, taken: Set[str]) -> dict[str, Any]:
+    """What train.py adds: its inputs, their choices, and its output, `TrainingOutput(weights=Path)`."""
+    functions = [node for node in module.body if isinstance(node, Method) and node.name == "train"]
+    if len(functions) != 1:
+        module.fail("train()", "expected one, at the top level (not in an `if` or `try`)")
+    returns = "nothing" if functions[0].returns is None else ast.unparse(functions[0].returns)
+    if returns != "TrainingOutput" or "Path" not in module.from_cog:
+        module.fail("train()", f"returns {returns}: expected TrainingOutput, with weights: Path (Cog's)")
+    inputs, enums = _inputs(module, functions[0], taken, "TrainingInput")
+    weights = {"weights": {"title": "Weights", **_URI}}
+    output = {"properties": weights, "required": ["weights"], "title": "TrainingOutput", "type": "object"}
+    return {"TrainingInput": inputs, "TrainingOutput": output, **enums}
 
 
 def max_concurrency(source: str, file: str = "predict.py", target: str = "Predictor") -> int:
@@ -117,7 +150,7 @@ def max_concurrency(source: str, file: str = "predict.py", target: str = "Predic
 
 
 def schema_is_current(folder: Path) -> bool:
-    """Whether `.cog/openapi_schema.json` in `folder` is what its predict.py gives."""
+    """Whether `.cog/openapi_schema.json` in `folder` is what its predict.py and train.py give."""
     path = folder / SCHEMA
     return path.is_file() and path.read_bytes() == _schema_of(folder).encode()
 
@@ -132,7 +165,9 @@ def write_schema(folder: Path) -> bool:
 
 
 def _schema_of(folder: Path) -> str:
-    return openapi_schema((folder / "predict.py").read_text(encoding="utf-8"))
+    train = folder / "train.py"
+    training = train.read_text(encoding="utf-8") if train.is_file() else None
+    return openapi_schema((folder / "predict.py").read_text(encoding="utf-8"), training=training)
 
 
 class _Module:
@@ -171,15 +206,16 @@ class _Module:
         return None
 
     def parameters(self, method: Method) -> list[tuple[str, str, ast.expr | None]]:
-        """(name, annotation, default) of each parameter but self."""
+        """(name, annotation, default) of each parameter; of a method, but self."""
         given, where = method.args, f"{method.name}()"
         if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg:
             self.fail(where, "expected plain parameters, without / and *")
-        if not given.args or given.args[0].arg != "self":
+        own = method not in self.body
+        if own and (not given.args or given.args[0].arg != "self"):
             self.fail(where, "expected self as the first parameter")
         defaults = [None] * (len(given.args) - len(given.defaults)) + given.defaults
         found = []
-        for argument, value in list(zip(given.args, defaults, strict=True))[1:]:
+        for argument, value in list(zip(given.args, defaults, strict=True))[own:]:
             if argument.annotation is None:
                 self.fail(argument.arg, f"has no type; expected one of {', '.join(_TYPES)}")
             found.append((argument.arg, ast.unparse(argument.annotation), value))

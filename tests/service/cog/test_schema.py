@@ -410,3 +410,51 @@ def test_the_script_writes_checks_and_refuses(tmp_path: Path) -> None:
 
 def test_the_repositorys_file_is_what_its_predict_py_gives() -> None:
     assert schema_is_current(ROOT), "run scripts/openapi-schema"
+
+
+TRAIN = """
+from cog import BaseModel, Input, Path
+
+class TrainingOutput(BaseModel):
+    weights: Path
+
+def train(
+    prompts: str = Input(description="What"),
+    num_inference_steps: int = Input(description="Steps", choices=[1, 4], default=1),
+) -> TrainingOutput:
+    ...
+"""
+PREDICT = """
+from cog import BaseRunner, Input, Path
+
+class Predictor(BaseRunner):
+    def run(
+        self, num_inference_steps: int = Input(description="Steps", choices=[1, 4], default=4)
+    ) -> Iterator[Path]:
+        ...
+"""
+
+
+def test_a_training_adds_its_parts_and_changes_no_other() -> None:
+    alone, both = (json.loads(openapi_schema(PREDICT, training=train)) for train in (None, TRAIN))
+    schemas = both["components"]["schemas"]
+    inputs, output = schemas.pop("TrainingInput"), schemas.pop("TrainingOutput")
+    assert both == alone
+    assert inputs["required"] == ["prompts"] and list(inputs["properties"]) == ["prompts", "num_inference_steps"]
+    assert inputs["properties"]["num_inference_steps"]["default"] == 1
+    assert output["properties"]["weights"]["format"] == "uri"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("choices=[1, 4]", "choices=[1, 2]", "num_inference_steps: has other choices in train.py"),
+        ("-> TrainingOutput", "-> str", "train.py: train\\(\\): returns str: expected TrainingOutput"),
+        ("def train(", "def other(", "train.py: train\\(\\): expected one"),
+        ("prompts: str", "TrainingInput: str", "train.py: TrainingInput: is the name of a part"),
+        ("prompts: str", "prompts", "train.py: prompts: has no type"),
+    ],
+)
+def test_a_training_that_cog_would_misread_is_refused(old: str, new: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        openapi_schema(PREDICT, training=TRAIN.replace(old, new))
