@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,6 +71,13 @@ def pairs(
     prompts: Annotated[
         Path | None, typer.Option(help="Text, one prompt a line, for the teacher of a text-to-image model.")
     ] = None,
+    solver: Annotated[
+        str,
+        typer.Option(help="teacher (its own: Heun, DPM-Solver++), pndm or euler-trailing, as SD 1.5's and SDXL's."),
+    ] = "teacher",
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; that of the teacher's samples unless given.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
 ) -> None:
@@ -81,7 +88,9 @@ def pairs(
     from dmd2.runtime.terminal import say
 
     texts = [] if prompts is None else read_prompts(prompts)
-    make_pairs(weights, out, count, steps, batch, resolve_device(device), prompts=texts, compile=compile)
+    where = resolve_device(device)
+    given: dict[str, Any] = {"solver": solver, "guidance_scale": guidance}
+    make_pairs(weights, out, count, steps, batch, where, prompts=texts, compile=compile, **given)
     say(f"done: {count} pairs in {out}")
 
 

@@ -16,6 +16,7 @@ from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.models.family import Family, open_family
-from dmd2.runtime.errors import DataError, InvalidInput, first_error
+from dmd2.models.family import SOLVERS, TEACHERS, Family, open_family
+from dmd2.runtime.errors import DataError, InvalidInput, first_error, shown
 from dmd2.runtime.files import atomic_text
 from dmd2.runtime.locks import locked
 from dmd2.runtime.tensors import save_tensors
@@ -51,7 +52,9 @@ class PairsConfig(BaseModel):
     """sha256 of its weights"""
     count: int = Field(ge=1, le=MOST)
     steps: int = Field(ge=1, le=1000)
-    """of Heun's method (Karras et al. 2022, algorithm 1)"""
+    """of the solver"""
+    solver: Literal["teacher", "pndm", "euler-trailing"] = "teacher"
+    """see `dmd2.models.family.SOLVERS`; EDM's own is Heun's method (Karras et al. 2022, algorithm 1)"""
     shape: tuple[int, int, int]
     """channels, height, width"""
     classes: int = Field(ge=0)
@@ -95,6 +98,8 @@ def make_pairs(
     prompts: Sequence[str] = (),
     shard: int = SHARD,
     compile: bool = False,
+    solver: str = TEACHERS,
+    guidance_scale: float | None = None,
 ) -> None:
     """Makes the shards that `out` lacks, with a progress bar.
 
@@ -111,6 +116,8 @@ def make_pairs(
         prompts: what a text-to-image teacher is asked for, in turn.
         shard: pairs in a file.
         compile: compile the network first.
+        solver: one of `SOLVERS`.
+        guidance_scale: of a text-to-image teacher; None for that of its own samples.
 
     Raises:
         UserError: the weights are no teacher; `out` holds other pairs; a shard in it is broken.
@@ -121,8 +128,15 @@ def make_pairs(
         raise InvalidInput("steps", "expected 2 to 1000", steps)
     if batch < 1:
         raise InvalidInput("batch", "expected at least 1", batch)
+    if solver not in SOLVERS:
+        raise InvalidInput("solver", f"expected {', '.join(SOLVERS)}", shown(solver, 100))
+    if solver == "pndm" and steps > 500:  # its levels are one timestep above those of equal steps
+        raise InvalidInput("steps", "expected 2 to 500 with solver pndm", steps)
+    if guidance_scale is not None and not 0 <= guidance_scale <= 100:
+        raise InvalidInput("guidance", "expected 0 to 100", guidance_scale)
     family = open_family(weights, torch.device(device), "fp32")
-    make_pairs_of(family, out, count, steps, batch, prompts=prompts, shard=shard, compile=compile)
+    given: dict[str, Any] = {"solver": solver, "guidance_scale": guidance_scale}
+    make_pairs_of(family, out, count, steps, batch, prompts=prompts, shard=shard, compile=compile, **given)
 
 
 def make_pairs_of(
@@ -135,19 +149,24 @@ def make_pairs_of(
     prompts: Sequence[str] = (),
     shard: int = SHARD,
     compile: bool = False,
+    solver: str = TEACHERS,
+    guidance_scale: float | None = None,
 ) -> None:
     """As `make_pairs`, of a teacher that is open already."""
     if bool(prompts) == family.takes_classes:
         expected = "expected none for a teacher of classes" if prompts else "missing; this teacher takes prompts"
         raise InvalidInput("prompts", expected)
+    if guidance_scale is not None and family.takes_classes:
+        raise InvalidInput("guidance", "expected none for a teacher of classes", guidance_scale)
     config = PairsConfig(
         teacher=family.sha256,
         count=count,
         steps=steps,
+        solver=solver,  # type: ignore[arg-type]
         shape=family.shape,
         classes=family.classes,
         prompts=list(prompts),
-        guidance_scale=family.guidance_scale,
+        guidance_scale=family.guidance_scale if guidance_scale is None else guidance_scale,
         shard=shard,
         first_seed=FIRST_SEED,
     )
@@ -181,7 +200,8 @@ def _is_there(path: Path, config: PairsConfig, pairs: range) -> bool:
 def _generate(family: Family, teacher: Denoiser, config: PairsConfig, pairs: range) -> Tensor:
     noise = seeded_noise(config.seeds(pairs).tolist(), config.shape, teacher.sigmas.device)
     cond = config.condition(family, config.labels(pairs))
-    return family.sample(teacher, cond, noise, config.steps, config.guidance_scale)
+    own = () if config.solver == TEACHERS else (config.solver,)
+    return family.sample(teacher, cond, noise, config.steps, config.guidance_scale, *own)
 
 
 def _begin(out: Path, config: PairsConfig) -> None:

@@ -160,6 +160,61 @@ def sample_dpm_solver_2m(
     raise ValueError("sigmas: expected at least one level")
 
 
+def sample_euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Euler's method on the probability-flow ODE dx/dσ = (x − x0)/σ (Karras et al. 2022, eq. 1 with σ(t) = t).
+
+    Args:
+        x: (B, C, H, W) start at sigmas[0].
+        sigmas: descending levels; the step from the last one goes to 0.
+
+    Returns:
+        x0 (B, C, H, W), fp32.
+    """
+    for sigma, after in pairwise([*sigmas, 0.0]):
+        x = x + (after - sigma) / sigma * (x - denoise(x, _level(sigma, x)))
+    return x
+
+
+PLMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+"""weights of the noise predicted now and before, newest first (Liu et al. 2022, 2202.09778, eqs. 12 and 22)"""
+
+
+def sample_plms(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """PNDM by linear multistep alone (Liu et al. 2022; Stable Diffusion's PLMS), whose first step is improved Euler.
+
+    Args:
+        x: (B, C, H, W) start at sigmas[0].
+        sigmas: at least three descending levels; where the last step leads to is the last of them, above 0.
+
+    Returns:
+        (B, C, H, W) at that level, scaled to the variance of images: what a VAE decodes.
+    """
+    before: list[Tensor] = []
+    for sigma, after in pairwise(sigmas):
+        noise = (x - denoise(x, _level(sigma, x))) / sigma
+        if not before:
+            ahead = x + (after - sigma) * noise
+            slope = (noise + (ahead - denoise(ahead, _level(after, ahead))) / after) / 2
+        else:
+            weights = PLMS[min(len(before), 3)]
+            slope = sum((w * n for w, n in zip(weights, (noise, *before), strict=False)), torch.zeros_like(x))
+        before = [noise, *before][:3]
+        x = x + (after - sigma) * slope
+    return x / (1 + sigmas[-1] ** 2) ** 0.5
+
+
+def trailing_sigmas(table: Tensor, steps: int) -> list[float]:
+    """`steps` levels of an ascending (T,) table, evenly spaced from its last (Lin et al. 2023, sec. 3.3)."""
+    last = len(table)
+    return [float(table[round(last - i * last / steps) - 1]) for i in range(steps)]
+
+
+def leading_sigmas(table: Tensor, steps: int) -> list[float]:
+    """Stable Diffusion's for PLMS: every (T // steps)-th level plus one, downwards, and then the table's first."""
+    every = len(table) // steps
+    return [*(float(table[min(i * every + 1, len(table) - 1)]) for i in reversed(range(steps))), float(table[0])]
+
+
 @dataclass(frozen=True)
 class Churn:
     """Noise added on the way (Karras et al. 2022, algorithm 2)."""

@@ -7,7 +7,7 @@ and saved; it knows no method, and no method knows it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,10 @@ from dmd2.diffusion.denoiser import Codec, Cond, Denoiser
 from dmd2.models.adapters.lora_training import LoraShape
 from dmd2.runtime.precision import Precision
 from dmd2.weights.manifest import read_manifest
+
+TEACHERS = "teacher"
+SOLVERS = (TEACHERS, "pndm", "euler-trailing")
+"""how pairs are made: by the teacher's own sampler, Stable Diffusion's PLMS, Euler on SDXL's trailing timesteps"""
 
 Labels = Any
 """what images are asked for by: captions (or what they were encoded to), or int64 (B,) classes with −1 for any"""
@@ -121,8 +125,20 @@ class Family(Protocol):
     def sample_sigma(self, n: int, generator: torch.Generator) -> Tensor:
         """(n,) noise levels to train a teacher on."""
 
-    def sample(self, denoiser: Denoiser, cond: Cond, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """x0 by the teacher's deterministic sampler, from unit noise (B, C, h, w)."""
+    def rgb(self, decoder: str, one_by_one: bool) -> Callable[[Tensor], Tensor]:
+        """As `to_rgb`, by the "kl" or the "tiny" VAE. Raises UserError if the teacher has none such.
+
+        `one_by_one`: what is inside a decoder is in memory for one image at a time, and computed again in backward.
+        """
+
+    def sample(
+        self, denoiser: Denoiser, cond: Cond, noise: Tensor, steps: int, guidance_scale: float, solver: str = TEACHERS
+    ) -> Tensor:
+        """x0 by a deterministic sampler, from unit noise (B, C, h, w): the teacher's own, or that of a published run.
+
+        Raises:
+            UserError: the family has no such `solver`.
+        """
 
     def save_student(
         self, out: Path, network: Any, levels: Sequence[float], kind: str, recipe: Any, card: str

@@ -18,6 +18,8 @@ from dmd2.models.adapters.lora_training import LoraShape
 from dmd2.models.family import Family, Labels, open_family
 from dmd2.runtime.errors import InvalidInput, shown
 from dmd2.runtime.precision import training_dtype
+from dmd2.runtime.tensors import save_tensors
+from dmd2.training.discriminators.head import HEAD_FILE
 from dmd2.training.loop import Method, Phase
 from dmd2.training.methods.common import Kit, Networks, Recipe, Samples
 from dmd2.training.ranges import Alpha, DataName, Levels, Rank, Timesteps, as_text
@@ -53,6 +55,8 @@ class Distillation(Recipe):
     paired = False
     """whether images are generated with the labels of the real ones"""
     keeps_fake_score = False
+    only_pairs = False
+    """whether noise-image pairs are all that it learns from"""
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -84,11 +88,18 @@ class Distillation(Recipe):
     def start(
         self, family: Family, inputs: Inputs, *, boundary: float = 0.0, subfolder: str | None = None
     ) -> tuple[Any, Any]:
-        """Student and fake score to begin with: the teacher's weights, or for the student those in a `subfolder`."""
-        if given := inputs.get("student"):
-            raise InvalidInput("student", "this recipe starts from its teacher", given)
+        """Student and fake score to begin with: the teacher's weights, or for the student those in a `subfolder`.
+
+        A method that has no fake score gives None.
+        """
+        self.refuse_student(inputs)
         student = self.new_student(family, None, boundary=boundary, subfolder=subfolder)
         return student, self.new_fake_score(family, None)
+
+    @staticmethod
+    def refuse_student(inputs: Inputs) -> None:
+        if given := inputs.get("student"):
+            raise InvalidInput("student", "this recipe starts from its teacher", given)
 
     def new_student(
         self, family: Family, start: Path | None, *, boundary: float = 0.0, subfolder: str | None = None
@@ -133,13 +144,15 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
     student, fake_score = recipe.start(family, inputs)
     half = recipe.networks == "adapters"
     if half or recipe.checkpointing:
-        family.lighten(half=half, checkpoints=(student, fake_score) if recipe.checkpointing else ())
+        family.lighten(
+            half=half, checkpoints=[n for n in (student, fake_score) if n is not None and recipe.checkpointing]
+        )
     data = _data(recipe, family, source, inputs)
     preview = source.preview()
     networks = Networks(
         family.denoiser(student, recipe.compile),
         family.denoiser(family.teacher_network, recipe.compile),
-        family.denoiser(fake_score, recipe.compile),
+        family.denoiser(family.teacher_network if fake_score is None else fake_score, recipe.compile),
     )
     dtype = training_dtype(recipe.precision, inputs.device)
     kit = Kit(family, student, fake_score, networks, sigmas, inputs, dtype)
@@ -164,9 +177,14 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
             )
             card = model_card("fake score", family.licence, text, recipe)
             family.save_fake_score(out / FAKE_SCORE, fake_score, recipe.kind, asdict(recipe), card)
+            critic = next(phase.module for phase in phases if phase.name == "critic")
+            if isinstance(critic, nn.ModuleDict) and "head" in critic:
+                head = {name: value.detach().cpu() for name, value in critic["head"].state_dict().items()}
+                save_tensors(head, out / FAKE_SCORE / HEAD_FILE)
 
+    phases = recipe.phases(kit)
     return Method(
-        recipe.phases(kit),
+        phases,
         data,
         student,
         sample=lambda module: preview.grid(partial(generate, module)),
@@ -182,6 +200,9 @@ def _data(recipe: Distillation, family: Family, source: Source, inputs: Inputs) 
 
     @torch.no_grad()
     def data(step: int) -> Samples:
+        if recipe.only_pairs and pairs:
+            found = pairs(step)
+            return Samples(tuple(found.noise.shape), found.cond, None, pairs=found)
         batch = source.batch(n, seed=seed, step=step, images=recipe.needs_images, paired=recipe.paired)
         cond = family.condition(batch.labels)
         real, real_cond = batch.x0(family, device), None

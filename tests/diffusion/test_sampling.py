@@ -16,11 +16,15 @@ from dmd2.diffusion.sampling import (
     Churn,
     conditioned,
     inpaint,
+    leading_sigmas,
     noised,
     sample_dpm_solver_2m,
+    sample_euler,
     sample_few_step,
     sample_heun,
+    sample_plms,
     teacher_sigmas,
+    trailing_sigmas,
 )
 from dmd2.emoji.architecture import build_unet
 from dmd2.models.stable_diffusion.text import TextEncoder
@@ -357,3 +361,39 @@ def test_a_callback_sees_each_step_s_x0_changes_nothing_and_may_end_it(name: str
     with pytest.raises(InterruptedError):
         SAMPLERS[name](denoise, noise, sigmas, stop)
     assert len(answers) == calls  # nothing is computed after that
+
+
+def predicted_noise(x: torch.Tensor, t: int) -> torch.Tensor:
+    """Any smooth function of the input, scaled to unit variance, and the timestep."""
+    return torch.tanh(1.3 * x + t / 500) * 0.8
+
+
+def x0_of_it(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    table = sd_sigmas()
+    t = int((table - float(sigma[0])).abs().argmin())
+    assert abs(float(table[t]) / float(sigma[0]) - 1) < 1e-6  # the table's own levels, as the networks were trained
+    return x - sigma[0] * predicted_noise(x / float(1 + sigma[0].double() ** 2) ** 0.5, t)
+
+
+@pytest.mark.parametrize("steps", [50, 18, 7])
+def test_the_solvers_of_published_pairs_are_diffusers(steps: int) -> None:
+    """SD 1.5's by PNDM (PLMS), SDXL's by Euler on trailing timesteps."""
+    from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    levels: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    plms = PNDMScheduler(**levels, skip_prk_steps=True, steps_offset=1)
+    euler = EulerDiscreteScheduler(**levels, timestep_spacing="trailing")
+    for scheduler in (plms, euler):
+        scheduler.set_timesteps(steps)
+        theirs = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            output = predicted_noise(scheduler.scale_model_input(theirs, t), int(t))
+            theirs = scheduler.step(output, t, theirs).prev_sample
+        if scheduler is plms:
+            sigmas = leading_sigmas(sd_sigmas(), steps)
+            ours = sample_plms(x0_of_it, noise * (1 + sigmas[0] ** 2) ** 0.5, sigmas)
+        else:
+            sigmas = trailing_sigmas(sd_sigmas(), steps)
+            ours = sample_euler(x0_of_it, noise * sigmas[0], sigmas)
+        assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,23 @@ class EdmFamily:
         """Log-normal (Karras et al. 2022, table 1)."""
         return (draws.randn((n,), generator) * P_STD + P_MEAN).exp().to(self.device)
 
-    def sample(self, denoiser: Any, cond: ClassCondition, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
+    def rgb(self, decoder: str, one_by_one: bool) -> Callable[[Tensor], Tensor]:
+        if decoder != "kl":
+            raise InvalidInput("decoder", "expected kl, as for all teachers of pixels", decoder)
+        return self.to_rgb
+
+    def sample(
+        self,
+        denoiser: Any,
+        cond: ClassCondition,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        solver: str = "teacher",
+    ) -> Tensor:
         """Heun's method (Karras et al. 2022, algorithm 1)."""
+        if solver != "teacher":
+            raise InvalidInput("solver", "expected teacher: Heun's method is what EDM's pairs are made by", solver)
         sigmas = teacher_sigmas(denoiser, steps)
         start = denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
         return sample_heun(conditioned(denoiser, cond, cond.unconditional(), guidance_scale), start, sigmas)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmd2.diffusion.noise import sample_sigma
-from dmd2.diffusion.sampling import conditioned, sample_dpm_solver_2m, teacher_sigmas
+from dmd2.diffusion.sampling import (
+    conditioned,
+    leading_sigmas,
+    sample_dpm_solver_2m,
+    sample_euler,
+    sample_plms,
+    teacher_sigmas,
+    trailing_sigmas,
+)
 from dmd2.models.adapters.lora_training import LORA_FILE, Adapted, LoraShape, bare, checkpoint_activations, halve
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import (
@@ -24,6 +33,7 @@ from dmd2.models.stable_diffusion.folder import (
     save_module,
     save_text_to_image,
 )
+from dmd2.models.stable_diffusion.model import vae_folder
 from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder, time_ids
 from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
 from dmd2.runtime.errors import InvalidInput, WeightsError
@@ -220,7 +230,20 @@ class StableDiffusionFamily:
         return [block.resnets[-1] for block in self.teacher_network.down_blocks]
 
     def to_rgb(self, x0: Tensor) -> Tensor:
-        return self.codec.decoded(x0)
+        return self.codec.decoded(x0).to(x0.device)
+
+    def rgb(self, decoder: str, one_by_one: bool) -> Callable[[Tensor], Tensor]:
+        own = vae_folder(self.folder, decoder)
+        codec = self.codec
+        if own != "vae":
+            verify(self.folder, read_manifest(self.folder), {own})
+            codec = LatentCodec(load_vae(self.folder / own, self.device, codec.dtype))
+
+        def one_at_a_time(x0: Tensor) -> Tensor:
+            images = [checkpoint(codec.decoded, x, use_reentrant=False) for x in x0.split(1)]
+            return torch.cat(images).to(x0.device)
+
+        return one_at_a_time if one_by_one else lambda x0: codec.decoded(x0).to(x0.device)
 
     def trainable(self) -> Any:
         if self.text is None:
@@ -232,12 +255,23 @@ class StableDiffusionFamily:
     def sample_sigma(self, n: int, generator: torch.Generator) -> Tensor:
         return sample_sigma(self.teacher.sigmas, n, generator)
 
-    def sample(self, denoiser: Any, cond: TextCondition, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """DPM-Solver++(2M)."""
-        sigmas = teacher_sigmas(denoiser, steps)
-        start = denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
+    def sample(
+        self,
+        denoiser: Any,
+        cond: TextCondition,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        solver: str = "teacher",
+    ) -> Tensor:
+        """DPM-Solver++(2M) unless told otherwise."""
         denoise = conditioned(denoiser, cond, self.unconditional(cond), guidance_scale)
-        return sample_dpm_solver_2m(denoise, start, sigmas)
+        if solver == "euler-trailing":
+            sigmas = trailing_sigmas(denoiser.table, steps)
+            return sample_euler(denoise, noise * sigmas[0], sigmas)
+        sigmas = leading_sigmas(denoiser.table, steps) if solver == "pndm" else teacher_sigmas(denoiser, steps)
+        start = denoiser.scale_initial_noise(noise, torch.full((len(noise),), sigmas[0], device=noise.device))
+        return (sample_plms if solver == "pndm" else sample_dpm_solver_2m)(denoise, start, sigmas)
 
     def _save(self, out: Path, subfolder: str, network: Any, recipe: Any, card: str, **others: Any) -> None:
         save_text_to_image(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmd2.diffusion import draws
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
-from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.errors import InvalidInput, shown
 from dmd2.training.loop import Logs
 from dmd2.training.losses import denoising, gan_critic
 
 GROUPS = 32
+HEAD_FILE = "head.safetensors"
+"""beside the fake score that a run exports"""
 
 
 class ClassifierHead(nn.Module):
@@ -46,6 +52,16 @@ def new_head(family: Family) -> ClassifierHead:
         expected = "expected a multiple of 32, at least 64, for a GAN's head; or gan_generator=0, gan_critic=0"
         raise InvalidInput("init", f"{family.name} has {channels} channels in its middle; {expected}")
     return ClassifierHead(channels, side)
+
+
+def load_head(head: nn.Module, path: Path) -> None:
+    """What a run exported beside its fake score. Raises UserError if there is none, or one of another size."""
+    if not path.is_file():
+        raise InvalidInput("student", f"has no head of a GAN beside it ({path}); expected resumed_head=false")
+    try:
+        head.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise InvalidInput("student", f"{path}: no head for this teacher ({shown(error)})") from error
 
 
 def noised_logits(denoiser: Denoiser, head: nn.Module, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:

@@ -16,13 +16,15 @@ from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.family import Family
+from dmd2.runtime.errors import UserError
 from dmd2.runtime.precision import Precision
 from dmd2.training.loop import Batch, LoopSettings, Method
 from dmd2.training.methods.muon import Muon
 from dmd2.training.ranges import Rate
 from dmd2.training.sources import Inputs
 
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"]
+"""the last two are bitsandbytes': Adam's averages in 8 bits (Dettmers et al. 2021), paged out where memory ends"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ class Kit:
     def optimizer(self, name: OptimizerName, module: nn.Module, lr: float, beta2: float) -> Optimizer:
         if name == "muon":
             return Muon(module, lr, dtype=self.dtype)
+        if name != "adamw":
+            try:
+                import bitsandbytes
+            except ImportError as error:
+                raise UserError(
+                    f"optimizer={name}: needs bitsandbytes, which is not installed; or optimizer=adamw"
+                ) from error
+            kind = bitsandbytes.optim.AdamW8bit if name == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+            return kind(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01)
         return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01, fused=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from dmd2.training.distil import Distillation
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import l2
 from dmd2.training.methods.common import Kit, Networks, OptimizerName
-from dmd2.training.methods.dmd2 import dmd2_phases
-from dmd2.training.ranges import Count, Decay, Rate, Weight
+from dmd2.training.methods.dmd2 import DM_RANGE, dmd2_phases
+from dmd2.training.ranges import Count, Decay, Part, Rate, Weight
 from dmd2.training.sources import Inputs
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -36,24 +37,42 @@ class DmdRecipe(Distillation):
     """pairs in a step, beside `loop.batch_size` samples"""
     guidance_scale: Weight = 1.0
     """the teacher's"""
+    decoder: Literal["kl", "tiny"] = "kl"
+    """of a latent teacher: what LPIPS sees images by; with `checkpointing` one image at a time"""
+    dm_highest: Part = DM_RANGE[1]
+    dm_highest_end: Part | None = None
+    """the highest level for the gradient, as a part of the σ table; at the run's end, where it falls linearly"""
     optimizer: OptimizerName = "adamw"
     beta2: Decay = 0.999
     kind = "dmd"
 
+    def conflict(self) -> str | None:
+        for name in ("dm_highest", "dm_highest_end"):
+            if (given := getattr(self, name)) is not None and given <= DM_RANGE[0]:
+                return f"{name}={given:g}: expected more than {DM_RANGE[0]:g}, where the levels begin"
+        return super().conflict()
+
+    def dm_range(self, step: int) -> tuple[float, float]:
+        """Parts of the σ table that a step's gradient draws levels from."""
+        end = self.dm_highest if self.dm_highest_end is None else self.dm_highest_end
+        done = min(1.0, step / max(1, self.loop.iterations - 1))
+        return DM_RANGE[0], self.dm_highest + done * (end - self.dm_highest)
+
     def pairs(self, family: Family, inputs: Inputs) -> Callable[[int], RegressionPairs]:
-        folder = inputs.need("pairs", "DMD needs noise-image pairs, which `dmd2 pairs` makes")
-        pairs, n, seed = Pairs(folder, family), self.pairs_batch, self.loop.seed
-        return lambda step: pairs.batch(n, seed=seed, step=step, rows=inputs.rows(n), device=inputs.device)
+        return pairs_of(family, inputs, self.pairs_batch, self.loop.seed)
 
     def phases(self, kit: Kit) -> list[Phase]:
         optimizers = (
             kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2),
             kit.optimizer(self.optimizer, kit.fake_score, self.lr_critic, self.beta2),
         )
-        distance = regression_distance(kit.inputs.get("lpips"), kit.inputs.device, kit.family.to_rgb)
+        distance = regression_distance(
+            kit.inputs.get("lpips"), kit.inputs.device, rgb_of(kit.family, self.decoder, self.checkpointing)
+        )
         modules = kit.student, kit.fake_score
         weights = self.regression_weight, self.guidance_scale
-        return dmd_phases(kit.networks, modules, optimizers, kit.sigmas[0], distance, *weights)
+        numbers = (kit.sigmas[0], distance, *weights)
+        return dmd_phases(kit.networks, modules, optimizers, *numbers, dm_range=self.dm_range)
 
 
 def dmd_phases(
@@ -64,6 +83,7 @@ def dmd_phases(
     distance: Distance,
     regression_weight: float,
     guidance_scale: float = 1.0,
+    dm_range: Callable[[int], tuple[float, float]] = lambda step: DM_RANGE,
 ) -> list[Phase]:
     """Generator and critic phases, both at every step (DMD, algorithm 1).
 
@@ -77,8 +97,10 @@ def dmd_phases(
         distance: between the student's image and the teacher's.
         regression_weight: λ of DMD eq. 10.
         guidance_scale: the teacher's; the fake score is never guided.
+        dm_range: step → the part of the σ table that the matching's levels are drawn from.
     """
-    generator, critic = dmd2_phases(networks, modules, optimizers, (sigma,), guidance_scale=guidance_scale)
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "dm_range": dm_range}
+    generator, critic = dmd2_phases(networks, modules, optimizers, (sigma,), **options)
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         loss, logs = generator.loss(batch)
@@ -89,6 +111,18 @@ def dmd_phases(
         return loss + regression_weight * regression, logs | {"regression": regression.detach()}
 
     return [replace(generator, loss=generator_loss), critic]
+
+
+def pairs_of(family: Family, inputs: Inputs, n: int, seed: int) -> Callable[[int], RegressionPairs]:
+    """step → this process's part of `n` pairs. Raises UserError if none are given, or those of another teacher."""
+    folder = inputs.need("pairs", "this recipe needs noise-image pairs, which `dmd2 data pairs` makes")
+    pairs = Pairs(folder, family)
+    return lambda step: pairs.batch(n, seed=seed, step=step, rows=inputs.rows(n), device=inputs.device)
+
+
+def rgb_of(family: Family, decoder: str, one_by_one: bool) -> Callable[[Tensor], Tensor]:
+    """What LPIPS sees x0 by."""
+    return family.to_rgb if decoder == "kl" and not one_by_one else family.rgb(decoder, one_by_one)
 
 
 def regression_distance(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from dmd2.diffusion.denoiser import cfg_denoise
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
 from dmd2.runtime.errors import InvalidInput
-from dmd2.training.discriminators.head import critic_loss, new_head, noised_logits
+from dmd2.training.discriminators.head import HEAD_FILE, critic_loss, load_head, new_head, noised_logits
 from dmd2.training.distil import FAKE_SCORE, Distillation
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import distribution_matching, distribution_matching_gradient, gan_generator
@@ -37,6 +38,10 @@ class Dmd2Recipe(Distillation):
     """weights of the GAN losses; 0 and 0 is no GAN"""
     resumed: bool = False
     """whether student and fake score go on from the run of --student instead of from the teacher's weights"""
+    resumed_head: bool = False
+    """whether the GAN's head goes on, too"""
+    pretrained: bool = False
+    """whether the student alone is that of --student; the fake score begins as the teacher"""
     guidance_scale: Weight = 1.0
     """the teacher's"""
     student_init: Folder | None = None
@@ -56,13 +61,20 @@ class Dmd2Recipe(Distillation):
         problem = super().conflict()
         if not problem and self.adapter == "lora" and self.student_init is not None:
             return f"student_init={self.student_init} with adapter=lora: expected null; a LoRA begins as the teacher"
+        if not problem and self.pretrained and (self.resumed or self.student_init is not None):
+            return "pretrained=true with resumed or student_init: expected one of the three"
+        if not problem and self.resumed_head and not (self.resumed and self.gan_critic > 0):
+            return "resumed_head=true: expected resumed=true and a GAN with it"
         if problem or (self.gan_generator > 0) == (self.gan_critic > 0):
             return problem
         given = f"gan_generator={self.gan_generator:g} with gan_critic={self.gan_critic:g}"
         return f"{given}: expected both above 0, or both 0 for no GAN"
 
     def start(self, family: Family, inputs: Inputs, **_: Any) -> tuple[Any, Any]:
-        """Also both of a run, for only together they give its gradient."""
+        """Also both of a run, for only together they give its gradient; or a pretrained student alone."""
+        if self.pretrained:
+            given = inputs.need("student", "this recipe goes on from a pretrained student")
+            return self.new_student(family, given), self.new_fake_score(family, None)
         if not self.resumed:
             return super().start(family, inputs, subfolder=self.student_init)
         given = inputs.need("student", "this recipe goes on from a student that was trained without GAN")
@@ -75,6 +87,8 @@ class Dmd2Recipe(Distillation):
 
     def phases(self, kit: Kit) -> list[Phase]:
         head = new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
+        if head is not None and self.resumed_head:
+            load_head(head, kit.inputs.need("student").parent / FAKE_SCORE / HEAD_FILE)
         critic = nn.ModuleDict({"network": kit.fake_score} | ({"head": head} if head else {}))
         return dmd2_phases(
             replace(kit.networks, head=head),
@@ -99,6 +113,7 @@ def dmd2_phases(
     guidance_scale: float = 1.0,
     generator_every: int = 1,
     gan_weights: tuple[float, float] = (0.0, 0.0),
+    dm_range: Callable[[int], tuple[float, float]] = lambda step: DM_RANGE,
 ) -> list[Phase]:
     """Generator and critic phases.
 
@@ -110,6 +125,7 @@ def dmd2_phases(
         guidance_scale: the teacher's; the fake score is never guided.
         generator_every: k of the two time scales: critic updates for one of the generator's.
         gan_weights: of the generator's GAN loss and of the critic's.
+        dm_range: step → the part of the σ table that the generator's levels are drawn from.
     """
     n, shared = networks, SharedImages(networks.student, sigmas)
     gan_of_generator, gan_of_critic = gan_weights
@@ -118,7 +134,7 @@ def dmd2_phases(
         samples: Samples = batch.data
         x = shared.for_generator(batch)
         with torch.no_grad():
-            sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *DM_RANGE)
+            sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *dm_range(batch.step))
             noisy = add_noise(x, sigma, draws.randn(x.shape, batch.generator).to(x.device))
             mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, guidance_scale)
             mu_fake = n.fake_score(noisy, sigma, samples.cond)

@@ -62,7 +62,9 @@ class GddRecipe(Distillation):
         return None
 
     def start(self, family: Family, inputs: Inputs, **_: Any) -> tuple[Any, Any]:
-        return super().start(family, inputs, boundary=self.boundary)
+        """No score is learned."""
+        self.refuse_student(inputs)
+        return self.new_student(family, None, boundary=self.boundary), None
 
     def phases(self, kit: Kit) -> list[Phase]:
         student, family = kit.student, kit.family

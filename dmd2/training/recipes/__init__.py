@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dmd2.runtime.errors import InvalidInput, UserError, shown
+from dmd2.training.discriminators.head import HEAD_FILE
 from dmd2.training.distil import FAKE_SCORE
 from dmd2.training.loop import LoopSettings, Method
 from dmd2.training.methods.common import Recipe
@@ -89,4 +90,6 @@ def inputs_of(recipe: Recipe, paths: Mapping[str, Path | None]) -> dict[str, Pat
     found = {name: path for name in recipe.inputs if (path := paths.get(name) or defaults.get(name))}
     if getattr(recipe, "resumed", False) and "student" in found:
         found["student (its fake score)"] = found["student"].parent / FAKE_SCORE
+    if getattr(recipe, "resumed_head", False) and "student" in found:
+        found["student (its head)"] = found["student"].parent / FAKE_SCORE / HEAD_FILE
     return found
