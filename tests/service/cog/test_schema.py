@@ -424,7 +424,7 @@ def train(
 ) -> TrainingOutput:
     ...
 """
-PREDICT = """
+BESIDE = """
 from cog import BaseRunner, Input, Path
 
 class Predictor(BaseRunner):
@@ -436,7 +436,7 @@ class Predictor(BaseRunner):
 
 
 def test_a_training_adds_its_parts_and_changes_no_other() -> None:
-    alone, both = (json.loads(openapi_schema(PREDICT, training=train)) for train in (None, TRAIN))
+    alone, both = (json.loads(openapi_schema(BESIDE, training=train)) for train in (None, TRAIN))
     schemas = both["components"]["schemas"]
     inputs, output = schemas.pop("TrainingInput"), schemas.pop("TrainingOutput")
     assert both == alone
@@ -457,4 +457,4 @@ def test_a_training_adds_its_parts_and_changes_no_other() -> None:
 )
 def test_a_training_that_cog_would_misread_is_refused(old: str, new: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        openapi_schema(PREDICT, training=TRAIN.replace(old, new))
+        openapi_schema(BESIDE, training=TRAIN.replace(old, new))
