@@ -39,9 +39,6 @@ NOTES: dict[str, Note] = {
     "emoji-teacher": Note("denoising", EMOJI, SCENES, "2.5 core hours"),
     "emoji-dmd2-4step": Note("DMD2 with GAN, 4 steps", EMOJI, SCENES, "2.3 core hours"),
     "emoji-dmd2-1step": Note("DMD2 with GAN, 1 step", EMOJI, SCENES, "1.7 core hours"),
-    "lora-dmd2": Note(
-        "DMD2 as a LoRA, 4 steps", "sdxl or sd15", "`dmd2 data prompts`, `latents`", "any teacher as --init"
-    ),
     "cifar10-classifier": Note("classifier", EDM, CIFAR, "16 epochs"),
     "cifar10-small-teacher": Note("denoising", EDM, CIFAR, "an hour of two cores"),
     "cifar10-small-dmd": Note("DMD", EDM, CIFAR, f"{_MINUTES}; --pairs"),
@@ -82,6 +79,9 @@ NOTES: dict[str, Note] = {
     **_gdd("afhqv2", "AFHQv2 64x64", "edm-afhqv2-64x64-uncond-ve", "1.23"),
     **_gdd("ffhq", "FFHQ 64x64", "edm-ffhq-64x64-uncond-ve", "0.85"),
     **_gdd("imagenet64", IMAGENET, _ADM, "1.16"),
+    "lora-dmd2": Note(
+        "DMD2 as a LoRA, 4 steps", "sdxl or sd15", "`dmd2 data prompts`, `latents`", "any teacher as --init"
+    ),
 }
 
 
