@@ -188,6 +188,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     with compiler.recording(), caplog.at_level(logging.WARNING):
         assert torch.equal(function(torch.ones(2, 3)), torch.full((2, 3), 2.0))
     assert "no compiler" in caplog.text and "and more" not in caplog.text and double.plain == [2]
+    assert compiler.failures == 1
 
 
 # Networks

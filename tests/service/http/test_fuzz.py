@@ -55,7 +55,7 @@ def listening() -> Iterator[str]:
 
 def ask(operation: schemathesis.APIOperation, mode: GenerationMode, cases: int, statuses: Counter[str]) -> None:
     """So many cases of one route, that fit its schema or do not. Raises what `CHECKS` find."""
-    # The others take texts for numbers; in a form all are texts.
+    # The others take texts for numbers.
     strict = mode is GenerationMode.NEGATIVE and operation.path == "/v1/images/generations"
     checks = [*CHECKS, negative_data_rejection] if strict else CHECKS
 
@@ -78,10 +78,11 @@ def test_no_5xx_and_no_undocumented_answer() -> None:
             found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()
         ]
         posts = sum(bool(operation.body) for operation in operations)
-        each = max(1, (CASES - len(operations) + posts) // (2 * posts))
+        each = max(1, (CASES - len(operations) + posts) // (2 * posts - 1))
         for operation in operations:
             ask(operation, GenerationMode.POSITIVE, each if operation.body else 1, statuses)
-            if operation.body:
+            # In a form all that is given is a text, and schemathesis cannot make forms of files wrong.
+            if operation.body and operation.path != "/v1/images/edits":
                 ask(operation, GenerationMode.NEGATIVE, each, statuses)
     print(sum(statuses.values()), "cases", dict(statuses))
     assert {key for key in statuses if key.endswith(" 200")} >= {
