@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dmd2.inference.image_input import MOST_BYTES, Role, read_image
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
-from dmd2.service.http.models import ClientGone, Models, Run, Served, request_of, unless_gone
+from dmd2.service.http.models import Models, Run, Served, request_of
 from dmd2.service.http.openai import ERRORS, MOST_IMAGES
 from dmd2.service.http.refusal import Refusal
 
@@ -239,25 +239,19 @@ def router(models: Models) -> APIRouter:
                 400, "invalid_value", f"batch_size x n_iter: {n}; expected at most {MOST_IMAGES}", "batch_size"
             )
         served = chosen(request, (body.override_settings or {}).get("sd_model_checkpoint"))
-        state, caller = request.state, request.state.caller
+        caller = request.state.caller
         try:
             asked = await asyncio.to_thread(asked_by, body, served)
         except UserError as error:
             raise Refusal.of(error) from None
-        state.model, state.n, state.seed, state.prompt = served.name, n, asked.seed, body.prompt
-        job = _Job(served.offer(asked, n=n))
-        state.position = job.run.position
+        job = _Job(served.offer_for(request.state, asked, n, body.prompt))
         callers.jobs.setdefault(caller, []).append(job)
         try:
-            await unless_gone(request.receive, asyncio.wait({job.task}))
+            await job.run.unless_gone(request.receive, asyncio.wait({job.task}))
             if not job.task.cancelled():  # else interrupted: what there is, is the answer
                 job.task.result()
-        except ClientGone:
-            models.metrics.cancelled.inc()
-            raise Refusal(499, "client_gone", "the client has gone") from None
         finally:
             job.task.cancel()
-            job.run.close()
             callers.jobs[caller].remove(job)
             if not callers.jobs[caller]:
                 del callers.jobs[caller]

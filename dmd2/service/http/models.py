@@ -96,6 +96,13 @@ class Served:
         for ticket in self.admission.admit():
             self._runs[ticket].admitted.set()
 
+    def offer_for(self, state: Any, request: ImageRequest, n: int, prompt: str, **more: Any) -> Run:
+        """As `offer`; the access log is told through the `state` of an HTTP request."""
+        state.model, state.n, state.seed, state.prompt = self.name, n, request.seed, prompt
+        run = self.offer(request, n=n, **more)
+        state.position = run.position
+        return run
+
 
 class Run:
     """A request on its way: waits, is generated, leaves."""
@@ -138,6 +145,16 @@ class Run:
             if refusal.status_code >= 500:
                 logger.error("%s: %s", name, refusal.detail, exc_info=error)
             raise refusal from None
+        finally:
+            self.close()
+
+    async def unless_gone(self, receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
+        """`work`, unless the client hangs up; then the place is given up. Raises Refusal if the client did."""
+        try:
+            return await unless_gone(receive, work)
+        except ClientGone:
+            self.served.metrics.cancelled.inc()
+            raise Refusal(499, "client_gone", "the client has gone") from None
         finally:
             self.close()
 

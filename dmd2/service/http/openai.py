@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 
 from dmd2.inference.request import ImageRequest, parse_size
 from dmd2.runtime.errors import InvalidInput
-from dmd2.service.http.models import ClientGone, Models, Run, Served, request_of, unless_gone
+from dmd2.service.http.models import Models, Run, Served, request_of
 from dmd2.service.http.refusal import ErrorBody, Refusal
 
 if TYPE_CHECKING:
@@ -346,13 +346,15 @@ class Events(Response):
         async def event(data: bytes) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
+        run = self._answer.run
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with contextlib.suppress(ClientGone):
-                await unless_gone(receive, self._answer.events(event))
-                await send({"type": "http.response.body", "body": b""})
+            await run.unless_gone(receive, self._answer.events(event))
+            await send({"type": "http.response.body", "body": b""})
+        except Refusal:
+            return  # nobody reads any more
         finally:
-            self._answer.run.close()
+            run.close()
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
@@ -366,21 +368,13 @@ def router(models: Models, kept: Kept, clock: Callable[[], float] = time.time) -
     async def answered(
         request: Request, served: Served, body: Generation, asked: ImageRequest, timeout: float | None, kind: str
     ) -> Response:
-        state, n = request.state, body.n or 1
-        state.model, state.n, state.seed, state.prompt = served.name, n, asked.seed, body.prompt
-        run = served.offer(asked, bulk=body.priority == "bulk", timeout=timeout or 600.0, n=n)
-        state.position = run.position
+        more = {"bulk": body.priority == "bulk", "timeout": timeout or 600.0}
+        run = served.offer_for(request.state, asked, body.n or 1, body.prompt, **more)
         headers = {"X-Queue-Position": str(run.position)}
         made = Answer(run, body, kind, kept, lambda name: str(request.url_for("kept", name=name)), clock())
         if body.stream:
             return Events(made, headers)
-        try:
-            answer = await unless_gone(request.receive, made.whole())
-        except ClientGone:
-            models.metrics.cancelled.inc()
-            raise Refusal(499, "client_gone", "the client has gone") from None
-        finally:
-            run.close()
+        answer = await run.unless_gone(request.receive, made.whole())
         return Response(answer.model_dump_json(exclude_none=True), 200, headers, "application/json")
 
     @routes.post(

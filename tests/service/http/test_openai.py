@@ -323,6 +323,7 @@ def test_a_client_that_hangs_up_is_cancelled_wherever_it_is(stream: bool, waits:
             await task
             assert (admission.waiting, admission.running) == (0, 4 if waits else 0)
             assert len(service.cancelled) == (0 if waits else 1)
+            assert b"dmd2_cancelled_total 1.0" in (await client.get("/metrics")).content
             service.open.set()
             if other is not None:
                 assert (await other).status_code == 200
