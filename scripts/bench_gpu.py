@@ -109,11 +109,15 @@ def theirs(pipeline: Any, size: int, steps: int, batch: int) -> Callable[[], Non
 
 def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each call, ascending; they take turns, after two calls that do not count."""
+    import torch
+
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):
         for name, call in calls.items():
             began = time.perf_counter()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if i >= 2:
                 taken[name].append((time.perf_counter() - began) * 1000)
     return {name: sorted(values) for name, values in taken.items()}
