@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from dmd2.evaluation.classifiers import load_classifier_file
 
 
 class Residual(nn.Module):
@@ -69,26 +63,3 @@ class ImageClassifier(Trunk):
     def forward(self, x: Tensor) -> Tensor:
         """float (B, 3, H, W) in [−1, 1] → logits (B, classes)."""
         return self.head(self.features(x))
-
-
-@dataclass(frozen=True)
-class LoadedClassifier:
-    """A classifier in fp32, frozen, with what its file says."""
-
-    model: ImageClassifier
-    classes: list[str]
-    """in the order of the logits"""
-    size: int
-    """side of the images that it was trained on, in pixels"""
-
-
-def load_image_classifier(path: Path, device: torch.device | str = "cpu") -> LoadedClassifier:
-    """Read a `classifier.safetensors`, as its recipe exports it.
-
-    Raises:
-        UserError: the file is missing, damaged or something else.
-    """
-    model, config = load_classifier_file(
-        path, "image", lambda c: ImageClassifier(len(c["classes"]), tuple(c["widths"]), c["features"])
-    )
-    return LoadedClassifier(model.to(device).eval().requires_grad_(False), config["classes"], config["size"])

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dmd2.evaluation.image_classifier import load_image_classifier
+from dmd2.evaluation.classifiers import load_classifier_file
+from dmd2.evaluation.image_classifier import ImageClassifier
 from dmd2.runtime.errors import InvalidInput, UserError, first_line
 from dmd2.runtime.files import read_object, sha256_file
 
@@ -227,8 +228,14 @@ class SmallFeatures:
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         self.path, self.device = path, torch.device(device)
-        loaded = load_image_classifier(path, device)
-        self.net, self.classes, self.size = loaded.model, loaded.classes, loaded.size
+        model, config = load_classifier_file(
+            path, "image", lambda c: ImageClassifier(len(c["classes"]), tuple(c["widths"]), c["features"])
+        )
+        self.net = model.to(device).eval().requires_grad_(False)
+        self.classes: list[str] = config["classes"]
+        """in the order of the logits"""
+        self.size: int = config["size"]
+        """side of the images that it was trained on, in pixels"""
         self.width = self.net.head.in_features
         self.sha256 = sha256_file(path)
 

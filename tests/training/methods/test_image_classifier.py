@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dmd2.data.images import ImageSet
-from dmd2.evaluation.image_classifier import load_image_classifier
+from dmd2.evaluation.metrics import SmallFeatures
 from dmd2.runtime.errors import UserError
 from dmd2.training.loop import LoopSettings, train
 from dmd2.training.methods.classifier import CROP, ImageClassifierRecipe, flip_and_crop
@@ -73,15 +73,15 @@ def test_it_learns_and_its_file_says_all(data: Path, tmp_path: Path) -> None:
     scores = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert scores[-1]["score/held_out_accuracy"] > 0.9
     path = tmp_path / "classifier.safetensors"
-    loaded = load_image_classifier(path)
+    loaded = SmallFeatures(path)
     assert (loaded.classes, loaded.size) == (["red", "blue"], 16)
     assert all(t.dtype == torch.float16 for t in load_file(path).values() if t.is_floating_point())
-    assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
+    assert not loaded.net.training and not any(p.requires_grad for p in loaded.net.parameters())
     x = images.images(torch.arange(200)).float() / 127.5 - 1
     labels = images.labels
     assert labels is not None
-    assert (loaded.model(x).argmax(1) == labels).float().mean() > 0.9
-    assert loaded.model.features(x).shape == (200, 8) and (loaded.model.features(x) >= 0).all()
+    assert (loaded.net(x).argmax(1) == labels).float().mean() > 0.9
+    assert loaded.net.features(x).shape == (200, 8) and (loaded.net.features(x) >= 0).all()
 
 
 def test_held_out_images_are_never_trained_on_and_epochs_differ(data: Path) -> None:
@@ -112,7 +112,7 @@ def test_data_that_does_not_fit_is_one_line(data: Path, tmp_path: Path) -> None:
 def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     def refused(path: Path, words: str) -> None:
         with pytest.raises(UserError, match=words) as error:
-            load_image_classifier(path)
+            SmallFeatures(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
 
     refused(tmp_path / "none.safetensors", "not a readable image classifier")
