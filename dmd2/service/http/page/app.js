@@ -1,0 +1,355 @@
+// The page: what is typed is generated at once, in one step, in four, or in both.
+
+import * as gallery from "./gallery.js";
+import { Edits, images, Words } from "./line.js";
+import { body, key, loras } from "./request.js";
+import { snippets } from "./snippets.js";
+
+const $ = (selector) => document.querySelector(selector);
+const form = $("#form");
+const { elements: field } = form;
+const figures = new Map([...document.querySelectorAll("figure")].map((figure) => [Number(figure.dataset.steps), figure]));
+const mask = $("canvas.mask");
+const SETTINGS = "settings"; // of localStorage
+const PAUSE = 250; // ms without typing, before four steps are asked for
+
+let models = [];
+let given = null; // the image to begin with, a PNG at about the model's size
+let painted = null; // the mask as a PNG, white where it was painted; null if nothing was
+let shown = null; // the image that "Keep" and "Download" mean: {blob, request, about}
+let later = 0;
+
+// What is asked for
+
+const model = () => models.find(({ id }) => id === field.model.value) ?? models[0];
+
+function steps() {
+  const has = model()?.steps ?? [1, 4];
+  const wanted = field.steps.value === "both" ? [1, 4] : [Number(field.steps.value)];
+  const possible = wanted.filter((n) => has.includes(n));
+  return possible.length ? possible : [Math.max(...has)];
+}
+
+function request(num_inference_steps) {
+  const prompt = model()?.takes_prompts === false ? field.class_name.value : field.prompt.value.trim();
+  const asked = { model: model()?.id, prompt, num_inference_steps, seed: seed(), loras: loras(field.loras.value) };
+  return given ? { ...asked, image: given, mask: painted, strength: Number(field.strength.value) } : asked;
+}
+
+function seed() {
+  const value = Math.trunc(Number(field.seed.value));
+  return Number.isFinite(value) ? Math.min(Math.max(value, 0), 4294967295) : 0;
+}
+
+/** Asks for what the form says now: one step at once, four when the typing pauses. */
+function changed({ now = false } = {}) {
+  remember();
+  const wanted = steps();
+  for (const [n, figure] of figures) figure.hidden = !wanted.includes(n);
+  figures.get(wanted[0]).querySelector(".frame").append(mask);
+  clearTimeout(later);
+  if (!request(1).prompt) {
+    for (const line of [...words.values(), ...edits.values()]) line.forget();
+    return say(model() ? "Type what you want to see." : "Connecting …");
+  }
+  const [used, unused] = given ? [edits, words] : [words, edits];
+  for (const line of unused.values()) line.forget();
+  const [fast, ...slow] = [...wanted].sort();
+  used.get(fast).ask(request(fast));
+  const rest = () => slow.forEach((n) => used.get(n).ask(request(n)));
+  if (now) rest();
+  else later = setTimeout(rest, PAUSE);
+}
+
+// What came
+
+function say(text, bad = false) {
+  $("#status").textContent = text;
+  $("#status").classList.toggle("bad", bad);
+}
+
+const open = new Set();
+const told = (n) => ({
+  image: (blob, about, asked) => show(n, blob, about, asked),
+  failed: (message) => say(message, true),
+  state: (there) => {
+    if (there) open.add(n);
+    else open.delete(n);
+    if (!there) say("The connection is lost; trying again …", true);
+    else if (open.size === figures.size) begin();
+  },
+});
+const words = new Map([...figures.keys()].map((n) => [n, new Words(told(n))]));
+const edits = new Map([...figures.keys()].map((n) => [n, new Edits(told(n))]));
+
+function show(n, blob, about, asked) {
+  const image = figures.get(n).querySelector("img");
+  const old = image.src;
+  image.src = URL.createObjectURL(blob);
+  image.alt = asked.prompt;
+  image.onload = () => {
+    if (old) URL.revokeObjectURL(old);
+  };
+  // What it shows, for whoever looks from outside.
+  image.dataset.prompt = asked.prompt;
+  image.dataset.from = asked.mask ? "mask" : asked.image ? "image" : "noise";
+  shown = { blob, request: asked, about };
+  const seconds = Object.values(about.seconds).reduce((sum, each) => sum + each, 0);
+  say(`${n === 1 ? "1 step" : `${n} steps`}: ${Math.round(1000 * seconds)} ms`);
+}
+
+// The image to begin with, and its mask
+
+async function begins(file) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    return say(`${file.name}: not an image that this browser reads; PNG, JPEG and WebP are.`, true);
+  }
+  const [width, height] = (model()?.size ?? "1024x1024").split("x").map(Number);
+  const scale = Math.min(1, Math.sqrt((width * height) / (bitmap.width * bitmap.height)));
+  const canvas = new OffscreenCanvas(Math.max(16, Math.round(bitmap.width * scale)), Math.max(16, Math.round(bitmap.height * scale)));
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  given = await canvas.convertToBlob({ type: "image/png" });
+  [mask.width, mask.height] = [canvas.width, canvas.height];
+  clearMask();
+  $("#with-image").hidden = false;
+  $("#more").open = true;
+  changed({ now: true });
+}
+
+function clearMask() {
+  painted = null;
+  const context = mask.getContext("2d");
+  context.fillStyle = "black";
+  context.fillRect(0, 0, mask.width, mask.height);
+}
+
+function paint(event) {
+  const box = mask.getBoundingClientRect();
+  const scale = Math.max(mask.width / box.width, mask.height / box.height); // the image is fitted into its square
+  const x = (event.clientX - box.left - box.width / 2) * scale + mask.width / 2;
+  const y = (event.clientY - box.top - box.height / 2) * scale + mask.height / 2;
+  const context = mask.getContext("2d");
+  context.fillStyle = "white";
+  context.beginPath();
+  context.arc(x, y, (Number(field.brush.value) / 100) * Math.max(mask.width, mask.height), 0, 2 * Math.PI);
+  context.fill();
+}
+
+mask.addEventListener("pointerdown", (event) => {
+  mask.setPointerCapture(event.pointerId);
+  paint(event);
+});
+mask.addEventListener("pointermove", (event) => event.buttons && paint(event));
+mask.addEventListener("pointerup", () =>
+  mask.toBlob((blob) => {
+    painted = blob;
+    changed({ now: true });
+  }),
+);
+
+field.paint.addEventListener("change", () => {
+  mask.hidden = !field.paint.checked;
+});
+$("#clear-mask").addEventListener("click", () => {
+  clearMask();
+  changed({ now: true });
+});
+$("#drop-image").addEventListener("click", () => {
+  given = painted = null;
+  field.image.value = "";
+  field.paint.checked = false;
+  mask.hidden = $("#with-image").hidden = true;
+  changed({ now: true });
+});
+field.image.addEventListener("change", () => field.image.files[0] && begins(field.image.files[0]));
+
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dropping");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  if (event.dataTransfer.files[0]) begins(event.dataTransfer.files[0]);
+});
+
+// Gallery, seeds, files, text to copy
+
+function settings({ image, mask: painting, ...rest }) {
+  return { ...rest, ...(image ? { with_image: true } : {}), ...(painting ? { with_mask: true } : {}) }; // kept without files
+}
+
+async function keep() {
+  if (!shown) return;
+  await gallery.add({ blob: shown.blob, settings: settings(shown.request) });
+  await showGallery();
+}
+
+async function showGallery() {
+  const items = (await gallery.all()).reverse();
+  $("#empty").hidden = items.length > 0;
+  for (const image of document.querySelectorAll("#gallery img")) URL.revokeObjectURL(image.src);
+  $("#gallery ul").replaceChildren(...items.map(entry));
+}
+
+function entry({ key, blob, settings: its }) {
+  const item = document.createElement("li");
+  const open = document.createElement("button");
+  const image = document.createElement("img");
+  const remove = document.createElement("button");
+  open.className = "open";
+  open.type = remove.type = "button";
+  open.title = "Back to these settings";
+  image.src = URL.createObjectURL(blob);
+  image.alt = its.prompt;
+  open.append(image);
+  open.addEventListener("click", () => back(its));
+  remove.className = "remove";
+  remove.textContent = "Remove";
+  remove.setAttribute("aria-label", `Remove ${its.prompt}, seed ${its.seed}`);
+  remove.addEventListener("click", () => gallery.remove(key).then(showGallery));
+  const caption = document.createElement("span");
+  caption.textContent = `${its.prompt} · seed ${its.seed} · ${its.num_inference_steps === 1 ? "1 step" : `${its.num_inference_steps} steps`}`;
+  item.append(open, caption, remove);
+  return item;
+}
+
+function back(its) {
+  if (models.some(({ id }) => id === its.model)) field.model.value = its.model;
+  choose();
+  field.prompt.value = field.class_name.value = its.prompt;
+  field.seed.value = its.seed;
+  field.steps.value = String(its.num_inference_steps);
+  field.loras.value = (its.loras ?? []).map(({ path, scale }) => (scale === 1 ? path : `${path}:${scale}`)).join(" ");
+  changed({ now: true });
+  scrollTo({ top: 0 });
+}
+
+/** Eight seeds from this one on, into the gallery. */
+async function grid() {
+  const [n] = steps();
+  const { image, mask: painting, ...first } = request(n);
+  if (!first.prompt) return;
+  say("Eight seeds …");
+  try {
+    const asked = { ...body(first), n: 8, response_format: "b64_json" };
+    const made = await images("v1/images/generations", {
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(asked),
+    });
+    for (const { blob, seed: number } of made) await gallery.add({ blob, settings: { ...settings(first), seed: number } });
+    say("Eight seeds are in the gallery.");
+  } catch (error) {
+    say(error.message, true);
+  }
+  await showGallery();
+}
+
+function download() {
+  if (!shown) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(shown.blob);
+  const name = shown.request.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
+  link.download = `${name}-${shown.request.seed}.${shown.blob.type.split("/")[1] ?? "png"}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+async function copy(kind) {
+  const text = snippets[kind](request(steps()[0]), location.href.replace(/\/[^/]*$/, ""), Boolean(key()));
+  try {
+    await navigator.clipboard.writeText(text);
+    say("Copied.");
+  } catch (error) {
+    say(`Not copied: ${error.message}`, true);
+  }
+  $("#copy").open = false;
+}
+
+// The form
+
+function remember() {
+  const { prompt, steps: n, seed: number, loras, strength, brush } = field;
+  const kept = { prompt: prompt.value, steps: n.value, seed: number.value, loras: loras.value, strength: strength.value, brush: brush.value };
+  localStorage.setItem(SETTINGS, JSON.stringify(kept));
+}
+
+function recall() {
+  const kept = { prompt: "", steps: "both", seed: "0", loras: "", strength: "0.8", brush: "10" };
+  try {
+    Object.assign(kept, JSON.parse(localStorage.getItem(SETTINGS) ?? "{}"));
+  } catch {
+    localStorage.removeItem(SETTINGS); // not ours
+  }
+  for (const [name, value] of Object.entries(kept)) if (field[name]) field[name].value = value;
+}
+
+/** What the chosen model takes: words or one of its classes. */
+function choose() {
+  const names = model()?.takes_prompts === false ? model().classes : [];
+  $("#classes").hidden = !names.length;
+  $("#words").hidden = names.length > 0;
+  if (names.length && field.class_name.dataset.of !== model().id) {
+    field.class_name.replaceChildren(...names.map((name) => new Option(name)));
+    field.class_name.dataset.of = model().id;
+  }
+}
+
+/** Once connected, and each time anew: another server may answer by then. */
+async function begin() {
+  const answer = await fetch("v1/models", { headers: key() ? { Authorization: `Bearer ${key()}` } : {} }).catch(() => null);
+  if (!answer) return; // the websockets say so, and call again
+  if (answer.status === 401) {
+    $("#key").hidden = false;
+    $("#more").open = true;
+    return say("This server wants an API key.", true);
+  }
+  $("#key").hidden = !key();
+  models = (await answer.json()).data;
+  if (!models.length) {
+    say("The model is loading …");
+    return setTimeout(begin, 1000);
+  }
+  const chosen = field.model.value;
+  field.model.replaceChildren(...models.map(({ id }) => new Option(id)));
+  if (models.some(({ id }) => id === chosen)) field.model.value = chosen;
+  $("#models").hidden = models.length < 2;
+  choose();
+  changed({ now: true });
+}
+
+form.addEventListener("submit", (event) => event.preventDefault());
+form.addEventListener("input", ({ target }) => {
+  if (["image", "key", "paint", "brush"].includes(target.name)) return;
+  if (target.name === "model") choose();
+  changed({ now: target.name === "steps" || target.name === "model" });
+});
+field.key.addEventListener("change", begin); // the websockets try again by themselves, with it
+function dice() {
+  field.seed.value = Math.floor(Math.random() * 2 ** 32);
+  changed({ now: true });
+}
+$("#dice").addEventListener("click", dice);
+$("#grid").addEventListener("click", grid);
+$("#keep").addEventListener("click", keep);
+$("#download").addEventListener("click", download);
+for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button.dataset.copy));
+const keys = { KeyR: dice, KeyG: grid, KeyS: download };
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey && event.key === "Enter") keep();
+  else if (event.altKey && keys[event.code]) keys[event.code]();
+  else return;
+  event.preventDefault();
+});
+
+recall();
+showGallery();
+begin();
+field.prompt.focus();

@@ -1,0 +1,135 @@
+// Where images come from, one at a time. What is asked for meanwhile replaces what waited: stale requests are never sent.
+//
+// Both kinds have `ask(request)`, `forget()` and tell `image(blob, about, request)` or `failed(message, request)`.
+
+import { body, key } from "./request.js";
+
+const FIRST_PAUSE = 500; // ms before the first attempt to connect again; doubled each time
+const LONGEST_PAUSE = 10_000;
+
+class Line {
+  asked = null; // the request on its way
+  next = null; // the newest that waits
+
+  constructor(told) {
+    this.told = told;
+  }
+
+  ask(request) {
+    this.next = request;
+    this.send();
+  }
+
+  /** Whatever is on its way is of no use any more. */
+  forget() {
+    this.next = null;
+    if (this.asked) this.asked = { ...this.asked, forgotten: true };
+  }
+
+  done(tell) {
+    const request = this.asked;
+    this.asked = null;
+    this.send(); // first: the network shall not wait for the page
+    if (request && !request.forgotten) tell(request);
+  }
+}
+
+/** By words: over a websocket. */
+export class Words extends Line {
+  #socket = null;
+  #about = null; // of the binary message to come
+  #pause = FIRST_PAUSE;
+  #count = 0;
+
+  /** @param told also `state(open)` */
+  constructor(told) {
+    super(told);
+    this.connect();
+  }
+
+  connect() {
+    const address = new URL("ws/generate", location.href);
+    address.protocol = address.protocol.replace("http", "ws");
+    const socket = new WebSocket(address, key() ? ["dmd2", `key.${key()}`] : ["dmd2"]);
+    socket.binaryType = "blob";
+    socket.onopen = () => {
+      this.#socket = socket;
+      this.#pause = FIRST_PAUSE;
+      this.told.state(true);
+      this.send();
+    };
+    socket.onmessage = ({ data }) => this.#take(data);
+    socket.onclose = () => {
+      this.#socket = null;
+      if (this.asked && !this.asked.forgotten) this.next ??= this.asked; // it never came
+      this.asked = this.#about = null;
+      this.told.state(false);
+      setTimeout(() => this.connect(), this.#pause);
+      this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
+    };
+  }
+
+  send() {
+    if (!this.#socket || this.asked || !this.next) return;
+    [this.asked, this.next] = [this.next, null];
+    this.#socket.send(JSON.stringify({ id: ++this.#count, output_format: "png", ...body(this.asked) }));
+  }
+
+  #take(data) {
+    if (typeof data !== "string") {
+      const about = this.#about;
+      this.#about = null;
+      return this.done((request) => this.told.image(data, about, request));
+    }
+    const about = JSON.parse(data);
+    if (about.type === "image") this.#about = about;
+    else if (about.type === "error") this.done((request) => this.told.failed(about.error.message, request));
+    else if (about.type === "stale") this.done(() => {});
+  }
+}
+
+/** By an image and words: over HTTP, as a form. */
+export class Edits extends Line {
+  #stop = null;
+
+  forget() {
+    super.forget();
+    this.#stop?.abort();
+  }
+
+  send() {
+    if (this.asked || !this.next) return;
+    [this.asked, this.next] = [this.next, null];
+    this.#stop = new AbortController();
+    this.#post(this.asked, this.#stop.signal).then(
+      ({ blob, about }) => this.done((request) => this.told.image(blob, about, request)),
+      (error) => this.done((request) => this.told.failed(error.message, request)),
+    );
+  }
+
+  async #post({ image, mask, strength, ...words }, signal) {
+    const form = new FormData();
+    const { loras, ...rest } = body(words);
+    for (const [name, value] of Object.entries({ ...rest, response_format: "b64_json" })) form.set(name, value);
+    if (loras) form.set("loras", JSON.stringify(loras));
+    form.set("prompt_strength", strength);
+    form.set("image", image, "image.png");
+    if (mask) form.set("mask", mask, "mask.png");
+    const [{ blob, ...about }] = await images("v1/images/edits", { body: form, signal });
+    return { blob, about };
+  }
+}
+
+/** Posts to OpenAI's API: [{blob, seed, seconds}]. Throws what the server says is wrong. */
+export async function images(path, { headers, ...rest }) {
+  const began = performance.now();
+  const bearer = key() ? { Authorization: `Bearer ${key()}` } : {};
+  const answer = await fetch(path, { method: "POST", headers: { ...headers, ...bearer }, ...rest });
+  const told = await answer.json();
+  if (!answer.ok) throw new Error(told.error?.message ?? `status ${answer.status}`);
+  const seconds = { all: (performance.now() - began) / 1000 };
+  return told.data.map(({ b64_json, seed }) => {
+    const bytes = Uint8Array.from(atob(b64_json), (character) => character.charCodeAt(0));
+    return { blob: new Blob([bytes], { type: "image/png" }), seed, seconds };
+  });
+}

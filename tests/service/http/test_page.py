@@ -1,0 +1,150 @@
+"""The page, in a browser: Chromium by Playwright, where both are installed."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.service.cog.cog_server import START
+from tests.service.http.serve_process import ServeProcess
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
+expect = sync_api.expect
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    server = ServeProcess(tmp_path_factory.mktemp("page"))
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: ServeProcess) -> Iterator[Any]:
+    """A new visitor's. Whatever the browser complains of (scripts, the Content-Security-Policy) fails the test."""
+    with browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True) as context:
+        context.set_default_timeout(1000 * START)
+        expect.set_options(timeout=1000 * START)
+        page = context.new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        elsewhere: list[str] = []
+        page.on("request", lambda request: elsewhere.append(request.url))
+        page.goto(server.url)
+        expect(page.locator("#status")).to_have_text("Type what you want to see.")
+        yield page
+        assert complaints == []
+        assert [url for url in elsewhere if not url.startswith((server.url, "blob:", "data:"))] == []
+
+
+def image(page: Any, steps: int) -> Any:
+    return page.locator(f"figure[data-steps='{steps}'] img")
+
+
+def test_typing_changes_both_images_and_the_seed_and_the_steps_count(page: Any) -> None:
+    page.keyboard.type("owl", delay=50)
+    for steps in (1, 4):
+        expect(image(page, steps)).to_have_attribute("data-prompt", "owl")
+    before = image(page, 1).get_attribute("src")
+    page.fill("input[name=seed]", "7")
+    expect(image(page, 1)).not_to_have_attribute("src", before)
+    page.check("input[name=steps][value='1']")
+    expect(image(page, 4)).to_be_hidden()
+    page.fill("textarea", "")
+    expect(page.locator("#status")).to_have_text("Type what you want to see.")
+
+
+def test_what_was_typed_and_kept_is_there_after_a_reload_and_can_be_downloaded(page: Any) -> None:
+    page.keyboard.type("apple")
+    expect(image(page, 4)).to_have_attribute("data-prompt", "apple")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#gallery li")).to_have_count(1)
+    with page.expect_download() as download:
+        page.keyboard.press("Alt+s")
+    assert download.value.suggested_filename == "apple-0.png"
+    with Image.open(io.BytesIO(Path(download.value.path()).read_bytes())) as found:
+        assert (found.format, found.size) == ("PNG", (64, 64))
+    page.reload()
+    expect(page.locator("textarea")).to_have_value("apple")
+    expect(image(page, 1)).to_have_attribute("data-prompt", "apple")
+    expect(page.locator("#gallery li")).to_have_count(1)
+    page.click("#grid")
+    expect(page.locator("#gallery li")).to_have_count(9)
+    page.click("#gallery li:last-child button.remove")
+    expect(page.locator("#gallery li")).to_have_count(8)
+    page.fill("textarea", "cat")
+    page.click("#gallery li:first-child button.open")
+    expect(page.locator("textarea")).to_have_value("apple")
+    expect(page.locator("input[name=seed]")).to_have_value("7")
+
+
+def test_an_image_is_begun_with_and_a_painted_mask_keeps_the_rest(page: Any, tmp_path: Path) -> None:
+    page.keyboard.type("owl")
+    expect(image(page, 4)).to_have_attribute("data-prompt", "owl")
+    Image.new("RGB", (128, 64), (255, 160, 0)).save(tmp_path / "orange.png")
+    data = page.evaluate_handle(
+        """async (bytes) => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([new Uint8Array(bytes)], "orange.png", { type: "image/png" }));
+          return transfer;
+        }""",
+        list((tmp_path / "orange.png").read_bytes()),
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": data})
+    expect(image(page, 4)).to_have_attribute("data-from", "image")
+    page.check("input[name=steps][value='4']")
+    page.check("input[name=paint]")
+    canvas = page.locator("canvas.mask")
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + 20, box["y"] + box["height"] / 2)
+    page.mouse.up()
+    expect(image(page, 4)).to_have_attribute("data-from", "mask")
+    with page.expect_download() as download:
+        page.click("#download")
+    with Image.open(download.value.path()) as found:
+        kept = found.convert("RGB").getpixel((1, 1))
+        assert found.size[0] == 2 * found.size[1]
+    assert isinstance(kept, tuple)
+    assert max(abs(a - b) for a, b in zip(kept, (255, 160, 0), strict=True)) < 8  # by the mask, and the codec
+
+
+def test_text_to_copy_names_what_is_on_the_screen(page: Any, server: ServeProcess) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
+    page.keyboard.type("it's")
+    for kind in ("curl", "python", "openai"):
+        page.click("#copy summary")  # it closes once something was copied
+        page.click(f"[data-copy={kind}]")
+        expect(page.locator("#copy")).not_to_have_attribute("open", "")
+        text = page.evaluate("() => navigator.clipboard.readText()")
+        assert server.url in text
+        assert ("it's" in text) or (r"it'\''s" in text)
+        if kind != "curl":
+            compile(text, "<copied>", "exec")
+
+
+def test_a_phone_shows_it_without_scrolling_sideways(page: Any) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    wide, window = page.evaluate("() => [document.documentElement.scrollWidth, window.innerWidth]")
+    assert wide <= window
