@@ -76,8 +76,12 @@ def sdxl(
     prediction: Annotated[
         str, typer.Option(help="epsilon, v or v-zero-snr, if the checkpoint does not say it or wrongly.")
     ] = "",
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="The checkpoint is not distilled; to train from.")
+    ] = False,
+    guidance_scale: Annotated[float, typer.Option(help="Of a teacher.")] = 8.0,
 ) -> None:
-    """Make a four-step student of an SDXL checkpoint and a LoRA."""
+    """Make a four-step student of an SDXL checkpoint and a LoRA; or a teacher, to distil."""
     if len(paths) not in (2, 3):
         raise UserError(f"{len(paths)} paths; expected SOURCE [LORA] OUT")
     source, *between, out = paths
@@ -85,9 +89,11 @@ def sdxl(
     downloaded = ROOT / "weights" / "sdxl"
 
     from dmd2.models.stable_diffusion.convert import convert_sdxl
+    from dmd2.weights.manifest import Teacher
 
     logging.basicConfig(format="%(message)s")
-    convert_sdxl(source, lora, out, scale, vae, base or (downloaded if downloaded.is_dir() else None), prediction)
-    print(
-        f"{out}: {source.name}" + (f" with {lora.name} at {scale:g}" if lora else ", taken to be a four-step student")
-    )
+    as_teacher = Teacher(subfolder="unet", steps=25, guidance_scale=guidance_scale) if teacher else None
+    base = base or (downloaded if downloaded.is_dir() else None)
+    convert_sdxl(source, lora, out, scale, vae, base, prediction, as_teacher)
+    what = "a teacher" if teacher else f"with {lora.name} at {scale:g}" if lora else "taken to be a four-step student"
+    print(f"{out}: {source.name}, {what}")

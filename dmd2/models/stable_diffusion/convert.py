@@ -20,7 +20,7 @@ from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_text, sha256_file
 from dmd2.runtime.loading import build_network, check_network, weight_files
 from dmd2.weights.folders import swap
-from dmd2.weights.manifest import Manifest, Student, write_manifest
+from dmd2.weights.manifest import Manifest, Student, Teacher, write_manifest
 
 NETWORKS = {
     "unet": UNET_FILE,
@@ -45,8 +45,9 @@ def convert_sdxl(
     vae: Path | None = None,
     base: Path | None = None,
     prediction: str = "",
+    teacher: Teacher | None = None,
 ) -> Manifest:
-    """Makes `out` of an SDXL checkpoint and a LoRA that makes its UNet a four-step student.
+    """Makes `out` of an SDXL checkpoint and a LoRA that makes its UNet a four-step student; or of a `teacher`.
 
     Nothing is added up here: the engine does that when it loads the folder, so that other LoRAs can join it later.
 
@@ -58,6 +59,7 @@ def convert_sdxl(
         vae: folder of another VAE. SDXL's own overflows in fp16 and is run in fp32, at twice the cost.
         base: folder of SDXL's configurations and tokenizers, which a file lacks.
         prediction: one of `PREDICTIONS`, if the checkpoint does not say it, or wrongly.
+        teacher: the checkpoint is not distilled, and is sampled so. Students are trained from such a folder.
 
     Raises:
         UserError: something is missing, of an unknown kind, or the LoRA was made for another model. `out` is then as
@@ -67,6 +69,8 @@ def convert_sdxl(
         raise UserError(f"scale {scale}: expected more than 0, at most 2 (DMD2's LoRA: 0.5 to 1.0)")
     if prediction and prediction not in PREDICTIONS:
         raise UserError(f"prediction {prediction}: expected one of {', '.join(PREDICTIONS)}")
+    if teacher is not None and lora is not None:
+        raise InvalidInput("teacher", f"given beside the LoRA {lora.name}; expected a checkpoint alone")
     if out.exists():
         raise UserError(f"{out}: exists; expected a new folder")
     if not source.exists():
@@ -91,7 +95,9 @@ def convert_sdxl(
             student = student.model_copy(update={"lora": f"lora/{name}", "lora_scale": scale})
             licence += f" and that of {lora.name} (DMD2's is CC BY-NC-SA 4.0: no commercial use)"
         save_pipeline_configs(new, schedule.prediction_type, schedule.zero_snr)
-        manifest = Manifest(name=out.name, native_size=(1024, 1024), licence=licence, students={4: student})
+        manifest = Manifest(name=out.name, native_size=(1024, 1024), licence=licence, teacher=teacher)
+        if teacher is None:
+            manifest = manifest.model_copy(update={"students": {4: student}})
         write_manifest(new, manifest)
         swap(new, out, Path(temporary) / "old")
     return manifest

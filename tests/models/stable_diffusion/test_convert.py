@@ -16,13 +16,14 @@ from transformers import CLIPTextModel
 from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.models.adapters.lora import read_lora
+from dmd2.models.family import open_family
 from dmd2.models.stable_diffusion.configs import read_schedule
 from dmd2.models.stable_diffusion.convert import convert_sdxl
 from dmd2.models.stable_diffusion.folder import UNET_FILE
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.loading import load_network
 from dmd2.runtime.placement import count_parameters
-from dmd2.weights.manifest import read_manifest, verify
+from dmd2.weights.manifest import Teacher, read_manifest, verify
 from tests.models.adapters.test_lora import ATTENTION, kohya_style, with_text
 from tests.tiny_sdxl import SCHEDULE, build_sdxl_unet, build_vae, save_sdxl
 
@@ -49,6 +50,17 @@ def test_the_folder_draws_what_checkpoint_and_lora_draw_together(checkpoint: Pat
     assert torch.equal(made.generate(["an owl"], [3], "4", SIZE), expected)
     assert made.manifest.students.keys() == {4}
     assert "no commercial use" in made.manifest.licence
+
+
+def test_a_checkpoint_that_is_not_distilled_is_a_teacher(checkpoint: Path, tmp_path: Path) -> None:
+    teacher = Teacher(subfolder="unet", steps=2, guidance_scale=8.0)
+    convert_sdxl(checkpoint, None, tmp_path / "made", teacher=teacher)
+    manifest = read_manifest(tmp_path / "made")
+    assert manifest.students == {} and manifest.teacher == teacher
+    family = open_family(tmp_path / "made", torch.device("cpu"), "fp32")
+    assert family.guidance_scale == 8.0 and family.shape == (4, 128, 128)
+    with pytest.raises(UserError, match=r"teacher: given beside the LoRA dmd2\.safetensors"):
+        convert_sdxl(checkpoint, checkpoint.parent / "dmd2.safetensors", tmp_path / "other", teacher=teacher)
 
 
 def test_pefts_settings_go_along(checkpoint: Path, tmp_path: Path) -> None:
