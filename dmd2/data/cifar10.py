@@ -48,7 +48,8 @@ def convert_cifar10(archive: Path, out: Path) -> dict[str, Path]:
     try:
         with tarfile.open(archive) as tar:
             # In one pass: to go back in a compressed tar is to begin again.
-            files = {m.name.removeprefix("./"): _content(tar, m) for m in tar if m.isfile()}
+            opened = ((m.name.removeprefix("./"), tar.extractfile(m)) for m in tar if m.isfile())
+            files = {name: file.read() for name, file in opened if file}
         if any(name.endswith("/data_batch_1") for name in files):
             splits = {split: _from_pickles(files, names) for split, names in BATCHES.items()}
         else:
@@ -140,12 +141,6 @@ def _from_files(files: dict[str, bytes]) -> dict[str, list[Item]]:
         split: [(files[path], Path(path).suffix.lower(), label) for _, label, path in sorted(items)]
         for split, items in found.items()
     }
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, "only files are looked at"
-    return file.read()
 
 
 def _write(path: Path, items: Iterable[Item]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,10 +51,11 @@ def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> tuple[float, f
         raise InvalidInput("metric", "torchmetrics is not installed; pip install 'dmd2[train]'", "kid") from None
 
     size = min(KID_SUBSET, len(real), len(fake))
-    with _quiet_and_seeded(seed):
-        metric = KernelInceptionDistance(
-            feature=nn.Identity(), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
-        )
+    # torchmetrics uses torch's global generator, and warns that it keeps features, which are kept anyway.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*will save all extracted features", UserWarning)
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(nn.Identity(), KID_SUBSETS, size, sync_on_compute=False)
         metric.update(real.cpu(), real=True)
         metric.update(fake.cpu(), real=False)
         mean, deviation = metric.compute()
@@ -131,15 +131,6 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
         rows = slice(start, min(start + DISTANCE_ROWS, len(a)))
         block = a[rows].float() - centre
         yield rows, torch.addmm(b_norms[None], block, b.T, alpha=-2).add_(block.square().sum(1, keepdim=True))
-
-
-@contextmanager
-def _quiet_and_seeded(seed: int) -> Iterator[None]:
-    """torchmetrics uses torch's global generator, and warns that it keeps features, which are kept anyway."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*will save all extracted features", UserWarning)
-        torch.manual_seed(seed)
-        yield
 
 
 # Features of images

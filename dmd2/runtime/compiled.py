@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ class Compiler(Recorder):
 
     def __call__(self, function: Function, *, compile: bool = True, most: int | None = None) -> Prepared:
         """`function` prepared: compiled unless that is not wanted, for batches of at most `most`."""
+        chosen = function
         if compile and self._compile:
-            compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend)
-            return Prepared(function, lambda inputs: self._capture(compiled, inputs), self, most)
-        return Prepared(function, lambda inputs: self._capture(function, inputs), self, most)
+            chosen = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend)
+        return Prepared(function, partial(self._capture, chosen), self, most)
 
 
 class Prepared:

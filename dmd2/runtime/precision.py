@@ -7,7 +7,6 @@ flags of the CPU would not.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.files import read_object
 
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -100,11 +102,10 @@ def resolve_precision(
 def recorded_precision(run: Path) -> str | None:
     """What the run in this folder computes in; None if there is none, or it does not say."""
     try:
-        recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):  # the checkpoint has it, too, and is what a damaged file is measured by
+        found = read_object(run / "recipe.json").get("precision")
+    except UserError:  # the checkpoint has it, too, and is what a damaged file is measured by
         return None
-    found = recipe.get("precision") if isinstance(recipe, dict) else None
-    return found if found in DTYPES else None
+    return found if isinstance(found, str) and found in DTYPES else None
 
 
 def training_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmd2.data.prompts import read_prompts
-from dmd2.models.edm.folder import _read_config
+from dmd2.models.edm.folder import read_edm_config
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import atomic_bytes, atomic_path, atomic_text, read_bounded, sha256_file
 from dmd2.runtime.precision import recorded_precision
@@ -177,9 +177,9 @@ def test_files_of_our_own_that_an_editor_saved_with_a_byte_order_mark(tmp_path: 
     path = tmp_path / "some.json"
     path.write_text('{"a.zip": {"url": "x", "sha256": "%s", "bytes": 1}}' % ("0" * 64), encoding="utf-8-sig")
     assert read_lock(path)["a.zip"].bytes == 1
-    path.write_text('{"architecture": "ddpmpp", "resolution": 8}', encoding="utf-8-sig")
+    (tmp_path / "config.json").write_text('{"architecture": "ddpmpp", "resolution": 8}', encoding="utf-8-sig")
     with pytest.raises(UserError) as raised:  # its other fields are asked for, not its first byte
-        _read_config(path)
+        read_edm_config(tmp_path)
     assert "JSON" not in str(raised.value)
     (tmp_path / "recipe.json").write_text('{"precision": "bf16"}', encoding="utf-8-sig")
     assert recorded_precision(tmp_path) == "bf16"
