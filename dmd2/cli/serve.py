@@ -62,7 +62,9 @@ def serve(
     ] = None,
     queue: Annotated[int, typer.Option(min=0, max=10_000, help="Requests that wait for a model, at most.")] = 64,
     rate: Annotated[int, typer.Option(min=0, max=100_000, help="Requests a minute of each key; 0: any number.")] = 0,
-    body_mb: Annotated[int, typer.Option(min=1, max=1000, help="Megabytes of one request, at most.")] = 64,
+    body_mb: Annotated[
+        int, typer.Option(min=1, max=1000, help="Megabytes of one request with images, at most.")
+    ] = 64,
     keep_seconds: Annotated[
         int, typer.Option(min=1, max=86_400, help="Seconds for which images that are answered as URLs are kept.")
     ] = 3600,

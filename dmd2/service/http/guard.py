@@ -39,6 +39,9 @@ OPEN = ("/healthz", "/readyz", "/openapi.json", "/files/")
 """what needs no key; so does the page, which asks for one. Names of files cannot be guessed"""
 METERED = ("/v1/images/", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 """what counts for a key's rate; the websocket counts its messages"""
+WITH_IMAGES = ("/v1/images/edits", "/sdapi/v1/img2img")
+TEXT_BODY = 1_000_000
+"""bytes of a request without images: what JSON becomes in memory is many times as large"""
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 SILENCE = 30.0
 """seconds within which more of a body must come"""
@@ -76,7 +79,7 @@ class Rules:
     per_minute: int = 0
     """requests of one key (without keys, of one address); 0: any number"""
     body: int = 64_000_000
-    """bytes of one request"""
+    """bytes of one request with images; others have less"""
     bodies: int = 256_000_000
     """bytes of all requests that are read at one time"""
     log_prompts: bool = False
@@ -167,7 +170,9 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        began, websocket, body = time.perf_counter(), scope["type"] == "websocket", _Body(self, receive)
+        began, websocket = time.perf_counter(), scope["type"] == "websocket"
+        most = self._rules.body if scope["path"] in WITH_IMAGES else min(self._rules.body, TEXT_BODY)
+        body = _Body(self, receive, most)
         state = scope.setdefault("state", {})
         state |= {
             "id": uuid.uuid4().hex,
@@ -193,7 +198,7 @@ class Guard:
 
         try:
             try:
-                self._check(scope)
+                self._check(scope, most)
             except Refusal as refusal:
                 if refusal.status_code == 429:
                     self._metrics.rejections.labels(refusal.code).inc()
@@ -207,7 +212,7 @@ class Guard:
             self._held -= body.held
             self._log(scope, time.perf_counter() - began)
 
-    def _check(self, scope: MutableMapping[str, Any]) -> None:
+    def _check(self, scope: MutableMapping[str, Any], most: int) -> None:
         """Raises Refusal unless the request may come in."""
         headers, rules, path = Headers(scope=scope), self._rules, scope["path"]
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -224,8 +229,8 @@ class Guard:
         if scope.get("method") == "POST" and path.startswith(METERED):
             self.rates.check(scope["state"]["caller"])
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 15 or int(length) > rules.body:
-            raise Refusal(413, "too_large", f"a body of {shown(length, 30)} bytes; expected at most {rules.body}")
+        if not length.isdecimal() or len(length) > 15 or int(length) > most:
+            raise Refusal(413, "too_large", f"a body of {shown(length, 30)} bytes; expected at most {most}")
 
     def _log(self, scope: MutableMapping[str, Any], seconds: float) -> None:
         state, route = scope["state"], getattr(scope.get("route"), "path", "other")
@@ -244,8 +249,8 @@ class Guard:
         """Counts bytes of a body. Raises Refusal if there are too many."""
         self._held += size
         body.held += size
-        if body.held > self._rules.body:
-            raise Refusal(413, "too_large", f"the body has more than {self._rules.body} bytes")
+        if body.held > body.most:
+            raise Refusal(413, "too_large", f"the body has more than {body.most} bytes")
         if self._held > self._rules.bodies:
             self._metrics.rejections.labels("bodies").inc()
             raise Refusal(503, "busy", "too many large requests at once", retry_after=2)
@@ -254,8 +259,8 @@ class Guard:
 class _Body:
     """Passes on the body of a request, counted and not for ever."""
 
-    def __init__(self, guard: Guard, receive: Receive) -> None:
-        self._guard, self._receive = guard, receive
+    def __init__(self, guard: Guard, receive: Receive, most: int) -> None:
+        self._guard, self._receive, self.most = guard, receive, most
         self.held, self._whole = 0, False
 
     async def receive(self) -> Message:

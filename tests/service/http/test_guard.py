@@ -207,6 +207,15 @@ def test_bodies_are_bounded_whether_or_not_they_say_their_length() -> None:
     assert {answer.json()["error"]["code"] for answer in found[:4]} == {"too_large"}
 
 
+def test_only_a_request_with_images_may_be_large() -> None:
+    """What a megabyte of JSON becomes in memory is bound enough for one that has no image."""
+    large = {"content": b"[" + b"0," * 600_000 + b"0]", "headers": {"content-type": "application/json"}}
+    form = {"data": {"prompt": "x"}, "files": {"image": b"x" * 2_000_000}}
+    paths = (GENERATIONS, "/sdapi/v1/txt2img", "/sdapi/v1/options", "/nowhere")
+    found = answers(Rules(), *[("POST", path, large) for path in paths], ("POST", "/v1/images/edits", form))
+    assert [answer.status_code for answer in found] == [413] * 4 + [200]
+
+
 def test_all_bodies_together_are_bounded_and_forgotten_after_the_answer() -> None:
     async def run() -> None:
         service = FakeService(held=True)
