@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,20 +136,6 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 # Features of images
 
 
-class Extractor(Protocol):
-    """A frozen network that features come from."""
-
-    name: str
-    """ "inception" or "small" """
-    path: Path
-    sha256: str
-    width: int
-    """F, of its features"""
-
-    def __call__(self, images: Tensor, *, answers: bool = False) -> tuple[Tensor, Tensor | None]:
-        """uint8 (B, 3, H, W) → features (B, F), and with `answers` log p(class | image) (B, C); fp32."""
-
-
 class Inception:
     """Inception v3 of 2015 as the TorchScript file that FID is defined by in EDM and StyleGAN.
 
@@ -241,6 +227,11 @@ class SmallFeatures:
         x = images.to(self.device).float() / 127.5 - 1
         features = self.net.features(x.contiguous(memory_format=torch.channels_last))
         return features, self.net.head(features).log_softmax(1) if answers else None
+
+
+Extractor = Inception | SmallFeatures
+"""A frozen network that features come from: uint8 (B, 3, H, W) → features (B, F), F being its `width`, and with
+`answers` log p(class | image) (B, C); both fp32"""
 
 
 class ClipScore:
