@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,23 @@ class Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except InvalidInput as error:
-            for parameter in self.params:
-                name = max(parameter.opts, key=len)
-                if parameter.param_type_name == "argument":
-                    name = (getattr(parameter, "metavar", None) or name.upper()).removesuffix("...")
-                if error.field in (parameter.name, name.lower().lstrip("-").replace("-", "_")):
-                    raise error.named(name) from error
-            raise
+        except UserError as error:
+            flags = self._flags()
+            text = str(error)
+            if isinstance(error, InvalidInput) and error.field in flags:
+                text = flags[error.field] + text.removeprefix(error.field)
+            # What a message advises, it calls by the field's name in backquotes.
+            raise UserError(re.sub(r"`(\w+)`", lambda field: flags.get(field[1], field[0]), text)) from error
+
+    def _flags(self) -> dict[str, str]:
+        """Field → how it is given on the command line."""
+        flags = {}
+        for parameter in self.params:
+            flag = max(parameter.opts, key=len)
+            if parameter.param_type_name == "argument":
+                flag = (getattr(parameter, "metavar", None) or flag.upper()).removesuffix("...")
+            flags |= {parameter.name: flag, flag.lower().lstrip("-").replace("-", "_"): flag}
+        return flags
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)

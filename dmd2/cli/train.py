@@ -104,6 +104,7 @@ def train(
         origin=origin(settings, paths),
     )
     if not finished:
+        say("continue with --resume")
         raise typer.Exit(130)
     say(f"done: {folder}")
 

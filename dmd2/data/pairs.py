@@ -171,7 +171,7 @@ def make_pairs_of(
         first_seed=FIRST_SEED,
     )
     _begin(out, config)
-    with locked(out, str(out), STALE):
+    with locked(out, STALE):
         _make_missing(family, family.denoiser(family.teacher_network, compile), out, config, batch)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.terminal import say
 
 LOCK = ".lock"
@@ -20,44 +20,41 @@ STALE_FOLDER = re.compile(r"\.(model|fake_score)\.[a-z0-9_]{8}")  # by tempfile:
 
 
 @contextmanager
-def locked(folder: Path, named: str, stale: re.Pattern[str]) -> Iterator[None]:
+def locked(folder: Path, stale: re.Pattern[str]) -> Iterator[None]:
     """Locks `folder`, made if need be, for this process; removes the files called `stale`, which killed ones left.
 
-    Args:
-        named: what to call it in messages.
-
     Raises:
-        UserError: another process is at work there; nothing can be written there.
+        InvalidInput: of `out`: another process is at work there; nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise UserError(f"{named}: cannot be written to ({error.strerror})") from error
+        raise InvalidInput("out", f"cannot be written to ({error.strerror})", folder) from error
     try:
-        _lock(descriptor, named)
+        _lock(descriptor, folder)
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             _tidy(folder, stale)
         except OSError as error:
-            raise UserError(f"{named}: cannot be written to ({error.strerror})") from error
+            raise InvalidInput("out", f"cannot be written to ({error.strerror})", folder) from error
         yield
     finally:
         os.close(descriptor)  # and the lock with it, as it would be with the process
 
 
-def _lock(descriptor: int, named: str) -> None:
+def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
         who = f"process {owner}" if owner.isdigit() else "another process"
-        raise UserError(f"{named}: {who} is at work there; wait for it, or name another folder") from None
+        raise InvalidInput("out", f"{who} is at work there; wait for it, or name another folder", folder) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-            raise UserError(f"{named}: cannot be locked ({error.strerror})") from error
-        say(f"{named}: this file system knows no locks; start no second process there")
+            raise InvalidInput("out", f"cannot be locked ({error.strerror})", folder) from error
+        say(f"{folder}: this file system knows no locks; start no second process there")
 
 
 def _tidy(folder: Path, stale: re.Pattern[str]) -> None:

@@ -149,7 +149,7 @@ def train(
             return finished
         except OSError as error:
             kept = (
-                "its checkpoint is whole: --resume goes on from there" if checkpoints.exist() else "nothing is kept"
+                "its checkpoint is whole: `resume` goes on from there" if checkpoints.exist() else "nothing is kept"
             )
             where, what = shown(error.filename or out, 300), shown(error.strerror or error)
             raise UserError(f"{where}: {what}; {kept}") from error
@@ -193,7 +193,7 @@ class _Run:
                     last_saved = time.monotonic()
                 if stopped() and done < settings.iterations:
                     logs.line(done)
-                    say(f"stopped at step {done}; continue with --resume (checkpoint: {self.checkpoints.path})")
+                    say(f"stopped at step {done} (checkpoint: {self.checkpoints.path})")
                     return False
                 self._show(logs, done)
         self.guard.check(settings.iterations, finished=True)

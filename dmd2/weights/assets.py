@@ -111,7 +111,7 @@ def obtain(
     if target.is_file() and source is None:
         found = sha256_file(target)
         if expected is None:
-            raise UserError(f"{target}: is there, but {lock} does not list it; use --from {target}, or remove it")
+            raise UserError(f"{target}: is there, but {lock} does not list it; use `from` {target}, or remove it")
         _expect(str(target), found, expected, lock)
         say(f"    there already, sha256 {found}")
         return target

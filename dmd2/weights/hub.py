@@ -107,7 +107,7 @@ def look_up(repository: str, files: Iterable[File], known: Source | None, asked:
             raise UserError(f"{constants.ENDPOINT}: does not answer like a hub; check HF_ENDPOINT") from error
     if known and commit != known.revision:
         raise UserError(
-            f"{repository}: {revision} is now {commit}, recorded is {known.revision}; --update takes the new one"
+            f"{repository}: {revision} is now {commit}, recorded is {known.revision}; `update` takes the new one"
         )
     for file in files:
         file.commit = commit
@@ -130,7 +130,7 @@ def look_up(repository: str, files: Iterable[File], known: Source | None, asked:
 def other_bytes(file: File, served: str) -> str:
     return (
         f"{file.name}: the hub serves sha256 {served} at {file.commit}, recorded is {file.sha256}; "
-        "--update takes the new one"
+        "`update` takes the new one"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -409,6 +411,21 @@ def test_every_field_has_the_name_of_its_flag(
     assert line.startswith("dmd2: -n 0: too few")
     assert "dmd2: OUT.npz out.txt: " in refused(monkeypatch, capsys, "ref-stats", ".", "out.txt")
     assert "dmd2: WEIGHTS nothing: no such" in refused(monkeypatch, capsys, "pairs", "nothing", "out")
+    line = refused(monkeypatch, capsys, "train", "emoji-vae", "--resume", "--out", "nothing")
+    assert line.endswith("--out nothing: holds no checkpoint to resume from; without --resume, a run begins there\n")
+
+
+def test_the_library_names_fields_and_no_flags() -> None:
+    """Which flag a field has, the command line alone knows."""
+    flags = re.compile(r"(?<![\w`-])--[a-z]\w+")
+    for path in (ROOT / "dmd2").rglob("*.py"):
+        if "cli" in path.parts or "service" in path.parts:
+            continue
+        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise))
+        told = [text.value for call in calls for text in ast.walk(call) if isinstance(text, ast.Constant)]
+        for text in told:
+            named = flags.findall(text) if isinstance(text, str) and "scripts/" not in text else []
+            assert named == [], f"{path}: {text}"
 
 
 # As a process of its own

@@ -341,7 +341,7 @@ def test_log_averages_over_its_interval(whole: Path, tmp_path: Path) -> None:
 
 def test_an_existing_run_is_not_overwritten(whole: Path, tmp_path: Path) -> None:
     before = (whole / "checkpoint.pt").read_bytes()
-    with pytest.raises(UserError, match=f"out {whole}: holds a run already; add --resume"):
+    with pytest.raises(UserError, match=f"out {whole}: holds a run already; add `resume`"):
         train(toy(TOY), TOY, whole)
     assert (whole / "checkpoint.pt").read_bytes() == before
 

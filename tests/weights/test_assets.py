@@ -162,7 +162,7 @@ def test_a_failed_download_keeps_the_old_file(server: Server, tmp_path: Path) ->
 
 def test_what_no_lock_lists_is_not_believed(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.bin").write_bytes(CONTENT)
-    refused(lambda: obtain(ASSET, tmp_path, base=server.url), "does not list it", "--from")
+    refused(lambda: obtain(ASSET, tmp_path, base=server.url), "does not list it", "`from`")
     assert obtain(ASSET, tmp_path, source=tmp_path / "file.bin").read_bytes() == CONTENT
     assert obtain(ASSET, tmp_path, base=server.url).read_bytes() == CONTENT and server.asked == []
 

@@ -185,7 +185,9 @@ def check_inputs(mine: Mapping[str, str] | None, theirs: Mapping[str, str] | Non
     for name in sorted(mine.keys() | theirs.keys()):
         now, then = (str(hashes.get(name) or "nothing")[:12] for hashes in (mine, theirs))
         if mine.get(name) != theirs.get(name):
-            raise InvalidInput(name, f"not what this run began with (sha256 {then}, now {now}); name that, or --out")
+            raise InvalidInput(
+                name, f"not what this run began with (sha256 {then}, now {now}); name that, or another `out`"
+            )
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

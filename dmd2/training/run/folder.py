@@ -34,9 +34,9 @@ def check_out(out: Path, resume: bool) -> None:
         raise InvalidInput("out", f"{nearest} cannot be written to", out)
     there = Checkpoints(out).exist()
     if resume and not there:
-        raise InvalidInput("out", "holds no checkpoint to resume from; without --resume, a run begins there", out)
+        raise InvalidInput("out", "holds no checkpoint to resume from; without `resume`, a run begins there", out)
     if there and not resume:
-        raise InvalidInput("out", "holds a run already; add --resume to continue it, or name another folder", out)
+        raise InvalidInput("out", "holds a run already; add `resume` to continue it, or name another folder", out)
     for path in (out / name for name in EXPORTS):
         if path.exists() and path.is_dir() == bool(path.suffix):
             raise UserError(f"{path}: in the way of what the run is going to write there; move it")
@@ -52,6 +52,6 @@ def open_run(out: Path, resume: bool) -> Iterator[None]:
         UserError: see `check_out` and `locked`.
     """
     check_out(out, resume)
-    with locked(out, f"--out {out}", STALE):
+    with locked(out, STALE):
         check_out(out, resume)  # another trainer may have written there until now
         yield

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmd2.runtime.errors import UserError, first_error
+from dmd2.runtime.errors import InvalidInput, UserError, first_error
 from dmd2.runtime.files import read_object, sha256_file
 from dmd2.training.methods.common import Recipe
 from dmd2.training.recipes import resolve
@@ -103,7 +103,7 @@ def begun(recipe: str | None, out: Path) -> Record:
             raise
         record = Record(name=recipe)  # the checkpoint says whether it is that
     if recipe not in (None, record.name):
-        raise UserError(f"recipe {recipe}: --out {out} holds a run of {record.name}")
+        raise InvalidInput("out", f"holds a run of {record.name}, not of {recipe}", out)
     return record
 
 

@@ -127,7 +127,7 @@ def test_second_call_loads_nothing_and_keeps_to_the_recorded_commit(
     assert contents(dest) == before and hub.lines("/resolve/") == []
 
     message = refused(dest, lora=True, revisions={DMD2: "main"})
-    assert moved in message and "--update" in message and contents(dest) == before
+    assert moved in message and "`update`" in message and contents(dest) == before
 
     download(dest, lora=True, update=True)
     assert read_manifest(dest).sources[DMD2].revision == moved
@@ -152,7 +152,7 @@ def test_other_bytes_of_a_small_file_are_refused_and_can_be_taken(hub: Hub, dest
     commit = hub.branches[BASE]["main"]
     hub.commits[commit]["unet/config.json"] += b"\n"
     message = refused(dest, steps=(4,))
-    assert f"{BASE}/unet/config.json" in message and recorded in message and "--update" in message
+    assert f"{BASE}/unet/config.json" in message and recorded in message and "`update`" in message
     assert contents(dest) == before
     download(dest, steps=(4,), update=True)
     assert (dest / "unet" / "config.json").read_bytes() == hub.commits[commit]["unet/config.json"]

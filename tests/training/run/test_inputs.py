@@ -93,7 +93,7 @@ def test_other_data_is_refused_by_name_and_moved_data_is_not(command: Command, t
 def test_another_recipe_s_name_is_refused(command: Command, tmp_path: Path) -> None:
     out = begin(command, tmp_path, "run", stop=1)
     status, text = command("emoji-classifier", "--resume", "--out", out)
-    assert status == 2 and f"--out {out} holds a run of emoji-vae" in text
+    assert status == 2 and f"--out {out}: holds a run of emoji-vae" in text
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"name": 3}', b'{"name": "emoji-vae", "set": 5}', b"\xff"])

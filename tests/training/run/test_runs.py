@@ -431,7 +431,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
         return file
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(UserError, match="No space left on device; its checkpoint is whole: --resume") as error:
+    with pytest.raises(UserError, match="No space left on device; its checkpoint is whole: `resume`") as error:
         resume(out)
     one_line(error)
     monkeypatch.undo()
