@@ -32,7 +32,7 @@ class Verb(TyperCommand):
 
     def _flags(self) -> dict[str, str]:
         """Field → how it is given on the command line."""
-        flags = {}
+        flags: dict[str, str] = {}
         for parameter in self.params:
             flag = max(parameter.opts, key=len)
             if parameter.param_type_name == "argument":
