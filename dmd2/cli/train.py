@@ -38,7 +38,9 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Weights to start from; the embedded ones for recipes of theirs.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Folder of `dmd2 data prompts`, beside its latents.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts; for data=latents a folder of `dmd2 data prompts`.")
+    ] = None,
     classifier: Annotated[Path | None, typer.Option(help="Classifier that scores samples.")] = None,
     student: Annotated[Path | None, typer.Option(help="Student to go on from, for recipes that resume one.")] = None,
     pairs_folder: Annotated[Path | None, typer.Option("--pairs", help="Folder of `dmd2 pairs`, for DMD.")] = None,

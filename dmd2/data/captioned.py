@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,10 +64,10 @@ class CaptionedImages:
         """Of the images' names, in order: what tells one set from another at once."""
         return hashlib.sha256(json.dumps([item.name for item in self._items]).encode()).hexdigest()
 
-    def captions(self, rows: range) -> list[str]:
+    def captions(self, rows: Iterable[int]) -> list[str]:
         return [self._caption(self._items[i]) for i in rows]
 
-    def images(self, rows: range, size: tuple[int, int]) -> Tensor:
+    def images(self, rows: Iterable[int], size: tuple[int, int]) -> Tensor:
         """uint8 (B, 3, H, W): scaled to cover `size` (width, height), what juts out cut off evenly."""
         return torch.stack([self._image(self._items[i], size) for i in rows])
 

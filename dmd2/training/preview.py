@@ -67,7 +67,7 @@ class CaptionPreview:
 
 
 class RowsPreview:
-    """Images of texts that were encoded before the run: the first ones of its data."""
+    """Images of the first texts of a run's data, as captions or encoded before."""
 
     scores = False
 

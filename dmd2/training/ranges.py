@@ -51,7 +51,7 @@ Alpha = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False), NUMBER]
 """a LoRA's strength, divided by its rank"""
 Levels = Annotated[tuple[Level, ...], Field(max_length=64)]
 Timesteps = Annotated[tuple[Timestep, ...], Field(max_length=1000)]
-DataName = Literal["emoji", "images", "latents"]
+DataName = Literal["emoji", "images", "latents", "prompts"]
 """where batches come from: see `SOURCES` in `dmd2.training.sources`"""
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")]

@@ -10,8 +10,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dmd2.data.captioned import CaptionedImages
 from dmd2.data.embeddings import TEXT, VAE, sha256_of
 from dmd2.data.images import ImageSet
+from dmd2.data.prompts import read_prompts
 from dmd2.data.shards import Shards, batch_rows
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.emoji.scores import EmojiClassifier
@@ -22,6 +24,9 @@ from dmd2.runtime.terminal import say
 from dmd2.training.parallel.group import ALONE, Parallel
 from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview, RowsPreview
 from dmd2.weights.manifest import read_manifest
+
+PREVIEWED = 16
+"""texts whose images a run shows"""
 
 
 @dataclass(frozen=True)
@@ -226,12 +231,64 @@ class LatentSource:
         return batch_rows(len(shards), n, seed, step)[self.inputs.rows(n)]
 
     def preview(self) -> Preview:
-        return RowsPreview(self.family.embedded(_texts(self.prompts.rows(torch.arange(min(16, len(self.prompts)))))))
+        return RowsPreview(
+            self.family.embedded(_texts(self.prompts.rows(torch.arange(min(PREVIEWED, len(self.prompts))))))
+        )
+
+
+class PromptSource:
+    """Prompts from a file, and real images with captions where the method needs some.
+
+    What is generated are the prompts, or without any the captions of the images.
+    """
+
+    defaults: ClassVar[Mapping[str, Path]] = {}
+    precomputed: ClassVar = False
+
+    def __init__(self, inputs: Inputs, family: Family, needs_images: bool) -> None:
+        if family.takes_classes:
+            told = f"{family.name} takes classes, not captions; expected data=images"
+            raise InvalidInput("set", told, "data=prompts")
+        self.rows, (_, height, width) = inputs.rows, family.shape
+        self.size = width * family.codec.factor, height * family.codec.factor
+        path, images = inputs.get("prompts"), inputs.get("data")
+        if needs_images and images is None:
+            raise InvalidInput("data", "missing; this recipe learns from real images with captions, too")
+        if path is None and images is None:
+            raise InvalidInput("prompts", "missing; expected a file of prompts: text, .jsonl, .parquet or .pkl")
+        self.images = None if images is None else CaptionedImages(images)
+        found = [] if self.images is None else self.images.captions(range(len(self.images)))
+        self.prompts = [text for text in found if text] if path is None else read_prompts(path)
+        if not self.prompts:
+            raise DataError("has no captions; expected some, or --prompts", images or "prompts")
+
+    def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
+        """Real images are others than those whose captions are generated, but where they are `paired`."""
+        lesson = self.lesson(n, seed=seed, step=step, freedom=1.0) if images else None
+        if lesson is not None and paired:
+            return lesson
+        rows = batch_rows(len(self.prompts), n, seed + 1, step)[self.rows(n)]
+        return replace(lesson or Examples(None), labels=[self.prompts[i] for i in rows.tolist()])
+
+    def lesson(self, n: int, *, seed: int, step: int, freedom: float) -> Examples:
+        if self.images is None:
+            raise InvalidInput("data", "missing; this recipe learns from real images with captions")
+        rows = batch_rows(len(self.images), n, seed, step)[self.rows(n)].tolist()
+        captions = self.images.captions(rows)
+        return Examples(captions, self.images.images(rows, self.size), captions)
+
+    def preview(self) -> Preview:
+        return RowsPreview(self.prompts[:PREVIEWED])
 
 
 def _texts(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in rows.items() if name != "latents"}
 
 
-SOURCES: dict[str, type[Source]] = {"emoji": EmojiSource, "images": ImageSource, "latents": LatentSource}
+SOURCES: dict[str, type[Source]] = {
+    "emoji": EmojiSource,
+    "images": ImageSource,
+    "latents": LatentSource,
+    "prompts": PromptSource,
+}
 """by what a recipe's `data` says"""

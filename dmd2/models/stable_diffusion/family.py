@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,11 @@ class StableDiffusionFamily:
         if isinstance(labels, TextCondition):
             return labels
         if not isinstance(network, nn.ModuleDict):
-            return self.encode_text(labels, self.size).to(self.device)
+            window = self.encode_text.tokenizers[0].model_max_length
+            cond = self.encode_text(labels, self.size).to(self.device)
+            # Of a long text the first window, as in the published runs and in `dmd2 data prompts`: what a text is to
+            # the networks then does not depend on how long the others of its batch are.
+            return replace(cond, context=cond.context[:, :window])
         encode = TextEncoder(self.encode_text.tokenizers, [network["text_encoder"], network["text_encoder_2"]])
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return encode(labels, self.size)

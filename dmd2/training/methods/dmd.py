@@ -66,9 +66,7 @@ class DmdRecipe(Distillation):
             kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2),
             kit.optimizer(self.optimizer, kit.fake_score, self.lr_critic, self.beta2),
         )
-        distance = regression_distance(
-            kit.inputs.get("lpips"), kit.inputs.device, rgb_of(kit.family, self.decoder, self.checkpointing)
-        )
+        distance = distance_of(kit, self.decoder, self.checkpointing)
         modules = kit.student, kit.fake_score
         weights = self.regression_weight, self.guidance_scale
         numbers = (kit.sigmas[0], distance, *weights)
@@ -120,9 +118,11 @@ def pairs_of(family: Family, inputs: Inputs, n: int, seed: int) -> Callable[[int
     return lambda step: pairs.batch(n, seed=seed, step=step, rows=inputs.rows(n), device=inputs.device)
 
 
-def rgb_of(family: Family, decoder: str, one_by_one: bool) -> Callable[[Tensor], Tensor]:
-    """What LPIPS sees x0 by."""
-    return family.to_rgb if decoder == "kl" and not one_by_one else family.rgb(decoder, one_by_one)
+def distance_of(kit: Kit, decoder: str, one_by_one: bool) -> Distance:
+    """LPIPS, if it is given, of what a decoder makes of x0."""
+    path, plain = kit.inputs.get("lpips"), decoder == "kl" and not one_by_one
+    to_rgb = kit.family.to_rgb if plain or path is None else kit.family.rgb(decoder, one_by_one)
+    return regression_distance(path, kit.inputs.device, to_rgb)
 
 
 def regression_distance(

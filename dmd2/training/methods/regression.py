@@ -17,7 +17,7 @@ from dmd2.models.family import Family
 from dmd2.training.distil import Distillation
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.methods.common import Kit, OptimizerName
-from dmd2.training.methods.dmd import pairs_of, regression_distance, rgb_of
+from dmd2.training.methods.dmd import distance_of, pairs_of
 from dmd2.training.ranges import Decay
 from dmd2.training.sources import Inputs
 
@@ -42,9 +42,7 @@ class RegressionRecipe(Distillation):
         return pairs_of(family, inputs, self.loop.batch_size, self.loop.seed)
 
     def phases(self, kit: Kit) -> list[Phase]:
-        distance = regression_distance(
-            kit.inputs.get("lpips"), kit.inputs.device, rgb_of(kit.family, self.decoder, self.checkpointing)
-        )
+        distance = distance_of(kit, self.decoder, self.checkpointing)
         student, sigma = kit.networks.student, kit.sigmas[0]
 
         def loss(batch: Batch) -> tuple[Tensor, Logs]:

@@ -33,6 +33,53 @@ def _gdd(name: str, data: str, init: str, fid: str) -> dict[str, Note]:
     return {f"{name}-gdd": Note("GDD", EDM, data, takes), f"{name}-gdd-i": with_freezing}
 
 
+_SD15, _SDXL, _PROMPTS = "sd15", "sdxl", "prompts"
+_IMAGES = "prompts, and real images with captions"
+_CARD = "one card: one frozen network and two LoRAs on it; ours"
+_OF_DMD, _OF_DMD2 = "(DMD, 2311.18828)", "(DMD2, 2405.14867)"
+
+STABLE_DIFFUSION: dict[str, Note] = {
+    "sd15-dmd": Note(
+        "DMD", _SD15, _PROMPTS, "500,000 --pairs by pndm 50 at guidance 3; --lpips", f"COCO-30k FID 11.49 {_OF_DMD}"
+    ),
+    "sd15-dmd-cfg8": Note(
+        "DMD",
+        _SD15,
+        _PROMPTS,
+        "12 million --pairs by pndm 50 at guidance 8; --lpips",
+        f"COCO-30k FID 14.93 {_OF_DMD}",
+    ),
+    "sd15-dmd2": Note("DMD2 without GAN, 1 step", _SD15, _PROMPTS, "SD 1.5 as --init", f"COCO FID 9.28 {_OF_DMD2}"),
+    "sd15-dmd2-gan": Note(
+        "DMD2 with GAN, 1 step", _SD15, _IMAGES, "the model of sd15-dmd2 as --student", f"COCO FID 8.35 {_OF_DMD2}"
+    ),
+    "sdxl-regression": Note("regression", _SDXL, _PROMPTS, "10,000 --pairs by euler-trailing at guidance 8; --lpips"),
+    "sdxl-dmd2-1step": Note(
+        "DMD2 with GAN, 1 step",
+        _SDXL,
+        _IMAGES,
+        "the model of sdxl-regression as --student",
+        f"COCO FID 19.01, patch FID 26.98, CLIP score .336 {_OF_DMD2}",
+    ),
+    "sdxl-dmd2-4step": Note(
+        "DMD2 with GAN, 4 steps",
+        _SDXL,
+        _IMAGES,
+        "57 hours of 64 A100 (published)",
+        f"COCO FID 19.32, patch FID 20.86, CLIP score .332 {_OF_DMD2}",
+    ),
+    "sdxl-dmd2-4step-lora": Note(
+        "DMD2 with GAN, 4 steps, LoRA",
+        _SDXL,
+        _IMAGES,
+        "63 hours of 64 A100 (published)",
+        f"COCO FID 19.68 {_OF_DMD2}",
+    ),
+    "sd15-dmd2-low-memory": Note("DMD2 without GAN, 1 step, LoRAs", _SD15, _PROMPTS, _CARD),
+    "sdxl-dmd2-1step-low-memory": Note("DMD2 with GAN, 1 step, LoRAs", _SDXL, _IMAGES, _CARD),
+    "sdxl-dmd2-4step-low-memory": Note("DMD2 with GAN, 4 steps, LoRAs", _SDXL, _IMAGES, _CARD),
+}
+
 NOTES: dict[str, Note] = {
     "emoji-vae": Note("autoencoder", EMOJI, SCENES, "1 core hour"),
     "emoji-classifier": Note("classifier", EMOJI, SCENES, "0.3 core hours"),
@@ -52,6 +99,20 @@ NOTES: dict[str, Note] = {
     "cifar10-uncond-teacher": Note(
         "denoising", EDM, CIFAR, "200 million images", "FID 1.97 with Heun 18 (Karras et al. 2022, table 7)"
     ),
+    **{
+        f"{name}-teacher": Note(
+            "denoising", EDM, data, f"{mimg} million images", f"FID {fid} (Karras et al. 2022, {table})"
+        )
+        for name, data, mimg, fid, table in (
+            ("cifar10-ve", CIFAR, 200, "1.79 with Heun 18", "table 2"),
+            ("cifar10-uncond-ve", CIFAR, 200, "1.98 with Heun 18", "table 2"),
+            ("ffhq", "FFHQ 64x64", 200, "2.39 with Heun 40", "table 2"),
+            ("ffhq-ve", "FFHQ 64x64", 200, "2.53 with Heun 40", "table 2"),
+            ("afhqv2", "AFHQv2 64x64", 200, "1.96 with Heun 40", "table 2"),
+            ("afhqv2-ve", "AFHQv2 64x64", 200, "2.16 with Heun 40", "table 2"),
+            ("imagenet64", IMAGENET, 2500, "1.36 with Heun 256 and churn", "sec. 5"),
+        )
+    },
     "cifar10-dmd": Note(
         "DMD", EDM, CIFAR, f"--init {_COND}; 100,000 --pairs by Heun 18", f"FID 2.66, with L2 2.78 ({_DMD})"
     ),
@@ -75,6 +136,13 @@ NOTES: dict[str, Note] = {
         f"--init {_COND}",
         "FID 1.99 with FastGen, whose method differs in parts (FastGen)",
     ),
+    "imagenet64-dmd2-fastgen": Note(
+        "DMD2 with GAN",
+        EDM,
+        IMAGENET,
+        f"--init {_ADM}",
+        "FID 1.12 with FastGen, whose method differs in parts (FastGen)",
+    ),
     **_gdd("cifar10", CIFAR, "edm-cifar10-32x32-uncond-ve or -cond-ve", "1.54"),
     **_gdd("afhqv2", "AFHQv2 64x64", "edm-afhqv2-64x64-uncond-ve", "1.23"),
     **_gdd("ffhq", "FFHQ 64x64", "edm-ffhq-64x64-uncond-ve", "0.85"),
@@ -82,6 +150,7 @@ NOTES: dict[str, Note] = {
     "lora-dmd2": Note(
         "DMD2 as a LoRA, 4 steps", "sdxl or sd15", "`dmd2 data prompts`, `latents`", "any teacher as --init"
     ),
+    **STABLE_DIFFUSION,
 }
 
 
