@@ -56,14 +56,16 @@ def _small_previews(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "fields"),
+    ("inputs", "method", "fields"),
     [
-        ("dmd2-gan", LORA),
-        ("dmd2-gan", SHARED | {"checkpointing": True}),
-        ("dmd", SHARED),
-        ("gdd", LORA),
+        ("sdxl", "dmd2-gan", SHARED | {"checkpointing": True}),
+        ("sd15", "dmd2-gan", SHARED | {"checkpointing": True}),
+        ("sd15", "dmd2-gan", LORA),
+        ("sd15", "dmd", SHARED),
+        ("sd15", "gdd", LORA),
     ],
-    ids=["dmd2-gan-lora", "dmd2-gan-adapters", "dmd-adapters", "gdd-lora"],
+    ids=["sdxl-adapters", "sd15-adapters", "sd15-lora", "sd15-dmd-adapters", "sd15-gdd-lora"],
+    indirect=["inputs"],
 )
 def test_trains_resumes_to_the_bit_and_serves_the_lora(
     method: str, fields: dict[str, Any], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,6 +99,7 @@ def test_trains_resumes_to_the_bit_and_serves_the_lora(
     assert images[0] != images[1]
 
 
+@pytest.mark.parametrize("inputs", ["sd15"], indirect=True)
 def test_only_loras_are_trained_and_averaged(inputs: Inputs) -> None:
     made = recipe("dmd2", **SHARED).method(inputs)
     generator, critic = (phase.module for phase in made.phases)
@@ -128,6 +131,7 @@ def test_checkpointing_changes_no_step(inputs: Inputs) -> None:
         assert results[1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize("inputs", ["sd15"], indirect=True)
 def test_both_loras_go_on(inputs: Inputs, tmp_path: Path) -> None:
     first = recipe("dmd2", **SHARED)
     run(first, inputs, tmp_path / "first", 1)
