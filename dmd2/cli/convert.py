@@ -32,7 +32,7 @@ def student(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A UNet in one .bin or .safetensors, as DMD2's.")],
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the model that it was distilled from.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
-    steps: Annotated[int, typer.Option(help="That it was distilled for: 1 or 4.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps that it was distilled for: 1 or 4.")] = 4,
 ) -> None:
     """Make a folder of weights of a student's UNet in one file."""
     from dmd2.models.stable_diffusion.students import import_student
@@ -79,7 +79,7 @@ def sdxl(
     teacher: Annotated[
         bool, typer.Option("--teacher", help="The checkpoint is not distilled; to train from.")
     ] = False,
-    guidance_scale: Annotated[float, typer.Option(help="Of a teacher.")] = 8.0,
+    guidance_scale: Annotated[float, typer.Option(help="Guidance scale of a teacher's samples.")] = 8.0,
 ) -> None:
     """Make a four-step student of an SDXL checkpoint and a LoRA; or a teacher, to distil."""
     if len(paths) not in (2, 3):

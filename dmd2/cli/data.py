@@ -69,7 +69,7 @@ def pairs(
     steps: Annotated[int, typer.Option(help="Steps of the teacher's sampler for each pair.")] = 18,
     batch: Annotated[int, typer.Option(help="Pairs made at once.")] = 100,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text, one prompt a line, for the teacher of a text-to-image model.")
+        Path | None, typer.Option(help="Prompts, as for `data prompts`, for the teacher of a text-to-image model.")
     ] = None,
     solver: Annotated[
         str,
@@ -79,19 +79,20 @@ def pairs(
         float | None, typer.Option(help="Guidance scale; that of the teacher's samples unless given.")
     ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    part: PART = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
 ) -> None:
     """Make noise-image pairs for DMD with the teacher's deterministic sampler. Run again to continue."""
     from dmd2.data.pairs import make_pairs
     from dmd2.data.prompts import read_prompts
+    from dmd2.data.shards import Part
     from dmd2.inference.engine import resolve_device
-    from dmd2.runtime.terminal import say
 
     texts = [] if prompts is None else read_prompts(prompts)
     where = resolve_device(device)
-    given: dict[str, Any] = {"solver": solver, "guidance_scale": guidance}
-    make_pairs(weights, out, count, steps, batch, where, prompts=texts, compile=compile, **given)
-    say(f"done: {count} pairs in {out}")
+    given: dict[str, Any] = {"solver": solver, "guidance_scale": guidance, "part": Part.parse(part)}
+    whole = make_pairs(weights, out, count, steps, batch, where, prompts=texts, compile=compile, **given)
+    _done(out, f"{count} pairs", whole)
 
 
 def _done(out: Path, what: str, whole: bool) -> None:

@@ -43,7 +43,7 @@ def train(
     ] = None,
     classifier: Annotated[Path | None, typer.Option(help="Classifier that scores samples.")] = None,
     student: Annotated[Path | None, typer.Option(help="Student to go on from, for recipes that resume one.")] = None,
-    pairs_folder: Annotated[Path | None, typer.Option("--pairs", help="Folder of `dmd2 pairs`, for DMD.")] = None,
+    pairs_folder: Annotated[Path | None, typer.Option("--pairs", help="Folder of `data pairs`, for DMD.")] = None,
     lpips: Annotated[
         Path | None, typer.Option(help="TorchScript VGG16 (vgg16.pt) for DMD's regression; L2 without it.")
     ] = None,

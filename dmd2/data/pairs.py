@@ -2,7 +2,7 @@
 
 There is no S_churn here: with noise added on the way, an image would not follow from the noise it is paired with.
 
-A folder holds `pairs.json` and shards of equal size. Of the noise only seeds are kept: `seeded_noise` makes it anew.
+A folder is a set of rows (`dmd2.data.shards`). Of the noise only seeds are kept: `seeded_noise` makes it anew.
 Images are kept in fp16: rounding moves a pixel by less than 1/2000 of the range, where uint8 would move it by 1/500
 and clip what the teacher generated beyond the range; and any x0 fits, latents too.
 """
@@ -10,81 +10,57 @@ and clip what the teacher generated beyond the range; and any x0 fits, latents t
 from __future__ import annotations
 
 import hashlib
-import re
-import sys
-from codecs import BOM_UTF8
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
+from dmd2.data.prompts import MOST_BYTES
+from dmd2.data.shards import MOST_ROWS, Column, Index, Part, Rows, Shards, make_shards
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.models.family import SOLVERS, TEACHERS, Family, open_family
 from dmd2.runtime.errors import DataError, InvalidInput, first_error, shown
-from dmd2.runtime.files import atomic_text
-from dmd2.runtime.locks import locked
-from dmd2.runtime.tensors import save_tensors
-from dmd2.runtime.terminal import Terminal
+from dmd2.runtime.files import atomic_bytes, read_bounded
 
-PAIRS_FILE = "pairs.json"
-STALE = re.compile(r"\.pairs(\.json|-\d{5,}\.safetensors)\.[0-9a-f]{8}\.tmp")
+PROMPTS_FILE = "prompts.json"
+"""of a text-to-image teacher's pairs: its prompts in turn; `labels` count them"""
 FIRST_SEED = 2**31
 """PyTorch's CPU generator uses 32 bits of a seed: the upper half is for pairs, so that a student that is judged by
 seeds from 0 on is never judged by noise that it was shown."""
-MOST = 2**31
+MOST = MOST_ROWS
 SHARD = 1000
 """pairs in a shard: what a stop costs at most"""
 
 
-class PairsConfig(BaseModel):
-    """`pairs.json`: what the pairs are and who made them."""
+class Made(BaseModel):
+    """What the index says of how pairs were made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     teacher: str
     """sha256 of its weights"""
-    count: int = Field(ge=1, le=MOST)
     steps: int = Field(ge=1, le=1000)
     """of the solver"""
-    solver: Literal["teacher", "pndm", "euler-trailing"] = "teacher"
+    solver: str
     """see `dmd2.models.family.SOLVERS`; EDM's own is Heun's method (Karras et al. 2022, algorithm 1)"""
-    shape: tuple[int, int, int]
-    """channels, height, width"""
     classes: int = Field(ge=0)
-    prompts: list[str] = []
-    """of a text-to-image teacher, which takes them in turn; `labels` count them"""
+    prompts: str = ""
+    """sha256 of `PROMPTS_FILE`"""
     guidance_scale: float = 1.0
-    shard: int = Field(ge=1)
-    """pairs in each file but the last"""
     first_seed: int = Field(ge=0, lt=2**32)
-
-    def shards(self) -> list[tuple[str, range]]:
-        """Each file's name and its pairs."""
-        starts = range(0, self.count, self.shard)
-        return [(f"pairs-{k:05d}.safetensors", self.rows(k, start)) for k, start in enumerate(starts)]
-
-    def rows(self, k: int, start: int) -> range:
-        return range(start, min(start + self.shard, self.count))
 
     def seeds(self, pairs: range) -> Tensor:
         """int64 (n,)"""
         return torch.arange(pairs.start, pairs.stop) + self.first_seed
 
-    def labels(self, pairs: range) -> Tensor:
-        """int64 (n,): all classes (or prompts) alike, in turn; −1 where there are none."""
-        index = torch.arange(pairs.start, pairs.stop)
-        kinds = self.classes or len(self.prompts)
-        return index % kinds if kinds else torch.full_like(index, -1)
 
-    def condition(self, family: Family, labels: Tensor) -> Cond:
-        return family.condition([self.prompts[i] for i in labels.tolist()] if self.prompts else labels)
+def _condition(family: Family, prompts: Sequence[str], labels: Tensor) -> Cond:
+    return family.condition([prompts[i] for i in labels.tolist()] if prompts else labels)
 
 
 def make_pairs(
@@ -100,10 +76,10 @@ def make_pairs(
     compile: bool = False,
     solver: str = TEACHERS,
     guidance_scale: float | None = None,
-) -> None:
-    """Makes the shards that `out` lacks, with a progress bar.
+    part: Part | None = None,
+) -> bool:
+    """Makes the shards of `part` that `out` lacks, and says whether all are there now. See `make_shards`.
 
-    Each shard appears whole or not at all, so the work may be stopped at any time, and goes on where it stopped.
     With the same batch size on the same machine the files are the same to the bit, stopped or not.
 
     Args:
@@ -120,7 +96,7 @@ def make_pairs(
         guidance_scale: of a text-to-image teacher; None for that of its own samples.
 
     Raises:
-        UserError: the weights are no teacher; `out` holds other pairs; a shard in it is broken.
+        UserError: the weights are no teacher; `out` holds something else.
     """
     if not 1 <= count <= MOST:
         raise InvalidInput("count", f"expected 1 to {MOST}", count)
@@ -135,8 +111,8 @@ def make_pairs(
     if guidance_scale is not None and not 0 <= guidance_scale <= 100:
         raise InvalidInput("guidance", "expected 0 to 100", guidance_scale)
     family = open_family(weights, torch.device(device), "fp32")
-    given: dict[str, Any] = {"solver": solver, "guidance_scale": guidance_scale}
-    make_pairs_of(family, out, count, steps, batch, prompts=prompts, shard=shard, compile=compile, **given)
+    given: dict[str, Any] = {"solver": solver, "guidance_scale": guidance_scale, "part": part}
+    return make_pairs_of(family, out, count, steps, batch, prompts=prompts, shard=shard, compile=compile, **given)
 
 
 def make_pairs_of(
@@ -151,103 +127,47 @@ def make_pairs_of(
     compile: bool = False,
     solver: str = TEACHERS,
     guidance_scale: float | None = None,
-) -> None:
+    part: Part | None = None,
+) -> bool:
     """As `make_pairs`, of a teacher that is open already."""
     if bool(prompts) == family.takes_classes:
         expected = "expected none for a teacher of classes" if prompts else "missing; this teacher takes prompts"
         raise InvalidInput("prompts", expected)
     if guidance_scale is not None and family.takes_classes:
         raise InvalidInput("guidance", "expected none for a teacher of classes", guidance_scale)
-    config = PairsConfig(
+    listed = json.dumps(list(prompts), ensure_ascii=False).encode() if prompts else b""
+    made = Made(
         teacher=family.sha256,
-        count=count,
         steps=steps,
-        solver=solver,  # type: ignore[arg-type]
-        shape=family.shape,
+        solver=solver,
         classes=family.classes,
-        prompts=list(prompts),
-        guidance_scale=family.guidance_scale if guidance_scale is None else guidance_scale,
-        shard=shard,
+        prompts=hashlib.sha256(listed).hexdigest() if prompts else "",
+        guidance_scale=float(family.guidance_scale if guidance_scale is None else guidance_scale),
         first_seed=FIRST_SEED,
     )
-    _begin(out, config)
-    with locked(out, STALE):
-        _make_missing(family, family.denoiser(family.teacher_network, compile), out, config, batch)
+    number = Column(dtype="int64", shape=[])
+    columns = {"images": Column(dtype="float16", shape=list(family.shape)), "labels": number, "seeds": number}
+    index = Index(kind="pairs", count=count, shard=shard, columns=columns, made=made.model_dump())
+    teacher, kinds = family.denoiser(family.teacher_network, compile), family.classes or len(prompts)
 
+    def make(pairs: range) -> Rows:
+        rows = torch.arange(pairs.start, pairs.stop)
+        labels = rows % kinds if kinds else torch.full_like(rows, -1)  # all classes (or prompts) alike, in turn
+        cond = _condition(family, prompts, labels)
+        images = _generate(family, teacher, made, made.seeds(pairs), cond)
+        return {"images": images.half(), "labels": labels, "seeds": made.seeds(pairs)}
 
-def _make_missing(family: Family, teacher: Denoiser, out: Path, config: PairsConfig, batch: int) -> None:
-    missing = [(name, pairs) for name, pairs in config.shards() if not _is_there(out / name, config, pairs)]
-    terminal, done = Terminal(sys.stderr), config.count - sum(len(pairs) for _, pairs in missing)
-    interval = 0.5 if terminal.isatty() else 30
-    with tqdm(total=config.count, initial=done, unit="pair", mininterval=interval, file=terminal) as bar:
-        for name, pairs in missing:
-            images = []
-            for start in range(pairs.start, pairs.stop, batch):
-                part = range(start, min(start + batch, pairs.stop))
-                images.append(_generate(family, teacher, config, part).half().cpu())
-                bar.update(len(part))
-            tensors = {"images": torch.cat(images), "labels": config.labels(pairs), "seeds": config.seeds(pairs)}
-            save_tensors(tensors, out / name)
-
-
-def _is_there(path: Path, config: PairsConfig, pairs: range) -> bool:
-    if path.exists():
-        _load(path, config, pairs)
-    return path.exists()
+    whole = make_shards(out, index, make, batch, part=part)
+    if prompts and not (out / PROMPTS_FILE).is_file():  # the index has its sum; each part would write the same
+        atomic_bytes(out / PROMPTS_FILE, listed)
+    return whole
 
 
 @torch.no_grad()
-def _generate(family: Family, teacher: Denoiser, config: PairsConfig, pairs: range) -> Tensor:
-    noise = seeded_noise(config.seeds(pairs).tolist(), config.shape, teacher.sigmas.device)
-    cond = config.condition(family, config.labels(pairs))
-    own = () if config.solver == TEACHERS else (config.solver,)
-    return family.sample(teacher, cond, noise, config.steps, config.guidance_scale, *own)
-
-
-def _begin(out: Path, config: PairsConfig) -> None:
-    """Writes `pairs.json`, or compares with the one that is there."""
-    if (out / PAIRS_FILE).exists():
-        there = _read_config(out)
-        for field in PairsConfig.model_fields:
-            old, new = getattr(there, field), getattr(config, field)
-            if old != new:
-                raise DataError(f"holds other pairs, whose {field} is {old}, not {new}; name another folder", out)
-        return
-    # Hidden: what a process that was killed while writing the first file may have left.
-    if out.exists() and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
-        raise DataError("exists already and holds no pairs; expected a new or empty folder", out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot be made a folder ({error.strerror})", out) from error
-    atomic_text(out / PAIRS_FILE, config.model_dump_json(indent=2) + "\n")
-
-
-def _read_config(folder: Path) -> PairsConfig:
-    path = folder / PAIRS_FILE
-    if not path.is_file():
-        raise DataError(f"holds no {PAIRS_FILE}; `dmd2 pairs` makes such a folder", folder)
-    try:
-        return PairsConfig.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))
-    except ValidationError as error:
-        raise DataError(f"{first_error(error)}", path) from None
-
-
-def _load(path: Path, config: PairsConfig, pairs: range) -> dict[str, Tensor]:
-    """A shard, mapped into memory: pages are read when they are looked at."""
-    if not path.is_file():
-        raise DataError("missing; `dmd2 pairs` with the same arguments makes what lacks", path)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise DataError(f"truncated or damaged ({error}); delete it and run `dmd2 pairs` again", path) from None
-    expected = {"images": (len(pairs), *config.shape), "labels": (len(pairs),), "seeds": (len(pairs),)}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        raise DataError(f"holds {found}; expected {expected}", path)
-    if not torch.equal(tensors["seeds"], config.seeds(pairs)):
-        raise DataError(f"holds other seeds than {config.first_seed + pairs.start} and on", path)
-    return tensors
+def _generate(family: Family, teacher: Denoiser, made: Made, seeds: Tensor, cond: Cond) -> Tensor:
+    noise = seeded_noise(seeds.tolist(), family.shape, teacher.sigmas.device)
+    own = () if made.solver == TEACHERS else (made.solver,)
+    return family.sample(teacher, cond, noise, made.steps, made.guidance_scale, *own)
 
 
 @dataclass(frozen=True)
@@ -265,7 +185,7 @@ class Pairs:
     """A folder of pairs to train on.
 
     Args:
-        folder: made by `dmd2 pairs`, all of it.
+        folder: made by `dmd2 data pairs`, all of it.
         family: the teacher that is distilled.
 
     Raises:
@@ -273,18 +193,21 @@ class Pairs:
     """
 
     def __init__(self, folder: Path, family: Family) -> None:
-        self.config = config = _read_config(folder)
-        self._family = family
-        if config.teacher != family.sha256:
-            made = f"made by another teacher, with sha256 {config.teacher}"
-            raise DataError(f"{made}; {family.name} has {family.sha256}", folder)
-        shards = [_load(folder / name, config, pairs) for name, pairs in config.shards()]
-        self._images = [shard["images"] for shard in shards]
-        self._seeds = torch.cat([shard["seeds"] for shard in shards])
-        self._labels = torch.cat([shard["labels"] for shard in shards])
+        self._shards, self._family = Shards(folder, "pairs"), family
+        try:
+            made = Made.model_validate(self._shards.index.made)
+        except ValidationError as error:
+            raise DataError(f"made: {first_error(error)}", folder) from None
+        if made.teacher != family.sha256:
+            told = f"made by another teacher, with sha256 {shown(made.teacher, 64)}"
+            raise DataError(f"{told}; {family.name} has {family.sha256}", folder)
+        images = self._shards.index.columns.get("images")
+        if images is None or images.shape != list(family.shape):
+            raise DataError(f"holds no images of {list(family.shape)}, as {family.name} makes them", folder)
+        self.made, self._prompts = made, _prompts(folder, made.prompts) if made.prompts else []
 
     def __len__(self) -> int:
-        return self.config.count
+        return len(self._shards)
 
     def batch(
         self, n: int, *, seed: int, step: int, rows: slice = slice(None), device: torch.device | str = "cpu"
@@ -293,8 +216,15 @@ class Pairs:
         digest = hashlib.sha256(f"regression {seed} {step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         chosen = torch.randint(len(self), (n,), generator=generator)[rows]
-        places = [divmod(i, self.config.shard) for i in chosen.tolist()]
-        images = torch.stack([self._images[shard][row] for shard, row in places])
-        noise = seeded_noise(self._seeds[chosen].tolist(), self.config.shape, device)
-        cond = self.config.condition(self._family, self._labels[chosen])
-        return RegressionPairs(noise, images.to(device).float(), cond)
+        found = self._shards.rows(chosen)
+        noise = seeded_noise(found["seeds"].tolist(), self._family.shape, device)
+        cond = _condition(self._family, self._prompts, found["labels"])
+        return RegressionPairs(noise, found["images"].to(device).float(), cond)
+
+
+def _prompts(folder: Path, checksum: str) -> list[str]:
+    path = folder / PROMPTS_FILE
+    listed = read_bounded(path, MOST_BYTES, shown(path, 500))
+    if hashlib.sha256(listed).hexdigest() != checksum:
+        raise DataError("is not what the pairs were made of; delete it and run `dmd2 data pairs` again", path)
+    return [str(prompt) for prompt in json.loads(listed)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from torch import nn
 
 import dmd2.cli
 from dmd2.data.pairs import FIRST_SEED, Pairs, make_pairs
+from dmd2.data.shards import INDEX, Part, read_index
 from dmd2.diffusion.noise import seeded_noise
 from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.edm.folder import load_edm, save_edm
@@ -76,7 +76,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def test_pairs_are_what_the_teacher_s_sampler_draws_from_their_seeds(teacher: Path, whole: Path) -> None:
     names = [f"pairs-0000{k}.safetensors" for k in range(3)]
-    assert list(shards(whole)) == [*names, "pairs.json"]
+    assert list(shards(whole)) == ["index.json", *names]
     denoiser = load_edm(teacher, "cpu")
     seen = 0
     for name in names:
@@ -116,13 +116,13 @@ def test_after_a_kill_the_rest_is_made_and_every_byte_is_the_same(teacher: Path,
         [sys.executable, "-c", script, str(teacher), str(out)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 600
-    while not (out / "pairs-00000.safetensors").exists() and time.monotonic() < deadline:
+    while not ((out / INDEX).exists() and read_index(out).files) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     begun = shards(out)
     assert "pairs-00000.safetensors" in begun and "pairs-00002.safetensors" not in begun
-    with pytest.raises(UserError, match=r"missing; `dmd2 pairs`"):
+    with pytest.raises(UserError, match=r"lacks 2 of 3 files, such as pairs-00001"):
         Pairs(out, opened(teacher))
     kept = (out / "pairs-00000.safetensors").stat().st_mtime_ns
 
@@ -132,22 +132,21 @@ def test_after_a_kill_the_rest_is_made_and_every_byte_is_the_same(teacher: Path,
     Pairs(out, opened(teacher))
 
 
-def test_one_process_makes_pairs_and_what_killed_ones_left_is_removed(
-    teacher: Path, whole: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "pairs"
-    shutil.copytree(whole, out)
+def test_what_killed_processes_left_is_removed(teacher: Path, whole: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "pairs"))
     stale = out / ".pairs-00000.safetensors.0123abcd.tmp"
     stale.write_text("half a shard")
-    first = next(iter(shards(out)))
-    (out / first).unlink()
-    with (out / ".lock").open("r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=f"{out}: process {os.getpid()} is at work there") as error:
-            make(teacher, out)
-    assert "\n" not in str(error.value) and stale.exists() and not (out / first).exists()
+    (out / "pairs-00000.safetensors").unlink()
     make(teacher, out)
     assert not stale.exists() and shards(out) == shards(whole)
+
+
+def test_parts_make_the_same_pairs(teacher: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    for number, done in ((2, False), (1, True)):
+        given = {"shard": SHARD, "part": Part(number, 2)}
+        assert make_pairs(teacher, out, COUNT, STEPS, BATCH, "cpu", **given) is done  # type: ignore[arg-type]
+    assert shards(out) == shards(whole)
 
 
 def test_batches_are_a_function_of_seed_and_step(teacher: Path, whole: Path) -> None:
@@ -182,7 +181,7 @@ def test_pairs_of_another_teacher_are_refused(teacher: Path, whole: Path, tmp_pa
     other = saved(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="made by another teacher"):
         Pairs(whole, opened(other))
-    with pytest.raises(UserError, match="holds other pairs, whose teacher is"):
+    with pytest.raises(UserError, match="holds other rows, whose teacher is"):
         make(other, whole)
 
 
@@ -195,34 +194,28 @@ def test_other_pairs_are_not_mixed_with_these(teacher: Path, whole: Path) -> Non
     assert shards(whole) == before
 
 
-def test_broken_shards_are_named(teacher: Path, whole: Path, tmp_path: Path) -> None:
-    def broken() -> Path:
-        folder = tmp_path / "broken"
-        shutil.rmtree(folder, ignore_errors=True)
-        return Path(shutil.copytree(whole, folder))
+def test_broken_shards_are_named_and_made_again(teacher: Path, whole: Path, tmp_path: Path) -> None:
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-7])
 
-    def refused(folder: Path, message: str) -> None:
-        for attempt in (lambda: Pairs(folder, opened(teacher)), lambda: make(teacher, folder)):
-            with pytest.raises(UserError, match=message) as error:
-                attempt()
-            assert "\n" not in str(error.value)
+    def changed(path: Path) -> None:
+        shard = load_file(path)
+        save_file(shard | {"seeds": shard["seeds"] + 1}, path)
 
-    path = broken() / "pairs-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    refused(path.parent, r"pairs-00001.safetensors: truncated or damaged")
+    for number, spoil in enumerate((cut, changed)):
+        folder = Path(shutil.copytree(whole, tmp_path / str(number)))
+        spoil(folder / "pairs-00001.safetensors")
+        with pytest.raises(UserError, match=r"pairs-00001.safetensors: sha256 is .* damaged or changed") as error:
+            Pairs(folder, opened(teacher)).batch(64, seed=0, step=0)
+        assert "\n" not in str(error.value)
+        make(teacher, folder)
+        assert shards(folder) == shards(whole)
 
-    path = broken() / "pairs-00001.safetensors"
-    shard = load_file(path)
-    save_file({name: value[:-1].contiguous() for name, value in shard.items()}, path)
-    refused(path.parent, r"pairs-00001.safetensors: holds .* expected")
-
-    path = broken() / "pairs-00001.safetensors"
-    save_file(shard | {"seeds": shard["seeds"] + 1}, path)
-    refused(path.parent, r"pairs-00001.safetensors: holds other seeds")
-
-    path = broken() / "pairs.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"count": "many"}))
-    refused(path.parent, r"pairs.json: count: ")
+    path = folder / INDEX
+    for change, message in (({"count": "many"}, r"index.json: count: "), ({"made": {}}, r"made: teacher: ")):
+        path.write_text(json.dumps(json.loads((whole / INDEX).read_text()) | change))
+        with pytest.raises(UserError, match=message):
+            Pairs(folder, opened(teacher))
 
 
 @pytest.mark.parametrize(
@@ -258,13 +251,13 @@ def test_what_is_no_teacher_and_what_is_no_folder_of_pairs(
     for weights, out, message in (
         (student, tmp_path / "out", "a student of 1 steps"),
         (tmp_path / "nowhere", tmp_path / "out", "no such folder"),
-        (teacher, occupied, "holds no pairs"),
-        (teacher, occupied / "letter.txt", "holds no pairs"),
+        (teacher, occupied, "has no index.json"),
+        (teacher, occupied / "letter.txt", "has no index.json"),
     ):
         assert verb(monkeypatch, weights, out, "-n", "2") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    with pytest.raises(UserError, match=r"holds no pairs\.json"):
+    with pytest.raises(UserError, match=r"has no index\.json"):
         Pairs(occupied, opened(teacher))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dmd2.data.shards import INDEX
 from dmd2.runtime.errors import InvalidInput, UserError, first_error
 from dmd2.runtime.files import read_object, sha256_file
 from dmd2.training.methods.common import Recipe
@@ -26,7 +27,8 @@ def hashes(paths: Mapping[str, Path]) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content; of a folder of weights, what its manifest lists; of another, names and contents.
+    """Of a file's content; of a folder of weights, what its manifest lists; of one of `dmd2 data`, its index, in which
+    are the sums of its files; of another, names and contents.
 
     Hidden files, such as a lock, do not count.
 
@@ -39,6 +41,8 @@ def sha256(path: Path) -> str:
         if not path.is_dir():
             raise UserError(f"{path}: no such file or folder")
         files = read_manifest(path).files if (path / MANIFEST).is_file() else {}
+        if next(path.glob("*-00000.safetensors"), None) and (path / INDEX).is_file():
+            files = {INDEX: sha256_file(path / INDEX)}
         if not files:
             names = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.is_file()}
             visible = {name: p for name, p in names.items() if not any(part.startswith(".") for part in name.parts)}

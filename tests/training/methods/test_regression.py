@@ -88,8 +88,8 @@ def test_regression_is_on_classes_too(tmp_path: Path) -> None:
 
 def test_pairs_by_a_solver_say_so(inputs: Inputs, weights: Path, tmp_path: Path) -> None:
     family = open_family(weights, CPU, "fp32")
-    config = Pairs(inputs.need("pairs"), family).config
-    assert (config.solver, config.guidance_scale) == ("euler-trailing", 2.0)
+    made = Pairs(inputs.need("pairs"), family).made
+    assert (made.solver, made.guidance_scale) == ("euler-trailing", 2.0)
     make_pairs(weights, tmp_path / "pndm", 2, 4, 2, CPU, prompts=PROMPTS, solver="pndm")
     images = [
         Pairs(folder, family).batch(2, seed=0, step=0).target for folder in (inputs.need("pairs"), tmp_path / "pndm")
