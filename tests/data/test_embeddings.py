@@ -209,6 +209,19 @@ def test_batches_are_the_rows_of_every_epoch(weights: Path, latents: Path) -> No
     assert paired.labels is paired.image_labels
 
 
+def test_prompts_of_their_own_are_what_is_generated(weights: Path, latents: Path, tmp_path: Path) -> None:
+    """Beside images with captions, from which only the real ones of the GAN come then."""
+    assert make_prompts(weights, ["a green heart"], tmp_path / "prompts")
+    family = open_family(weights, CPU, "fp32")
+    given = Inputs({"init": weights, "data": latents, "prompts": tmp_path / "prompts"}, CPU)
+    source = LatentSource(given, family, True)
+    batch = source.batch(2, seed=0, step=0, images=True, paired=False)
+    expected = family.condition(["a green heart"] * 2)
+    torch.testing.assert_close(batch.labels.context, expected.context, atol=2e-3, rtol=2e-3)
+    assert batch.latents is not None and len(batch.latents) == 2
+    assert not torch.equal(batch.image_labels.context, batch.labels.context)
+
+
 def changed(folder: Path, out: Path, **change: Any) -> Path:
     shutil.copytree(folder, out)
     about = json.loads((out / INDEX).read_text())

@@ -27,8 +27,8 @@ def hashes(paths: Mapping[str, Path]) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content; of a folder of weights, what its manifest lists; of one of `dmd2 data`, its index, in which
-    are the sums of its files; of another, names and contents.
+    """Of a file's content; of a folder of weights, what its manifest lists; of one of `dmd2 data`, its index, which
+    has the sums of its files; of another, names and contents.
 
     Hidden files, such as a lock, do not count.
 

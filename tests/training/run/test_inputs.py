@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dmd2.cli import main
+from dmd2.data.shards import Column, Index, make_shards
 from dmd2.runtime.errors import UserError
 from dmd2.training import recipes
 from dmd2.training.recipes import inputs_of
@@ -191,3 +193,13 @@ def test_each_recipe_names_what_it_depends_on(tmp_path: Path) -> None:
         "set": ["a=1"],
         "paths": {"data": str(Path("x").resolve())},
     }
+
+
+def test_a_set_of_rows_is_known_by_its_index(tmp_path: Path) -> None:
+    """Which has the sums of its files: gigabytes are not read again before every run."""
+    column = Column(dtype="int64", shape=[])
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        index = Index(kind="rows", count=3, shard=2, columns={"n": column}, made={"seed": seed})
+        make_shards(tmp_path / name, index, lambda rows: {"n": torch.tensor(list(rows))}, 2)
+    (tmp_path / "b" / "rows-00001.safetensors").write_bytes(b"not read")
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b") != sha256(tmp_path / "c")
