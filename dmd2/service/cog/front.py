@@ -39,8 +39,10 @@ Headers = list[tuple[bytes, bytes]]
 
 PREDICTION = re.compile(rf"/predictions/({ID})")
 CANCEL = re.compile(rf"/predictions/({ID})/cancel")
-# Cog's error for a prediction that was cancelled just as it began
-CANCELLED = re.compile(r"Prediction failed: Failed to submit coroutine: Cancell?ationException")
+# Cog's errors for a prediction that was cancelled just as it began
+CANCELLED = re.compile(
+    r"Prediction failed: (Failed to submit coroutine|Async prediction failed): Cancell?ationException"
+)
 # … and for one whose worker had died before it got it
 NOT_BEGUN = re.compile(r"(?:Prediction failed: )?Failed to send request: ")
 BUSY = re.compile(r"Prediction failed: (?:Async prediction failed: )?Busy: (.*)", re.DOTALL)

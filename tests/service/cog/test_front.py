@@ -544,12 +544,13 @@ def test_what_is_only_for_now_says_when_to_come_again(
     run(test())
 
 
-def test_what_was_cancelled_as_it_began_is_cancelled() -> None:
+@pytest.mark.parametrize("where", ["Failed to submit coroutine", "Async prediction failed"])
+def test_what_was_cancelled_as_it_began_is_cancelled(where: str) -> None:
     """Cog 0.23 calls it failed; seen with real requests under load."""
 
     async def test() -> None:
         world = World()
-        error = "Prediction failed: Failed to submit coroutine: CancelationException: "
+        error = f"Prediction failed: {where}: CancelationException: "
         answer = {"id": "a", "status": "failed", "error": error, "output": None}
         world.cog.answer = lambda request: httpx2.Response(200, json=answer)
         response = await world.predict()
