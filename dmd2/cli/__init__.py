@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from dmd2 import __version__
-from dmd2.cli import convert, data, evaluate, generate, info, serve, train
+from dmd2.cli import batch, convert, data, evaluate, generate, info, serve, train
 from dmd2.runtime.errors import InvalidInput, UserError
 
 
@@ -47,6 +47,7 @@ makers = typer.Typer(no_args_is_help=True)
 
 EXAMPLES: dict[Callable[..., None], str] = {
     generate.generate: 'dmd2 generate "a red apple" --steps 1 --seed 7 --out images',
+    batch.batch: "dmd2 batch prompts.jsonl --out images --format parquet",
     train.train: "dmd2 train emoji-dmd2-1step --out runs/mine",
     train.recipes: "dmd2 recipes cifar10-dmd2 --set lr=5e-5",
     data.pairs: "dmd2 pairs weights/edm/edm-cifar10-32x32-cond-vp pairs -n 100000",

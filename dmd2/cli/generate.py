@@ -62,7 +62,7 @@ def asks(**fields: tuple[str, str | None]) -> Callable[[Callable[..., None]], Ca
         for name, (panel, told) in fields.items():
             field = ImageRequest.model_fields[name]
             kind: Any = Path | None if Path in get_args(field.annotation) else field.annotation
-            flags = (f"--{name}",) if kind is bool else ()
+            flags = (f"--{name.replace('_', '-')}",) if kind is bool else ()
             annotation = Annotated[kind, option(panel, told or str(field.description), *flags)]
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation))
         verb.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # where typer looks first

@@ -1,6 +1,6 @@
-"""Rows of tensors in shards: what is computed once, by many processes, and then trained on.
+"""Rows in shards: what is computed once, by many processes; tensors that are then trained on, or images.
 
-A folder holds `index.json` and safetensors files with as many rows each, but the last. The index says what the rows
+A folder holds `index.json` and files with as many rows each, but the last. The index says what the rows
 are and what they were made from; a file is in it, with its checksum, once it is whole. A file's content depends on
 its own rows alone, not on who made it or when: a process that was killed goes on, parts may be given to as many
 processes as there are, and any file may be made again. The set is whole when all of its files are in the index.
@@ -13,12 +13,12 @@ import fcntl
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -62,13 +62,17 @@ class Index(BaseModel):
     columns: dict[str, Column]
     made: dict[str, JsonValue]
     """whatever the rows depend on: networks by checksum, prompts, steps, seeds"""
+    ending: Literal["safetensors", "tar", "parquet"] = "safetensors"
+    """of the files' names"""
     files: dict[str, str] = {}
     """name → sha256 of those that are whole"""
+    failed: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """name → how many of its rows hold an error instead of what was asked for, where there are any"""
 
     def shards(self) -> dict[str, range]:
         """Each file's name and its rows."""
         starts = range(0, self.count, self.shard)
-        return {f"{self.kind}-{k:05d}.safetensors": self._rows(start) for k, start in enumerate(starts)}
+        return {f"{self.kind}-{k:05d}.{self.ending}": self._rows(start) for k, start in enumerate(starts)}
 
     def _rows(self, start: int) -> range:
         return range(start, min(start + self.shard, self.count))
@@ -132,11 +136,48 @@ def make_shards(
     """
     if batch < 1:
         raise InvalidInput("batch", "expected at least 1", batch)
+
+    def write(path: Path, rows: range, done: Callable[[int], object]) -> int:
+        made = []
+        for start in range(rows.start, rows.stop, batch):
+            some = range(start, min(start + batch, rows.stop))
+            made.append(make(some))
+            done(len(some))
+        tensors = {column: torch.cat([one[column].cpu() for one in made]) for column in index.columns}
+        _check(path, index, rows, tensors)
+        save_tensors({c: t.contiguous() for c, t in tensors.items()}, path)
+        return 0
+
+    return make_files(out, index, write, part=part).whole
+
+
+def make_files(
+    out: Path,
+    index: Index,
+    write: Callable[[Path, range, Callable[[int], object]], int],
+    *,
+    part: Part | None = None,
+    retry: bool = False,
+    only: Sequence[str] | None = None,
+) -> Index:
+    """As `make_shards`, for files of any kind. Returns the index of what is there now.
+
+    Args:
+        write: makes a file of these rows, whole or not at all; tells how many are done as it goes, and returns how
+            many hold an error.
+        retry: whether files with such rows are made again.
+        only: names of the part's files that are made now; None for all.
+
+    Raises:
+        UserError: `out` holds something else; another process makes the same file.
+    """
     if len(index.shards()) > MOST_FILES:
         raise InvalidInput("shard", f"makes {len(index.shards())} files; expected {MOST_FILES} at most", index.shard)
     try:
         with _folder(out) as locks:
-            return _make(out, index, make, batch, part or Part(), locks)
+            names = [name for name in (part or Part()).names(index) if only is None or name in only]
+            _make(out, index, write, names, retry, locks)
+            return read_index(out)
     except OSError as error:
         raise DataError(f"cannot be written to ({shown(error.strerror or error)})", out) from error
 
@@ -155,33 +196,26 @@ def _folder(out: Path) -> Iterator[_Locks]:
 def _make(
     out: Path,
     index: Index,
-    make: Callable[[range], Rows],
-    batch: int,
-    part: Part,
+    write: Callable[[Path, range, Callable[[int], object]], int],
+    names: list[str],
+    retry: bool,
     locks: _Locks,
-) -> bool:
-    """See `make_shards`."""
+) -> None:
+    """See `make_files`."""
     with locks(0):
         there = _begin(out, index)
-    names, rows = part.names(index), index.shards()
-    missing = [name for name in names if not _is_whole(out, name, there)]
+    rows = index.shards()
+    places = {name: place for place, name in enumerate(rows, 1)}
+    missing = [name for name in names if (retry and name in there.failed) or not _is_whole(out, name, there)]
     total, left = (sum(len(rows[name]) for name in which) for which in (names, missing))
     terminal = Terminal(sys.stderr)
     interval = 0.5 if terminal.isatty() else 30
     with tqdm(total=total, initial=total - left, unit="row", mininterval=interval, file=terminal) as bar:
         for name in missing:
-            with locks(1 + list(rows).index(name), f"{out / name}: another process makes it now"):
+            with locks(places[name], f"{out / name}: another process makes it now"):
                 _tidy(out, name)
-                made = []
-                for start in range(rows[name].start, rows[name].stop, batch):
-                    some = range(start, min(start + batch, rows[name].stop))
-                    made.append(make(some))
-                    bar.update(len(some))
-                tensors = {column: torch.cat([one[column].cpu() for one in made]) for column in index.columns}
-                _check(out / name, index, rows[name], tensors)
-                save_tensors({c: t.contiguous() for c, t in tensors.items()}, out / name)
-                _enter(out, name, locks)
-    return read_index(out).whole
+                failed = write(out / name, rows[name], bar.update)
+                _enter(out, name, failed, locks)
 
 
 def _begin(out: Path, index: Index) -> Index:
@@ -191,7 +225,7 @@ def _begin(out: Path, index: Index) -> Index:
         _write(out, index)
         return index
     there = read_index(out)
-    for field in ("kind", "count", "shard", "columns"):
+    for field in ("kind", "count", "shard", "columns", "ending"):
         _compare(out, field, getattr(there, field), getattr(index, field))
     for field in sorted(there.made.keys() | index.made.keys()):
         _compare(out, field, there.made.get(field), index.made.get(field))
@@ -218,7 +252,7 @@ def read_index(folder: Path) -> Index:
         raise DataError(first_error(error), path) from None
     if -(-index.count // index.shard) > MOST_FILES:
         raise DataError(f"count: {index.count} rows in files of {index.shard}; expected {MOST_FILES} at most", path)
-    if strange := sorted(index.files.keys() - index.shards().keys()):
+    if strange := sorted((index.files.keys() | index.failed.keys()) - index.shards().keys()):
         raise DataError(f"files: {shown(strange[0])} is none of the set", path)
     return index
 
@@ -227,13 +261,15 @@ def _write(out: Path, index: Index) -> None:
     atomic_text(out / INDEX, index.model_dump_json(indent=1) + "\n")
 
 
-def _enter(out: Path, name: str, locks: _Locks) -> None:
+def _enter(out: Path, name: str, failed: int, locks: _Locks) -> None:
     """Puts a file that is whole into the index, as one process of many."""
     checksum = sha256_file(out / name)
     with locks(0):
         there = read_index(out)
         files = there.files | {name: checksum}
-        _write(out, there.model_copy(update={"files": dict(sorted(files.items()))}))
+        failures = {n: count for n, count in (there.failed | {name: failed}).items() if count}
+        sums = {"files": dict(sorted(files.items())), "failed": dict(sorted(failures.items()))}
+        _write(out, there.model_copy(update=sums))
 
 
 def _is_whole(out: Path, name: str, index: Index) -> bool:

@@ -13,16 +13,18 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
-from dmd2.inference.batcher import Batcher, Check, JobResult, PendingJob
+from dmd2.inference.batcher import Batcher, Check, JobResult, PendingJob, Stopped
 from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import TEXT_CACHE, Engine, Timings
 from dmd2.inference.image_output import encode_image, image_metadata
@@ -40,6 +42,7 @@ from dmd2.weights.manifest import Manifest, read_manifest
 SLOTS = 32  # predictions that Cog lets in (see predict.py)
 WAITING = 4 * SLOTS  # images in the queue, at most: as many as all of these may ask for
 
+K = TypeVar("K")
 logger = logging.getLogger(__name__)
 
 
@@ -58,6 +61,8 @@ class OutputImage:
     """the file's content, of a service without `files`"""
     size: tuple[int, int] = (0, 0)
     """width and height"""
+    steps: int = 0
+    """that it was generated in"""
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class ImageService:
         self._safety: SafetyChecker | None = None
         self._batcher: Batcher[_Job, _Image] = Batcher(
             self._generate,
-            lambda job: (job.steps, job.size, job.edit.key, job.show is not None),
+            _key,
             max_batch=max_batch,
             max_waiting=WAITING,
             prepare=lambda: self._load(folder, manifest, device, safety, max_batch, sizes),
@@ -210,7 +215,6 @@ class ImageService:
             size, steps, seed, edit = await loop.run_in_executor(self._readers, self._read, request)
             if loras := await self._find_loras(request):
                 edit = replace(edit, loras=loras)
-        check_safety = not (request.disable_safety_checker and self._unsafe_allowed)
         tickets: list[PendingJob[_Job, _Image]] = []
         files: list[asyncio.Task[OutputImage]] = []
         loop = asyncio.get_running_loop()
@@ -220,10 +224,8 @@ class ImageService:
             loop.call_soon_threadsafe(news.put_nowait, preview)
 
         try:
-            seeds = range(seed, seed + request.num_outputs)
             shows = show if request.previews else None
-            jobs = [_Job(request.prompt, each, steps, size, check_safety, edit, shows) for each in seeds]
-            tickets += self._batcher.submit_all(jobs)
+            tickets += self._batcher.submit_all(self._jobs(request, size, steps, seed, edit, shows))
             files += [asyncio.create_task(self._finish(ticket, request)) for ticket in tickets]
             for file in files:
                 file.add_done_callback(lambda _: news.put_nowait(None))
@@ -239,6 +241,86 @@ class ImageService:
             for file in files:
                 file.cancel()
             await asyncio.gather(*files, return_exceptions=True)
+
+    def generate_all(
+        self, requests: Iterable[tuple[K, ImageRequest]]
+    ) -> Iterator[tuple[K, list[OutputImage] | Exception]]:
+        """Generates many requests, in order, as fast as it can: for bulk, where nobody else asks this service.
+
+        Neighbours of equal key share batches, and which ones do depends on the requests alone: the same requests
+        make the same batches each time, and so the same images to the bit on the same machine. No previews.
+
+        Args:
+            requests: each with what it is called in the answer.
+
+        Yields:
+            Each one's images, or why there are none.
+
+        Raises:
+            dmd2.inference.batcher.Stopped: the device is gone.
+        """
+        rows: deque[tuple[K, list[Future[OutputImage]]]] = deque()
+        chunk: list[tuple[_Job, ImageRequest, list[Future[OutputImage]]]] = []
+        running: deque[list[PendingJob[_Job, _Image]]] = deque()
+        # One batch waits while another runs. Only full ones have a successor of the same key, so none is mixed.
+        ahead = 1 if 2 * self.max_batch <= WAITING else 0
+
+        def submit() -> None:
+            while len(running) > ahead:
+                wait([ticket.future for ticket in running.popleft()])
+            tickets = self._batcher.submit_all([job for job, _, _ in chunk]) if chunk else []
+            for ticket, (_, request, files) in zip(tickets, chunk, strict=True):
+                files.append(self._encoders.submit(self._file, ticket, request))
+            running.append(tickets)
+            chunk.clear()
+
+        try:
+            for name, request in requests:
+                files: list[Future[OutputImage]] = []
+                try:
+                    jobs = self._prepare(request)
+                except Exception as error:
+                    files.append(Future())
+                    files[0].set_exception(error)
+                    jobs = []
+                rows.append((name, files))
+                for job in jobs:
+                    if chunk and (len(chunk) == self.max_batch or _key(job) != _key(chunk[0][0])):
+                        submit()
+                    chunk.append((job, request, files))
+                waits = {id(files) for _, _, files in chunk}
+                while rows and id(rows[0][1]) not in waits and all(file.done() for file in rows[0][1]):
+                    yield _collected(*rows.popleft())
+            submit()
+            while rows:
+                yield _collected(*rows.popleft())
+        finally:  # nobody waits any more
+            for tickets in running:
+                for ticket in tickets:
+                    ticket.cancel()
+
+    def _prepare(self, request: ImageRequest) -> list[_Job]:
+        """The jobs of a request, whatever reading and downloading that takes."""
+        if request.is_plain:
+            return self._jobs(request, *resolve_request(request, self.engine), TEXT_TO_IMAGE)
+        size, steps, seed, edit = self._read(request)
+        if request.lora_weights:
+            gone = threading.Event()
+            edit = replace(edit, loras=self.loras.find_all(request.lora_weights, request.lora_scale, gone))
+        return self._jobs(request, size, steps, seed, edit)
+
+    def _jobs(
+        self,
+        request: ImageRequest,
+        size: tuple[int, int],
+        steps: int,
+        seed: int,
+        edit: ImageConditioning,
+        show: Callable[[_Preview], object] | None = None,
+    ) -> list[_Job]:
+        check = not (request.disable_safety_checker and self._unsafe_allowed)
+        seeds = range(seed, seed + request.num_outputs)
+        return [_Job(request.prompt, each, steps, size, check, edit, show) for each in seeds]
 
     def _read(self, request: ImageRequest) -> tuple[tuple[int, int], int, int, ImageConditioning]:
         """As `resolve_request`, and the images that the caller gives, read and fitted."""
@@ -275,10 +357,18 @@ class ImageService:
 
     async def _finish(self, ticket: PendingJob[_Job, _Image], request: ImageRequest) -> OutputImage:
         drawn: JobResult[_Image] = await asyncio.wrap_future(ticket.future)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._encoders, self._encoded, ticket.job, drawn, request
+        )
+
+    def _file(self, ticket: PendingJob[_Job, _Image], request: ImageRequest) -> OutputImage:
+        """As `_finish`, in a thread."""
+        return self._encoded(ticket.job, ticket.future.result(), request)
+
+    def _encoded(self, job: _Job, drawn: JobResult[_Image], request: ImageRequest) -> OutputImage:
         image, path, data, began = drawn.result, None, None, time.perf_counter()
         if not image.flagged:
-            loop = asyncio.get_running_loop()
-            path, data = await loop.run_in_executor(self._encoders, self._write, ticket.job, image.image, request)
+            path, data = self._write(job, image.image, request)
         seconds = {
             "queue": drawn.queue_seconds,
             "text": image.timings.text,
@@ -288,7 +378,7 @@ class ImageService:
             "encode": time.perf_counter() - began,
         }
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
-        return OutputImage(path, ticket.job.seed, drawn.batch_size, rounded, None, data, ticket.job.size)
+        return OutputImage(path, job.seed, drawn.batch_size, rounded, None, data, job.size, job.steps)
 
     async def _finish_preview(self, preview: _Preview, request: ImageRequest) -> OutputImage:
         loop = asyncio.get_running_loop()
@@ -333,6 +423,20 @@ class ImageService:
             return [False] * len(jobs)
         flags = self._safety(images)
         return [flag and job.check_safety for job, flag in zip(jobs, flags, strict=True)]
+
+
+def _key(job: _Job) -> tuple[object, ...]:
+    """Equal for jobs that may share a batch."""
+    return job.steps, job.size, job.edit.key, job.show is not None
+
+
+def _collected(name: K, files: list[Future[OutputImage]]) -> tuple[K, list[OutputImage] | Exception]:
+    try:
+        return name, [file.result() for file in files]
+    except Stopped:
+        raise
+    except Exception as error:
+        return name, error
 
 
 def _sizes(environ: Mapping[str, str]) -> list[tuple[int, int]]:
