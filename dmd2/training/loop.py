@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dmd2.runtime.errors import TrainingDiverged, UserError, shown
-from dmd2.runtime.files import atomic_path
+from dmd2.runtime.files import atomic_text
 from dmd2.runtime.terminal import say
+from dmd2.training.parallel.group import ALONE, Parallel, full, local
 from dmd2.training.ranges import Amount, Count, Decay, Seed, Steps
 from dmd2.training.run.checkpoints import (
     Checkpoints,
@@ -29,10 +30,12 @@ from dmd2.training.run.checkpoints import (
     check_optimizer,
     check_recipe,
     first_not_finite,
+    fitted_to,
+    load,
 )
 from dmd2.training.run.divergence import Guard
 from dmd2.training.run.folder import open_run
-from dmd2.training.run.logs import RunLogs
+from dmd2.training.run.logs import NoLogs, RunLogs
 from dmd2.training.run.signals import stop_signals
 
 Logs = dict[str, float | Tensor]
@@ -118,6 +121,7 @@ def train(
     recipe: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
     origin: dict[str, Any] | None = None,
+    parallel: Parallel = ALONE,
 ) -> bool:
     """Runs `method` to `settings.iterations`. Returns False if a signal stopped it early (after a checkpoint).
 
@@ -128,23 +132,25 @@ def train(
         recipe: the numbers. A run goes on with the same ones only, but for how long it is and what it shows.
         inputs: hashes of the files that the results depend on, by option; a run goes on with the same ones only.
         origin: what else `recipe.json` is to say: where the run came from.
+        parallel: the processes that share the run; `out` is one folder for all.
 
     Raises:
         UserError: `out` holds a run already and `resume` is off, or none and it is on; a checkpoint of another
             recipe, or none that is whole; another trainer is at work in `out`; it cannot be written to.
         TrainingDiverged: the run no longer learns.
     """
-    with open_run(out, resume):
+    with ExitStack() as stack:  # locked once, whatever the number of processes
+        parallel.agreed(lambda: stack.enter_context(open_run(out, resume)) if parallel.leads else None)
         checkpoints = Checkpoints(out)
         try:
-            run = _Run(method, settings, checkpoints, {"recipe": recipe, "inputs": inputs})
+            run = _Run(method, settings, checkpoints, {"recipe": recipe, "inputs": inputs}, parallel)
             if resume:
-                run.restore()
-            with atomic_path(out / "recipe.json") as temporary:
+                parallel.agreed(run.restore)
+            if parallel.leads:
                 known = (recipe or {}) | (origin or {}) | ({"inputs": inputs} if inputs is not None else {})
-                temporary.write_text(json.dumps(known, indent=2) + "\n")
+                atomic_text(out / "recipe.json", json.dumps(known, indent=2) + "\n")
             finished = run.go(out)
-            if finished and method.export:
+            if finished and method.export and (parallel.leads or parallel.collective):
                 method.export(run.ema_model, out)
             return finished
         except OSError as error:
@@ -167,19 +173,22 @@ class _Run:
         settings: LoopSettings,
         checkpoints: Checkpoints,
         about: dict[str, dict[str, Any] | None],
+        parallel: Parallel,
     ) -> None:
+        self.parallel = parallel
         self.method, self.settings, self.checkpoints, self.about = method, settings, checkpoints, about
         self.guard, self.first, self.sums = Guard(), 0, dict[str, list[float]]()
         half_life = settings.ema_half_life / (settings.batch_size * settings.grad_accum_steps)
         ema_model = method.ema_model
-        self.average = Ema(ema_model, settings.ema_decay, half_life) if ema_model is not None else None
+        self.average = Ema(ema_model, settings.ema_decay, half_life, parallel) if ema_model is not None else None
         self.ema_model = self.average.module if self.average else None
         self.networks = [p.module for p in method.phases] + ([ema_model] if ema_model is not None else [])
 
     def go(self, out: Path) -> bool:
         """All steps that are left. False if a signal stopped it early."""
         settings, images = self.settings, self.settings.batch_size * self.settings.grad_accum_steps
-        logs = RunLogs(out, self.first, settings.iterations, settings.log_every, images, self.sums)
+        kind = RunLogs if self.parallel.leads else NoLogs
+        logs = kind(out, self.first, settings.iterations, settings.log_every, images, self.sums)
         last_saved = time.monotonic()
         with stop_signals() as stopped, logs:
             self._show(logs, self.first)
@@ -188,10 +197,11 @@ class _Run:
                 done = step + 1
                 # Ten minutes are the most that a crash may cost, however slow the steps are.
                 late = time.monotonic() - last_saved > 600
-                if done % settings.checkpoint_every == 0 or done == settings.iterations or stopped() or late:
+                due, stopping = self.parallel.any(late), self.parallel.any(stopped())
+                if done % settings.checkpoint_every == 0 or done == settings.iterations or stopping or due:
                     self._save(done, logs)  # before anything else, for all else may fail, or take long
                     last_saved = time.monotonic()
-                if stopped() and done < settings.iterations:
+                if stopping and done < settings.iterations:
                     logs.line(done)
                     say(f"stopped at step {done} (checkpoint: {self.checkpoints.path})")
                     return False
@@ -205,8 +215,9 @@ class _Run:
         for part in range(step * settings.grad_accum_steps, (step + 1) * settings.grad_accum_steps):
             seed = _mix(settings.seed, part)
             torch.manual_seed(_mix(seed, 0))  # for data that are drawn without a generator of their own
-            batches.append(Batch(step, self.method.data(part), torch.Generator().manual_seed(seed)))
-        figures = training_step(self.method.phases, batches[0], settings, batches[1:], self.networks)
+            batches.append(Batch(step, self.method.data(part), self.parallel.ranks.generator(seed)))
+        phases, first, *rest = self.method.phases, *batches
+        figures = training_step(phases, first, settings, rest, self.networks, self.parallel)
         if self.average:
             self.average.update(step)
         self.guard.note(step + 1, {name: figures.get(f"{name}/skipped") for name in self._names()})
@@ -222,17 +233,21 @@ class _Run:
         # Before the first step, too, and soon after: only so one sees that training helps, or that it does not.
         if done % self.settings.sample_every == 0 or done in (EARLY, self.settings.iterations):
             made_up_for = done == self.first > 0 and logs.image_path(done).exists()
-            if self.method.sample and not made_up_for:
+            sample, score = self.parallel.told((not made_up_for, logs.lacks(done, "score")))
+            if not (self.parallel.leads or self.parallel.collective):
+                return
+            if self.method.sample and sample:
                 logs.image(done, self.method.sample(self.ema_model))
-            if self.method.score and logs.lacks(done, "score"):
+            if self.method.score and score:
                 logs.score(done, self.method.score(self.ema_model))
 
     def _save(self, done: int, logs: RunLogs) -> None:
         networks = [(phase.name, phase.module) for phase in self.method.phases]
         bad = first_not_finite(networks + ([("average", self.ema_model)] if self.ema_model is not None else []))
-        if bad:
+        if self.parallel.any(bad is not None):
+            where = bad or "in another process"
             raise TrainingDiverged(
-                f"step {done}: weights are no longer finite ({bad}); the checkpoint before is kept"
+                f"step {done}: weights are no longer finite ({where}); the checkpoint before is kept"
             )
         phases = {
             p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()}
@@ -240,7 +255,9 @@ class _Run:
         }
         average = self.ema_model.state_dict() if self.ema_model is not None else None
         state = {"step": done, **self.about, "phases": phases, "average": average}
-        self.checkpoints.save(state | {"guard": self.guard.state(), "log": logs.sums})
+        state = self.parallel.gathered(state | {"guard": self.guard.state(), "log": logs.sums})
+        if self.parallel.leads:
+            self.checkpoints.save(state)
 
     def restore(self) -> None:
         """Loads the newest checkpoint, once all of it is known to fit."""
@@ -272,10 +289,10 @@ class _Run:
         self.first, self.guard = int(state["step"]), Guard.of(state["guard"])
         self.sums = {name: [float(value) for value in values] for name, values in state["log"].items()}
         for p in self.method.phases:
-            p.module.load_state_dict(phases[p.name]["module"])
-            p.optimizer.load_state_dict(phases[p.name]["optimizer"])
+            load(p.module, phases[p.name]["module"])
+            p.optimizer.load_state_dict(fitted_to(p.optimizer, phases[p.name]["optimizer"]))
         if self.ema_model is not None:
-            self.ema_model.load_state_dict(state["average"])
+            load(self.ema_model, state["average"])
         self._check_length(state)
 
     def _check_length(self, state: dict[str, Any]) -> None:
@@ -298,18 +315,21 @@ def training_step(
     settings: LoopSettings,
     rest: Sequence[Batch] = (),
     networks: Iterable[nn.Module] = (),
+    parallel: Parallel = ALONE,
 ) -> Logs:
     """Every phase whose turn it is: loss, gradient, clipping, optimizer. Returns what there is to log.
 
     The gradient is the mean over `batch` and the `rest` of the step's batches. Where the loss, the gradient or a
     buffer that a forward pass changed (batch normalisation's averages) is not finite, the phase leaves no trace: no
     update, and the buffers of the phases' modules and of `networks` are what they were. "NAME/skipped" is then 1.
+    Of several processes all do the same: gradients and figures are means over them.
     """
     phases = list(phases)
     figures: Logs = {}
     for index, phase in enumerate(phases):
         if batch.step % phase.every or batch.step < phase.first:
             continue
+        parallel.settle()
         for other in phases:  # a loss may run through another phase's network, but never trains it
             other.module.requires_grad_(False)
         phase.module.requires_grad_(True)
@@ -317,13 +337,15 @@ def training_step(
         losses, told = [], []
         for part in (batch, *rest):
             # What is drawn without `part.generator`, dropout above all: from (seed, step, part, phase), too.
-            torch.manual_seed(_mix(part.generator.initial_seed(), 1 + index))
+            torch.manual_seed(_mix(part.generator.initial_seed(), 1 + index + len(phases) * parallel.ranks.rank))
             loss, logs = phase.loss(part)
             (loss / (1 + len(rest))).backward()
             losses.append(loss.detach())
             told.append(logs)
+        parallel.reduce(p for group in phase.optimizer.param_groups for p in group["params"])
         norm, finite = _gradient(phase, settings)
         finite = finite and bool(torch.isfinite(torch.stack(losses)).all()) and _still_finite(buffers)
+        finite = parallel.all(finite)
         for group in phase.optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * schedule(batch.step, settings)
         if finite:
@@ -334,7 +356,7 @@ def training_step(
         phase.optimizer.zero_grad(set_to_none=True)
         figures |= {phase.name: torch.stack(losses).mean(), f"{phase.name}/gradient_norm": norm}
         figures |= {f"{phase.name}/skipped": float(not finite), **_means(told)}
-    return figures
+    return parallel.averaged(figures)
 
 
 def _means(parts: Sequence[Logs]) -> Logs:
@@ -349,10 +371,10 @@ def _gradient(phase: Phase, settings: LoopSettings) -> tuple[Tensor, bool]:
     gradients = [p.grad for p in parameters if p.grad is not None]
     zeroed = False
     if settings.zero_nans:
-        zeroed = not bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        zeroed = not bool(torch.isfinite(full(nn.utils.get_total_norm(gradients))))
         for gradient in gradients:
-            torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
-    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+            torch.nan_to_num_(local(gradient), nan=0.0, posinf=1e5, neginf=-1e5)
+    norm = full(nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf")))
     return norm, bool(torch.isfinite(norm)) and not (zeroed and float(norm) == 0)
 
 
@@ -393,17 +415,17 @@ class Ema:
         half_life: in steps; if not 0, instead of `decay`.
     """
 
-    def __init__(self, module: nn.Module, decay: float, half_life: float = 0.0) -> None:
+    def __init__(self, module: nn.Module, decay: float, half_life: float = 0.0, parallel: Parallel = ALONE) -> None:
         self.source, self.decay, self.half_life = module, decay, half_life
-        self.module = deepcopy(module).requires_grad_(False).eval()
+        self.module = parallel.copy(module).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         if self.half_life:
             decay = 0.5 ** (1 / min(self.half_life, EMA_RAMP_UP * (step + 1)))
-        targets: list[Tensor] = list(self.module.parameters())
-        sources: list[Tensor] = list(self.source.parameters())
+        targets: list[Tensor] = [local(p) for p in self.module.parameters()]
+        sources: list[Tensor] = [local(p) for p in self.source.parameters()]
         torch._foreach_lerp_(targets, sources, 1 - decay)
         for target, source in zip(self.module.buffers(), self.source.buffers(), strict=True):
             if target.is_floating_point():

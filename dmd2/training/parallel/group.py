@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmd2.diffusion.draws import Ranks
 from dmd2.runtime.errors import InvalidInput, UserError
@@ -61,17 +63,25 @@ class Parallel:
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes gradients those of the whole batch: their means over the processes."""
 
-    def mean(self, values: Tensor) -> Tensor:
-        """(n,) → the same in every process: the means."""
-        return values
+    def averaged(self, figures: dict[str, float | Tensor]) -> dict[str, float | Tensor]:
+        """The same names in every process → means over them."""
+        return figures
 
     def all(self, true: bool) -> bool:
         """Whether it is true in every process."""
         return true
 
+    def any(self, true: bool) -> bool:
+        """Whether it is true in some process."""
+        return not self.all(not true)
+
     def told(self, value: T) -> T:
         """What the leading process has."""
         return value
+
+    def gathered(self, state: Any) -> Any:
+        """Nested dicts and lists, with whole tensors in the leading process where there were shards."""
+        return state
 
     def agreed(self, action: Callable[[], T]) -> T:
         """What `action` returns here; its `UserError` is raised in every process if there is one in any."""
@@ -103,10 +113,11 @@ class Replicated(Parallel):
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view(gradient.shape))
 
-    def mean(self, values: Tensor) -> Tensor:
-        total = values.to("cpu", torch.float64)
+    def averaged(self, figures: dict[str, float | Tensor]) -> dict[str, float | Tensor]:
+        values = [torch.as_tensor(value).detach().double().reshape(()).to(self.device) for value in figures.values()]
+        total = torch.stack(values).cpu()
         dist.all_reduce(total)
-        return total / self.ranks.world
+        return dict(zip(figures, (total / self.ranks.world).unbind(), strict=True))
 
     def all(self, true: bool) -> bool:
         flag = torch.tensor(int(true))
@@ -151,6 +162,38 @@ def world() -> Ranks:
     return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
+@contextmanager
+def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel]:
+    """The processes that torchrun has started, joined for the block. Without torchrun this one is alone.
+
+    Raises:
+        UserError: `strategy` is named, and there is no torchrun.
+    """
+    ranks = world()
+    if "RANK" not in os.environ:
+        if strategy is not None:
+            example = "torchrun --nproc-per-node 2 -m dmd2 train NAME"
+            raise InvalidInput("parallel", f"expected a start by torchrun: {example} --parallel {strategy}", strategy)
+        yield ALONE
+        return
+    if ranks.world == 1 and strategy != "fsdp2":
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        if strategy == "fsdp2":
+            from dmd2.training.parallel.sharded import Sharded
+
+            yield Sharded(ranks, device)
+        else:
+            yield Replicated(ranks, device)
+    finally:
+        dist.destroy_process_group()
+
+
 def check_shares(parallel: Parallel, sizes: dict[str, int]) -> None:
     """
     Args:
@@ -168,4 +211,17 @@ def check_shares(parallel: Parallel, sizes: dict[str, int]) -> None:
 
 def local(tensor: Any) -> Any:
     """What this process has of a tensor: all, or its shard."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Any) -> Any:
+    """All of a tensor, gathered by all processes if it is in shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fitted(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has all of, as `like` has it: as a whole or in shards."""
+    if isinstance(like, DTensor) and not isinstance(value, DTensor) and value.shape == like.shape:
+        where = like.device_mesh
+        return distribute_tensor(value.to(where.device_type), where, like.placements, src_data_rank=None)
+    return value

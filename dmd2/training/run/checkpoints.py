@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_path
 from dmd2.runtime.terminal import say
+from dmd2.training.parallel.group import fitted, local
 
 FORMAT = 2
 FREE = {f"loop.{name}" for name in ("iterations", "log_every", "sample_every", "checkpoint_every")}
@@ -233,10 +234,28 @@ def check_optimizer(what: str, optimizer: Optimizer, state: object) -> None:
             raise UserError(f"{what}: its optimizer's state does not fit this run's parameters")
 
 
+def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """A checked state into a module, which may be in shards."""
+    wanted = module.state_dict()
+    module.load_state_dict({name: fitted(value, wanted[name]) for name, value in state.items()})
+
+
+def fitted_to(optimizer: Optimizer, state: State) -> State:
+    """A checked state with its tensors in shards where the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    by_number = dict(zip(numbers, parameters, strict=True))
+    values = {
+        i: {k: fitted(v, by_number[i]) if isinstance(v, Tensor) else v for k, v in each.items()}
+        for i, each in state["state"].items()
+    }
+    return {**state, "state": values}
+
+
 def first_not_finite(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
     """The name of the first parameter with a value that is infinite or no number. (Buffers, such as masks, may.)"""
     for name, module in modules:
         for key, value in module.named_parameters():
-            if not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(local(value)).all()):
                 return f"{name}: {key}"
     return None

@@ -142,6 +142,26 @@ class RunLogs:
                     self.board.add_scalar(name, value, done)
 
 
+class NoLogs(RunLogs):
+    """What the other processes of a run have in its place: figures are remembered, nothing is written."""
+
+    def __enter__(self) -> RunLogs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def line(self, done: int) -> None:
+        if done % self.every == 0 or done == self.iterations:
+            self.sums = {}
+
+    def score(self, done: int, scores: dict[str, float]) -> None:
+        pass
+
+    def image(self, done: int, image: Tensor) -> None:
+        pass
+
+
 def _mean(values: list[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
