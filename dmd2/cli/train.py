@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -49,6 +49,10 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE unless given.")] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    parallel: Annotated[
+        Literal["ddp", "fsdp2"] | None,
+        typer.Option(help="Under torchrun: copies of the networks that average gradients (the default), or shards."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out, with its own --set and inputs.")
     ] = False,
@@ -68,8 +72,9 @@ def train(
 
     from dmd2.inference.engine import resolve_device
     from dmd2.runtime.precision import recorded_precision, resolve_precision
-    from dmd2.runtime.terminal import say
+    from dmd2.runtime.terminal import hush, say
     from dmd2.training.loop import train as run
+    from dmd2.training.parallel.group import ALONE, joined
     from dmd2.training.run.folder import check_out
     from dmd2.training.run.inputs import begun, continued, hashes, origin
 
@@ -77,38 +82,47 @@ def train(
     logging.getLogger("dmd2").setLevel(logging.INFO)
     where = resolve_device(device)
     folder = out or Path("runs") / str(recipe)
-    if not dry_run:
-        check_out(folder, resume)
     paths = {"data": data, "init": init, "classifier": classifier}
     paths |= {"prompts": prompts, "student": student, "pairs": pairs_folder, "lpips": lpips}
-    if resume:
-        record = begun(recipe, folder)
-        recipe = record.name
-        settled, settings = continued(record, settings)
-        known = record.paths
-        paths = {name: path or (Path(known[name]) if name in known else None) for name, path in paths.items()}
-    assert recipe is not None and settled is not None
-    recorded = recorded_precision(folder) if resume else None
-    settled = replace(settled, precision=resolve_precision(settled.precision, where, recorded))
-    method = build_method(settled, paths, where)
-    if dry_run:
-        from dmd2.training.run.rehearsal import rehearse
+    with joined(parallel, where) as group, group.one_voice():
+        if not group.leads:
+            hush()
+            logging.getLogger("dmd2").setLevel(logging.ERROR)
+        if not dry_run:
+            check_out(folder, resume)
+        if resume:
+            record = begun(recipe, folder)
+            recipe = record.name
+            settled, settings = continued(record, settings)
+            known = record.paths
+            paths = {name: path or (Path(known[name]) if name in known else None) for name, path in paths.items()}
+        assert recipe is not None and settled is not None
+        recorded = recorded_precision(folder) if resume else None
+        precision = group.told(resolve_precision(settled.precision, where, recorded))
+        settled = replace(settled, precision=precision)
+        method = build_method(settled, paths, where, group)
+        if dry_run:
+            from dmd2.training.run.rehearsal import rehearse
 
-        print(json.dumps({"name": recipe, "recipe": asdict(settled), **rehearse(method, settled.loop)}, indent=2))
-        return
-    finished = run(
-        method,
-        settled.loop,
-        folder,
-        resume=resume,
-        recipe={"name": recipe, **asdict(settled)},
-        inputs=hashes(inputs_of(settled, paths)),
-        origin=origin(settings, paths),
-    )
+            if group is not ALONE:
+                raise InvalidInput("dry_run", "expected one process, without torchrun")
+            print(json.dumps({"name": recipe, "recipe": asdict(settled), **rehearse(method, settled.loop)}, indent=2))
+            return
+        finished = run(
+            method,
+            settled.loop,
+            folder,
+            resume=resume,
+            recipe={"name": recipe, **asdict(settled)},
+            inputs=group.told(hashes(inputs_of(settled, paths)) if group.leads else None),
+            origin=origin(settings, paths),
+            parallel=group,
+        )
+        if finished:
+            say(f"done: {folder}")
     if not finished:
         say("continue with --resume")
         raise typer.Exit(130)
-    say(f"done: {folder}")
 
 
 def recipes(

@@ -113,6 +113,15 @@ class Family(Protocol):
     def any_labels(self, n: int) -> Labels:
         """Labels that leave everything open."""
 
+    @property
+    def gathered(self) -> torch.dtype | None:
+        """What shards of these networks may be gathered in; None for their own type."""
+        ...
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        """The parts of one of these networks that are gathered, or computed anew in the backward pass, one by one."""
+        ...
+
     def encoder_levels(self) -> list[nn.Module]:
         """The last block of each resolution of the teacher's encoder, finest first."""
 

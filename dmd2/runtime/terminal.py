@@ -58,8 +58,19 @@ class Terminal:
     __hash__ = object.__hash__
 
 
+_hushed = False
+
+
+def hush() -> None:
+    """From now on `say` says nothing: another process of the same run says it."""
+    global _hushed
+    _hushed = True
+
+
 def say(text: str) -> None:
     """Prints a line on standard output, above the progress bar. Never fails (see `Terminal`)."""
+    if _hushed:
+        return
     from tqdm import tqdm
 
     tqdm.write(text, file=Terminal(sys.stdout))

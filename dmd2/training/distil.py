@@ -22,6 +22,7 @@ from dmd2.runtime.tensors import save_tensors
 from dmd2.training.discriminators.head import HEAD_FILE
 from dmd2.training.loop import Method, Phase
 from dmd2.training.methods.common import Kit, Networks, Recipe, Samples
+from dmd2.training.parallel.group import full
 from dmd2.training.ranges import Alpha, DataName, Levels, Rank, Timesteps, as_text
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import SOURCES, Inputs, Source
@@ -147,6 +148,12 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
         family.lighten(
             half=half, checkpoints=[n for n in (student, fake_score) if n is not None and recipe.checkpointing]
         )
+    parallel = inputs.parallel
+    if parallel.collective and getattr(recipe, "adapter", "full") != "full":
+        raise InvalidInput("parallel", "expected ddp, or adapter=full: adapters are small, and not sharded", "fsdp2")
+    for network in (student, fake_score, family.teacher_network):
+        if network is not None:
+            parallel.prepare(network, family.blocks(network), family.gathered)
     data = _data(recipe, family, source, inputs)
     preview = source.preview()
     networks = Networks(
@@ -169,17 +176,22 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
         named = f"the {'timesteps' if recipe.timesteps else 'levels'} {', '.join(f'{level:g}' for level in levels)}"
         text = f"Distilled by {recipe.kind.upper()} from {family.origin}, for {named}."
         card = model_card(f"{len(levels)}-step student", family.licence, text, recipe)
-        family.save_student(out / "model", module or student, levels, recipe.kind, asdict(recipe), card)
+        if network := parallel.whole(module or student):
+            family.save_student(out / "model", network, levels, recipe.kind, asdict(recipe), card)
         if recipe.keeps_fake_score:  # what a recipe with `resumed` goes on with
             text = (
                 f"The score of what the student in `model` beside it generates, which began as {family.origin}. "
                 "A recipe that resumes the student goes on with it."
             )
             card = model_card("fake score", family.licence, text, recipe)
-            family.save_fake_score(out / FAKE_SCORE, fake_score, recipe.kind, asdict(recipe), card)
+            network = parallel.whole(fake_score)
             critic = next(phase.module for phase in phases if phase.name == "critic")
-            if isinstance(critic, nn.ModuleDict) and "head" in critic:
-                head = {name: value.detach().cpu() for name, value in critic["head"].state_dict().items()}
+            head = critic["head"].state_dict() if isinstance(critic, nn.ModuleDict) and "head" in critic else {}
+            head = {name: full(value.detach()).cpu() for name, value in head.items()}
+            if network is None:
+                return
+            family.save_fake_score(out / FAKE_SCORE, network, recipe.kind, asdict(recipe), card)
+            if head:
                 save_tensors(head, out / FAKE_SCORE / HEAD_FILE)
 
     phases = recipe.phases(kit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,13 @@ def train(
             recipe, or none that is whole; another trainer is at work in `out`; it cannot be written to.
         TrainingDiverged: the run no longer learns.
     """
-    with ExitStack() as stack:  # locked once, whatever the number of processes
-        parallel.agreed(lambda: stack.enter_context(open_run(out, resume)) if parallel.leads else None)
+    with open_run(out, resume) if parallel.leads else nullcontext():
+        parallel.told(None)  # that it is open
         checkpoints = Checkpoints(out)
         try:
             run = _Run(method, settings, checkpoints, {"recipe": recipe, "inputs": inputs}, parallel)
             if resume:
-                parallel.agreed(run.restore)
+                run.restore()
             if parallel.leads:
                 known = (recipe or {}) | (origin or {}) | ({"inputs": inputs} if inputs is not None else {})
                 atomic_text(out / "recipe.json", json.dumps(known, indent=2) + "\n")
@@ -240,6 +240,7 @@ class _Run:
                 logs.image(done, self.method.sample(self.ema_model))
             if self.method.score and score:
                 logs.score(done, self.method.score(self.ema_model))
+            self.parallel.settle()
 
     def _save(self, done: int, logs: RunLogs) -> None:
         networks = [(phase.name, phase.module) for phase in self.method.phases]
@@ -294,6 +295,8 @@ class _Run:
         if self.ema_model is not None:
             load(self.ema_model, state["average"])
         self._check_length(state)
+        if self.parallel.any(self.first != self.parallel.told(self.first)):
+            raise UserError(f"{path}: not the same in every process; expected one folder for all")
 
     def _check_length(self, state: dict[str, Any]) -> None:
         """The learning rate may depend on how long a run is; it is always that of the length asked for last."""
@@ -356,6 +359,7 @@ def training_step(
         phase.optimizer.zero_grad(set_to_none=True)
         figures |= {phase.name: torch.stack(losses).mean(), f"{phase.name}/gradient_norm": norm}
         figures |= {f"{phase.name}/skipped": float(not finite), **_means(told)}
+    parallel.settle()
     return parallel.averaged(figures)
 
 

@@ -305,6 +305,11 @@ class PointFamily:
     def any_labels(self, n: int) -> Tensor:
         return torch.full((n,), -1)
 
+    gathered = None
+
+    def blocks(self, network: PointNet) -> list[nn.Module]:
+        return [network.conv1]
+
     def encoder_levels(self) -> list[nn.Module]:
         return [self.teacher.conv1]
 

@@ -15,6 +15,7 @@ from dmd2.diffusion import draws
 from dmd2.diffusion.sampling import conditioned, sample_heun, teacher_sigmas
 from dmd2.models.adapters.lora_training import LoraShape
 from dmd2.models.edm.folder import WEIGHTS_FILE, heun_steps, load_edm, save_edm
+from dmd2.models.edm.layers import Block
 from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork, RgbCodec
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.precision import Precision, training_dtype
@@ -120,6 +121,11 @@ class EdmFamily:
 
     def any_labels(self, n: int) -> Tensor:
         return torch.full((n,), -1)
+
+    gathered = None  # the embedding is fp32
+
+    def blocks(self, network: EdmNetwork) -> list[nn.Module]:
+        return [module for module in network.modules() if isinstance(module, Block)]
 
     def encoder_levels(self) -> list[nn.Module]:
         return encoder_levels(self.teacher_network)

@@ -275,6 +275,9 @@ class EdmNetwork(nn.Module):
         output, bottleneck = self.model(scaled, c_noise, labels.float(), augment)
         return c_skip * x + c_out * output[:, : x.shape[1]].float(), bottleneck.float()
 
+    entry_points = ("bottleneck",)
+    """what else it is called by than as a whole"""
+
     def bottleneck(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """What `forward` returns beside x0; the decoder is not run."""
         scaled, _, _, c_noise = self._precondition(x, sigma, labels)

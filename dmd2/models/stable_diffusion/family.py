@@ -231,6 +231,15 @@ class StableDiffusionFamily:
     def any_labels(self, n: int) -> list[str]:
         return [""] * n
 
+    @property
+    def gathered(self) -> torch.dtype | None:
+        return self.autocast
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        """Residual and transformer blocks; of text encoders their layers."""
+        names = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
+        return [module for module in network.modules() if type(module).__name__ in names]
+
     def encoder_levels(self) -> list[nn.Module]:
         return [block.resnets[-1] for block in self.teacher_network.down_blocks]
 

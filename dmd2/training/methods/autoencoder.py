@@ -32,6 +32,7 @@ class AutoencoderRecipe(Recipe):
     latent_noise: Weight
     """standard deviation of the noise on the latents while training"""
     kind = "autoencoder"
+    shared = False
     data = "emoji"
 
     def method(self, inputs: Inputs) -> Method:

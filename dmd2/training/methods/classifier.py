@@ -37,6 +37,7 @@ class ClassifierRecipe(Recipe):
     weight_decay: Part
     features: Width
     kind = "classifier"
+    shared = False
     file_kind = "image"
     """see `dmd2.evaluation.classifiers`"""
     questions: ClassVar[tuple[str, ...]] = ()

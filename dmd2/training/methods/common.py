@@ -16,7 +16,7 @@ from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise
 from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.family import Family
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.precision import Precision
 from dmd2.training.loop import Batch, LoopSettings, Method
 from dmd2.training.methods.muon import Muon
@@ -66,6 +66,7 @@ class Kit:
 
     def optimizer(self, name: OptimizerName, module: nn.Module, lr: float, beta2: float) -> Optimizer:
         if name == "muon":
+            expect_whole(self.inputs)
             return Muon(module, lr, dtype=self.dtype)
         if name != "adamw":
             try:
@@ -90,6 +91,8 @@ class Recipe:
     lr: Rate
     _: KW_ONLY
     precision: Precision = "auto"
+    shared = True
+    """whether its loss is a mean over the images of a batch, which then may lie on several processes"""
 
     @property
     def kind(self) -> str:
@@ -111,6 +114,12 @@ class Recipe:
     def method(self, inputs: Inputs) -> Method:
         """Raises UserError: something that it needs is not given, or is not what it should be."""
         raise NotImplementedError
+
+
+def expect_whole(inputs: Inputs) -> None:
+    """Raises UserError where parameters are in shards: Muon looks at whole matrices."""
+    if inputs.parallel.collective:
+        raise InvalidInput("set", "expected adamw, or --parallel ddp: Muon needs whole matrices", "optimizer=muon")
 
 
 def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], generator: torch.Generator) -> Tensor:

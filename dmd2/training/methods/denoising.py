@@ -24,7 +24,7 @@ from dmd2.runtime.errors import shown
 from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.losses import denoising
-from dmd2.training.methods.common import Recipe
+from dmd2.training.methods.common import Recipe, expect_whole
 from dmd2.training.methods.muon import Muon
 from dmd2.training.ranges import DataName, Name, Part, SamplerSteps, Steps, Weight
 from dmd2.training.run.card import model_card
@@ -131,9 +131,11 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     which means "nothing was done", so that augmentation never shows in them.
     """
     module: Any = family.trainable()
+    inputs.parallel.prepare(module, family.blocks(module), family.gathered)
     denoiser, dtype = family.denoiser(module, recipe.compile), training_dtype(recipe.precision, inputs.device)
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "muon":
+        expect_whole(inputs)
         optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=dtype)
     else:
         optimizer = torch.optim.Adam(module.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)
@@ -167,7 +169,8 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     def export(ema: nn.Module | None, out: Path) -> None:
         began = f"Trained from scratch as {recipe.network}." if recipe.network else f"Began as {family.origin}."
         card = model_card("teacher", family.licence, began, recipe)
-        family.save_teacher(out / "model", ema or module, steps, guidance, asdict(recipe), card)
+        if network := inputs.parallel.whole(ema or module):
+            family.save_teacher(out / "model", network, steps, guidance, asdict(recipe), card)
 
     return Method(
         [Phase("denoising", 1, module, optimizer, loss)],

@@ -89,6 +89,8 @@ class Dmd2Recipe(Distillation):
         head = new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
         if head is not None and self.resumed_head:
             load_head(head, kit.inputs.need("student").parent / FAKE_SCORE / HEAD_FILE)
+        if head is not None:
+            kit.inputs.parallel.prepare(head)
         critic = nn.ModuleDict({"network": kit.fake_score} | ({"head": head} if head else {}))
         return dmd2_phases(
             replace(kit.networks, head=head),

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.models.family import Family
+from dmd2.runtime.errors import InvalidInput
 from dmd2.training.discriminators.projected import Backbone, DenoiserFeatures, ProjectedDiscriminator, TimmFeatures
 from dmd2.training.discriminators.published import PublishedDiscriminator, class_embeddings
 from dmd2.training.distil import Distillation
@@ -67,9 +68,13 @@ class GddRecipe(Distillation):
         return self.new_student(family, None, boundary=self.boundary), None
 
     def phases(self, kit: Kit) -> list[Phase]:
-        student, family = kit.student, kit.family
+        student, family, parallel = kit.student, kit.family, kit.inputs.parallel
+        if parallel.collective:
+            expected = f"expected ddp; {self.kind} differentiates its discriminator twice, which shards do not bear"
+            raise InvalidInput("parallel", expected, "fsdp2")
         trained = freeze_for_gdd_i(student, family.frozen_in_gdd_i) if self.freeze else student
         discriminator = self._discriminator(family, kit.inputs.device)
+        parallel.prepare(discriminator)
         optimizers = (
             torch.optim.Adam(trained.parameters(), lr=self.lr, betas=(0.0, 0.99)),
             lazy_adam(discriminator.parameters(), self.lr_critic, (0.0, 0.99), self.r1_every),

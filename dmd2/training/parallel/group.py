@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
@@ -12,10 +13,12 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmd2.diffusion.draws import Ranks
 from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.training.parallel.norm import share_batch_norms
 
 Strategy = Literal["ddp", "fsdp2"]
 T = TypeVar("T")
@@ -58,7 +61,7 @@ class Parallel:
         return network if self.leads else None
 
     def settle(self) -> None:
-        """Before `requires_grad` of parameters changes."""
+        """After networks have run: parameters are again what optimizers know, and may be frozen or not."""
 
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes gradients those of the whole batch: their means over the processes."""
@@ -83,9 +86,10 @@ class Parallel:
         """Nested dicts and lists, with whole tensors in the leading process where there were shards."""
         return state
 
-    def agreed(self, action: Callable[[], T]) -> T:
-        """What `action` returns here; its `UserError` is raised in every process if there is one in any."""
-        return action()
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """What goes wrong within is told once, by the process that it happened in first."""
+        yield
 
 
 ALONE = Parallel()
@@ -94,11 +98,12 @@ ALONE = Parallel()
 class Replicated(Parallel):
     """Every process has all networks, and the same weights in them."""
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, store: Any) -> None:
         super().__init__(ranks)
-        self.device = device
+        self.device, self.store = device, store
 
     def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+        share_batch_norms(network, self.ranks.world)
         # CPUs of two kinds need not initialise alike to the last bit
         for tensor in (*network.parameters(), *network.buffers()):
             whole = tensor.detach().contiguous()
@@ -129,20 +134,18 @@ class Replicated(Parallel):
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def agreed(self, action: Callable[[], T]) -> T:
-        problem, result = None, None
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
         try:
-            result = action()
+            yield
         except UserError as error:
-            problem = error
-        problems: list[UserError | None] = [None] * self.ranks.world
-        dist.all_gather_object(problems, problem and UserError(str(problem)))
-        if problem is not None:
-            raise problem
-        for rank, other in enumerate(problems):
-            if other is not None:
-                raise UserError(f"rank {rank}: {other}")
-        return result  # type: ignore[return-value]
+            if self.store.add("failed", 1) > 1:
+                sys.exit(2)
+            raise error if self.leads else UserError(f"process {self.ranks.rank}: {error}") from error
+        except RuntimeError:  # such as a connection that is closed, as another process has failed
+            if self.store.add("failed", 0):
+                sys.exit(2)
+            raise
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -157,11 +160,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def world() -> Ranks:
-    """By what torchrun has set."""
-    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
 @contextmanager
 def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel]:
     """The processes that torchrun has started, joined for the block. Without torchrun this one is alone.
@@ -169,39 +167,38 @@ def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel
     Raises:
         UserError: `strategy` is named, and there is no torchrun.
     """
-    ranks = world()
-    if "RANK" not in os.environ:
-        if strategy is not None:
-            example = "torchrun --nproc-per-node 2 -m dmd2 train NAME"
-            raise InvalidInput("parallel", f"expected a start by torchrun: {example} --parallel {strategy}", strategy)
-        yield ALONE
-        return
-    if ranks.world == 1 and strategy != "fsdp2":
+    if strategy is not None and "RANK" not in os.environ:
+        example = f"torchrun --nproc-per-node 2 -m dmd2 train NAME --parallel {strategy}"
+        raise InvalidInput("parallel", f"expected a start by torchrun: {example}", strategy)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and strategy != "fsdp2":
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    store, rank, world = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
     try:
         if strategy == "fsdp2":
             from dmd2.training.parallel.sharded import Sharded
 
-            yield Sharded(ranks, device)
+            yield Sharded(Ranks(rank, world), device, store)
         else:
-            yield Replicated(ranks, device)
+            yield Replicated(Ranks(rank, world), device, store)
     finally:
         dist.destroy_process_group()
 
 
-def check_shares(parallel: Parallel, sizes: dict[str, int]) -> None:
+def check_shares(parallel: Parallel, shared: bool, sizes: dict[str, int]) -> None:
     """
     Args:
         sizes: images of a batch, by the recipe's field.
 
     Raises:
-        UserError: one cannot be shared equally.
+        UserError: one cannot be shared equally, or the recipe is not to be `shared`.
     """
+    if parallel.ranks.world > 1 and not shared:
+        raise UserError("this recipe's loss looks at its whole batch; expected one process, without torchrun")
     for name, size in sizes.items():
         if size % parallel.ranks.world:
             raise InvalidInput(

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dmd2.diffusion.draws import Ranks
-from dmd2.training.parallel.group import Replicated, full
+from dmd2.training.parallel.group import Replicated, full, local
 
 
 class Sharded(Replicated):
@@ -21,8 +21,8 @@ class Sharded(Replicated):
 
     collective = True
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        super().__init__(ranks, device)
+    def __init__(self, ranks: Ranks, device: torch.device, store: Any) -> None:
+        super().__init__(ranks, device, store)
         self.mesh = init_device_mesh(device.type, (ranks.world,))
         self._prepared: dict[int, tuple[nn.Module, nn.Module, tuple[list[str], torch.dtype | None]]] = {}
 
@@ -49,10 +49,10 @@ class Sharded(Replicated):
         twin = _filled(bare, self.device)
         self._shard(twin, *how)
         with torch.no_grad():
-            for target, source in zip(twin.parameters(), network.parameters(), strict=True):
-                target.copy_(source)
-            for target, source in zip(twin.buffers(), network.buffers(), strict=True):
-                target.copy_(source)
+            for parameter, value in zip(twin.parameters(), network.parameters(), strict=True):
+                local(parameter).copy_(local(value))
+            for buffer, source in zip(twin.buffers(), network.buffers(), strict=True):
+                buffer.copy_(source)
         return twin
 
     def whole(self, network: nn.Module) -> nn.Module | None:

@@ -15,6 +15,7 @@ from dmd2.training.discriminators.head import HEAD_FILE
 from dmd2.training.distil import FAKE_SCORE
 from dmd2.training.loop import LoopSettings, Method
 from dmd2.training.methods.common import Recipe
+from dmd2.training.parallel.group import ALONE, Parallel, check_shares
 from dmd2.training.ranges import checked, field_types
 from dmd2.training.recipes.edm import EDM_RECIPES
 from dmd2.training.recipes.emoji import EMOJI_RECIPES
@@ -72,7 +73,9 @@ def _literal(text: str) -> Any:
         return text
 
 
-def build_method(recipe: Recipe, paths: Mapping[str, Path | None], device: torch.device) -> Method:
+def build_method(
+    recipe: Recipe, paths: Mapping[str, Path | None], device: torch.device, parallel: Parallel = ALONE
+) -> Method:
     """What `recipe` trains.
 
     Args:
@@ -82,7 +85,9 @@ def build_method(recipe: Recipe, paths: Mapping[str, Path | None], device: torch
     Raises:
         UserError: a path that this recipe needs is not given, or what is there does not do.
     """
-    return recipe.method(Inputs(paths, device))
+    sizes = {"batch_size": recipe.loop.batch_size, "pairs_batch": getattr(recipe, "pairs_batch", 0)}
+    check_shares(parallel, recipe.shared, sizes)
+    return recipe.method(Inputs(paths, device, parallel))
 
 
 def inputs_of(recipe: Recipe, paths: Mapping[str, Path | None]) -> dict[str, Path]:
