@@ -65,8 +65,9 @@ class Kit:
     """what networks run in"""
 
     def optimizer(self, name: OptimizerName, module: nn.Module, lr: float, beta2: float) -> Optimizer:
+        if name != "adamw":
+            expect_whole(self.inputs, name)
         if name == "muon":
-            expect_whole(self.inputs)
             return Muon(module, lr, dtype=self.dtype)
         if name != "adamw":
             try:
@@ -116,10 +117,12 @@ class Recipe:
         raise NotImplementedError
 
 
-def expect_whole(inputs: Inputs) -> None:
-    """Raises UserError where parameters are in shards: Muon looks at whole matrices."""
+def expect_whole(inputs: Inputs, optimizer: OptimizerName) -> None:
+    """Raises UserError where parameters are in shards: these optimizers look at whole ones."""
     if inputs.parallel.collective:
-        raise InvalidInput("set", "expected adamw, or --parallel ddp: Muon needs whole matrices", "optimizer=muon")
+        raise InvalidInput(
+            "set", "expected adamw, or --parallel ddp: it needs whole matrices", f"optimizer={optimizer}"
+        )
 
 
 def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], generator: torch.Generator) -> Tensor:

@@ -135,7 +135,7 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     denoiser, dtype = family.denoiser(module, recipe.compile), training_dtype(recipe.precision, inputs.device)
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "muon":
-        expect_whole(inputs)
+        expect_whole(inputs, "muon")
         optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=dtype)
     else:
         optimizer = torch.optim.Adam(module.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)

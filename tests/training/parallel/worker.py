@@ -1,0 +1,43 @@
+"""What `test_torchrun` starts by torchrun: a list of runs, all by the same two processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmd2.runtime.terminal import hush
+from dmd2.training.loop import train
+from dmd2.training.parallel.group import ALONE, Parallel, Replicated, joined
+from dmd2.training.recipes import build_method, resolve
+
+CPU = torch.device("cpu")
+
+
+def run(job: dict[str, Any], group: Parallel = ALONE) -> None:
+    """One run; `from` is a run whose newest checkpoint is lost first."""
+    out = Path(job["out"])
+    if "from" in job and group.leads:
+        shutil.copytree(job["from"], out)
+        shutil.rmtree(out / "model")
+        newest = out / "checkpoint.pt"
+        shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
+    group.told(None)
+    recipe = resolve("emoji-dmd2-4step", job["set"])
+    paths = {name: Path(path) for name, path in job["paths"].items()}
+    method = build_method(recipe, paths, CPU, group)
+    assert train(method, recipe.loop, out, resume=job.get("resume", False), parallel=group)
+
+
+if __name__ == "__main__":
+    with joined("fsdp2", CPU) as sharded:
+        assert isinstance(sharded, Replicated)
+        if not sharded.leads:
+            hush()
+        for each in json.loads(sys.argv[1]):
+            replicas = Replicated(sharded.ranks, CPU, sharded.store)
+            run(each, sharded if each["strategy"] == "fsdp2" else replicas)
