@@ -79,7 +79,8 @@ def test_regression_is_on_classes_too(tmp_path: Path) -> None:
     run(RegressionRecipe(LOOP, lr=1e-3, precision="fp32"), edm, tmp_path / "run", 2)
     assert (tmp_path / "run" / "model" / "dmd2.json").is_file()
     with pytest.raises(UserError, match="decoder tiny: expected kl"):
-        RegressionRecipe(LOOP, lr=1e-3, decoder="tiny").method(edm)
+        given = Inputs({**edm.paths, "lpips": tmp_path / "vgg16.pt"}, CPU)  # without LPIPS, nothing is decoded
+        RegressionRecipe(LOOP, lr=1e-3, decoder="tiny").method(given)
     with pytest.raises(UserError, match="solver pndm: expected teacher"):
         make_pairs(teacher, tmp_path / "others", 4, 2, 4, CPU, solver="pndm")
     with pytest.raises(UserError, match=r"guidance.*: expected none for a teacher of classes"):
