@@ -9,14 +9,26 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Check = Callable[[], None]
+MAX_QUEUE_DELAY = 0.003
+"""seconds"""
+
+
+class Keyed(Protocol):
+    """What may share a batch with what has an equal key."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+
+K = TypeVar("K", bound=Keyed)
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +54,17 @@ class JobResult(Generic[Result]):
     """from `submit` to the start of its batch"""
     batch_size: int
     """how many jobs were in its batch"""
+
+
+def choose(waiting: Iterable[K], most: int, company: K | None = None) -> tuple[list[K], deque[K]]:
+    """Who of those who wait, oldest first, are in the next batch: at most `most`, with the key of `company`, or else
+    of the oldest. Returns them, and who is left, both in order."""
+    taken: list[K] = []
+    left: deque[K] = deque()
+    for pending in waiting:
+        company = company or pending
+        (taken if pending.key == company.key and len(taken) < most else left).append(pending)
+    return taken, left
 
 
 class PendingJob(Generic[Job, Result]):
@@ -97,7 +120,7 @@ class Batcher(Generic[Job, Result]):
         max_waiting: int = 64,
         prepare: Check = lambda: None,
         recover: Check = lambda: None,
-        max_queue_delay: float = 0.003,
+        max_queue_delay: float = MAX_QUEUE_DELAY,
     ) -> None:
         self._generate, self._key, self._recover = generate, key, recover
         self._max_batch, self._max_waiting, self._max_queue_delay = max_batch, max_waiting, max_queue_delay
@@ -185,15 +208,9 @@ class Batcher(Generic[Job, Result]):
             return batch
 
     def _take(self, most: int, company: PendingJob[Job, Result] | None = None) -> list[PendingJob[Job, Result]]:
-        """Out of the queue: the oldest jobs with the key of `company`, or else of the oldest job."""
-        taken: list[PendingJob[Job, Result]] = []
-        left: deque[PendingJob[Job, Result]] = deque()
-        for pending in self._waiting:
-            if pending.future.cancelled():
-                continue
-            company = company or pending
-            (taken if pending.key == company.key and len(taken) < most else left).append(pending)
-        self._waiting = left
+        """As `choose`, out of the queue; who is gone is dropped."""
+        present = (pending for pending in self._waiting if not pending.future.cancelled())
+        taken, self._waiting = choose(present, most, company)
         return taken
 
     def _attempt(self, batch: list[PendingJob[Job, Result]]) -> None:
