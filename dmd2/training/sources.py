@@ -260,7 +260,7 @@ class PromptSource:
         found = [] if self.images is None else self.images.captions(range(len(self.images)))
         self.prompts = [text for text in found if text] if path is None else read_prompts(path)
         if not self.prompts:
-            raise DataError("has no captions; expected some, or --prompts", images or "prompts")
+            raise DataError("has no captions; expected some, or `prompts`", images or "prompts")
 
     def batch(self, n: int, *, seed: int, step: int, images: bool, paired: bool) -> Examples:
         """Real images are others than those whose captions are generated, but where they are `paired`."""

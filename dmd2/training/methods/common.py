@@ -121,7 +121,7 @@ def expect_whole(inputs: Inputs, optimizer: OptimizerName) -> None:
     """Raises UserError where parameters are in shards: these optimizers look at whole ones."""
     if inputs.parallel.collective:
         raise InvalidInput(
-            "set", "expected adamw, or --parallel ddp: it needs whole matrices", f"optimizer={optimizer}"
+            "set", "expected adamw, or `parallel` ddp: it needs whole matrices", f"optimizer={optimizer}"
         )
 
 

@@ -141,7 +141,8 @@ class Replicated(Parallel):
         except UserError as error:
             if self.store.add("failed", 1) > 1:
                 sys.exit(2)
-            raise error if self.leads else UserError(f"process {self.ranks.rank}: {error}") from error
+            alike = self.leads or isinstance(error, InvalidInput)  # what was asked for is wrong everywhere
+            raise error if alike else UserError(f"process {self.ranks.rank}: {error}") from error
         except RuntimeError:  # such as a connection that is closed, as another process has failed
             if self.store.add("failed", 0):
                 sys.exit(2)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # What Cog 0.23 knows; anything else is an error there.
 KEYS = {"build", "image", "model", "run", "predict", "train", "concurrency", "environment", "weights"}
 BUILD_KEYS = {"cuda", "gpu", "python_version", "python_requirements", "pre_install", "run", "sdk_version"}
-DEPRECATED = {"predict", "train", "concurrency", "pre_install"}
+DEPRECATED = {"predict", "concurrency", "pre_install"}
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_what_cannot_be_shared_is_refused(paths: Paths) -> None:
             build_method(resolve(name, []), {}, CPU, two)
     two.collective = True
     recipe = resolve("emoji-dmd2-4step", ["optimizer=muon"])
-    with pytest.raises(UserError, match="expected adamw, or --parallel ddp"):
+    with pytest.raises(UserError, match="expected adamw, or `parallel` ddp"):
         build_method(recipe, {name: Path(path) for name, path in paths.items()}, CPU, two)
 
 

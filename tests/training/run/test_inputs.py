@@ -31,7 +31,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     (tmp_path / "data.zip").write_bytes(b"images")
 
     def run(*words: object, stop: int | None = None) -> tuple[int, str]:
-        def build(recipe: Any, paths: Any, device: Any) -> Any:
+        def build(recipe: Any, paths: Any, device: Any, group: Any) -> Any:
             if recipe.loop.seed == 99:
                 raise AssertionError("something was made before the folder was looked at")
             return toy(recipe.loop) if stop is None else stop_at(toy(recipe.loop), stop)
