@@ -169,7 +169,7 @@ def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel
         UserError: `strategy` is named, and there is no torchrun.
     """
     if strategy is not None and "RANK" not in os.environ:
-        example = f"torchrun --nproc-per-node 2 -m dmd2 train NAME --parallel {strategy}"
+        example = f"torchrun --nproc-per-node 2 -m dmd2.cli train NAME --parallel {strategy}"
         raise InvalidInput("parallel", f"expected a start by torchrun: {example}", strategy)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and strategy != "fsdp2":
         yield ALONE

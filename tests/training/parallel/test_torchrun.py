@@ -64,7 +64,8 @@ def torchrun(*words: str) -> subprocess.Popen[str]:
 def command(job: dict[str, Any], *more: str) -> list[str]:
     named = [word for name, path in job["paths"].items() for word in (f"--{name}", path)]
     sets = [word for text in job["set"] for word in ("--set", text)]
-    return ["-m", "dmd2", "train", "emoji-dmd2-4step", "--out", job["out"], "--device", "cpu", *named, *sets, *more]
+    words = ["-m", "dmd2.cli", "train", "emoji-dmd2-4step", "--out", job["out"], "--device", "cpu"]
+    return [*words, *named, *sets, *more]
 
 
 def finish(run: subprocess.Popen[str]) -> str:
@@ -191,6 +192,6 @@ def test_what_cannot_be_shared_is_refused(paths: Paths) -> None:
 
 
 def test_parallel_needs_torchrun(tmp_path: Path) -> None:
-    words = ["-m", "dmd2", "train", "emoji-dmd2-4step", "--parallel", "ddp", "--out", str(tmp_path)]
+    words = ["-m", "dmd2.cli", "train", "emoji-dmd2-4step", "--parallel", "ddp", "--out", str(tmp_path)]
     alone = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=LONG)
     assert alone.returncode == 2 and "--parallel ddp: expected a start by torchrun" in alone.stderr
