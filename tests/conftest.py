@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from dmd2.emoji.architecture import build_text_encoders, build_tokenizer, build_
 from dmd2.emoji.scenes import SIDE, EmojiScenes, vocabulary  # noqa: E402
 from dmd2.models.stable_diffusion.folder import save_text_to_image, save_vae  # noqa: E402
 from dmd2.weights.manifest import Student, Teacher  # noqa: E402
+
+# A shell without job control starts what is in the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EMOJI = (
     ("red apple", "fruit", ["apple"], (215, 40, 40, 255)),
