@@ -1,21 +1,21 @@
 """Prompts, from the files that people keep them in: text, JSON lines, Parquet, the pickled lists of DMD2's release.
 
-A pickle is a program. This one is parsed, never run: a list of strings needs eleven harmless operations, and any
+A pickle is parsed, never run (`dmd2.weights.pickles`): a list of strings needs a few harmless operations, and any
 other is refused by name.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import pickletools
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dmd2.runtime.errors import InvalidInput, UserError, shown
+from dmd2.runtime.errors import InvalidInput, UserError, first_line, shown
 from dmd2.runtime.files import read_bounded, text_of
+from dmd2.weights.pickles import PickleReader
 
 MOST_BYTES = 4 * 10**9
 """of a file; the release's list of 3 million is of 300 MB"""
@@ -23,7 +23,7 @@ MOST_PROMPTS = 50_000_000
 MOST_CHARACTERS = 10_000
 """of one prompt"""
 COLUMNS = ("prompt", "caption", "text")
-_DAMAGED = (ValueError, TypeError, LookupError, EOFError, RuntimeError, MemoryError, ArithmeticError)
+REFUSED = "holds something else than one list of texts: refused"
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:
@@ -91,18 +91,32 @@ def _json_lines(path: Path, column: str | None) -> Iterator[Any]:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Any]:
+    with parquet_file(path) as file:
+        chosen = _chosen(file.schema_arrow.names, column, str(path))
+        for batch in file.iter_batches(columns=[chosen]):
+            yield from batch.column(0).to_pylist()
+
+
+def parquet_of(path: Path) -> Any:
+    """`pyarrow.parquet`. Raises UserError if it is not installed, for the sake of `path`."""
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+    return pyarrow.parquet
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; what is wrong with it is a UserError."""
+    parquet = parquet_of(path)
+    import pyarrow
+
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            chosen = _chosen(file.schema_arrow.names, column, str(path))
-            for batch in file.iter_batches(columns=[chosen]):
-                yield from batch.column(0).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            yield file
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not Parquet, or damaged ({shown(error)})") from None
+        raise UserError(f"{path}: not Parquet, or damaged ({shown(first_line(error))})") from None
 
 
 def _chosen(names: list[str], column: str | None, where: str) -> str:
@@ -117,59 +131,22 @@ def _chosen(names: list[str], column: str | None, where: str) -> str:
 def _pickle(path: Path, _: str | None) -> Iterator[Any]:
     if not path.stat().st_size:
         raise UserError(f"{path}: is empty; expected a pickled list of prompts")
-    try:
-        # A map's read() never makes room for more than there is, whatever length the pickle claims.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield from _unpickled(content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except _DAMAGED as error:
-        why = shown(str(error).partition("\n")[0] or type(error).__name__)
-        raise UserError(f"{path}: no pickled list of prompts, truncated or damaged ({why})") from None
+    texts = _TextsReader().read_file(path)
+    if type(texts) is not list:
+        raise UserError(f"{path}: {REFUSED}")
+    yield from texts
 
 
-def _unpickled(file: Any) -> list[Any]:
-    """The list of strings that a pickle holds, of any protocol."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
+class _TextsReader(PickleReader):
+    """A list of strings, of any protocol."""
 
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
+    kind = "pickled lists of texts"
+    operations = re.compile(
+        "PROTO|FRAME|STOP|MARK|EMPTY_LIST|LIST|APPENDS?|MEMOIZE|((LONG_)?BIN)?(PUT|GET)|(SHORT_)?(BIN)?UNICODE8?"
+    )
+    most_operations = 3 * MOST_PROMPTS
 
-    arg: Any
-    for opcode, arg, _ in pickletools.genops(file):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case name if re.fullmatch("(SHORT_)?(BIN)?UNICODE8?", name):
-                stack.append(arg)
-            case "MARK":
-                marks.append(len(stack))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "LIST":
-                stack.append(since_mark())
-            case "APPEND" | "APPENDS" as name:
-                items = since_mark() if name == "APPENDS" else [stack.pop()]
-                if type(stack[-1]) is not list or any(type(item) is not str for item in items):
-                    raise UserError("holds something else than one list of texts: refused")
-                stack[-1].extend(items)
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case name if re.fullmatch("(LONG_)?(BIN)?PUT", name):
-                memo[int(arg)] = stack[-1]
-            case name if re.fullmatch("(LONG_)?(BIN)?GET", name):
-                stack.append(memo[int(arg)])
-            case "STOP":
-                if len(stack) != 1 or type(stack[0]) is not list:
-                    raise UserError("holds something else than one list of texts: refused")
-                return stack[0]
-            case name:
-                raise UserError(f"uses the pickle operation {name}, which no list of texts does: refused, not run")
-        if len(stack) + len(marks) > MOST_PROMPTS:
-            raise UserError(f"holds more than {MOST_PROMPTS} prompts")
-    raise EOFError
+    def _extended(self, target: Any, items: list[Any]) -> Any:
+        if type(target) is not list or any(type(item) is not str for item in items):
+            raise UserError(REFUSED)
+        return super()._extended(target, items)

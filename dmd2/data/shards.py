@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dmd2.runtime.errors import DataError, InvalidInput, first_error, shown
 from dmd2.runtime.files import atomic_text, read_object, sha256_file
-from dmd2.runtime.locks import LOCK
+from dmd2.runtime.locks import LOCK, UNSUPPORTED, warn_of_no_locks
 from dmd2.runtime.tensors import save_tensors
 from dmd2.runtime.terminal import Terminal, say
 
@@ -37,7 +37,6 @@ INDEX = "index.json"
 MOST_ROWS = 2**31
 MOST_FILES = 100_000
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 Rows = Mapping[str, Tensor]
 """columns by name, with rows along dimension 0"""
@@ -333,10 +332,10 @@ class _Locks:
         except OSError as error:
             if busy and error.errno in (errno.EAGAIN, errno.EACCES):
                 raise DataError(f"{busy}; wait for it, or name another folder") from None
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise
             self.known = False
-            say(f"{self.out}: this file system knows no locks; start no second process there")
+            warn_of_no_locks(self.out)
         yield
         if self.known:  # else, or after an error, it ends with the descriptor
             fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, byte)

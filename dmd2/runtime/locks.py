@@ -16,6 +16,9 @@ from dmd2.runtime.terminal import say
 
 LOCK = ".lock"
 
+UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""errors of file systems without locks"""
+
 STALE_FOLDER = re.compile(r"\.(model|fake_score)\.[a-z0-9_]{8}")  # by tempfile: an export that was cut short
 
 
@@ -52,9 +55,13 @@ def _lock(descriptor: int, folder: Path) -> None:
         who = f"process {owner}" if owner.isdigit() else "another process"
         raise InvalidInput("out", f"{who} is at work there; wait for it, or name another folder", folder) from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+        if error.errno not in UNSUPPORTED:
             raise InvalidInput("out", f"cannot be locked ({error.strerror})", folder) from error
-        say(f"{folder}: this file system knows no locks; start no second process there")
+        warn_of_no_locks(folder)
+
+
+def warn_of_no_locks(folder: Path) -> None:
+    say(f"{folder}: this file system knows no locks; start no second process there")
 
 
 def _tidy(folder: Path, stale: re.Pattern[str]) -> None:

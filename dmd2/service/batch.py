@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from dmd2.data.prompts import parquet_file, parquet_of
 from dmd2.data.shards import Index, Part, make_files
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import InvalidInput, UserError, first_line, shown
@@ -99,31 +100,17 @@ class Requests:
 
 
 def _table(path: Path) -> Any:
-    parquet = _parquet(path)
-    import pyarrow
-
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: larger than {MOST_BYTES // 10**9} GB; expected a smaller file")
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for name in names:
-                if name not in ImageRequest.model_fields:
-                    valid = ", ".join(ImageRequest.model_fields)
-                    raise UserError(f"{path}: column {shown(name, 50)}: expected some of {valid}")
-            if "prompt" not in names:
-                raise UserError(f"{path}: has no column prompt")
-            return file.read()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not Parquet, or damaged ({shown(first_line(error))})") from None
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
-    return pyarrow.parquet
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path}: larger than {MOST_BYTES // 10**9} GB; expected a smaller file")
+    with parquet_file(path) as file:
+        names = file.schema_arrow.names
+        for name in names:
+            if name not in ImageRequest.model_fields:
+                valid = ", ".join(ImageRequest.model_fields)
+                raise UserError(f"{path}: column {shown(name, 50)}: expected some of {valid}")
+        if "prompt" not in names:
+            raise UserError(f"{path}: has no column prompt")
+        return file.read()
 
 
 class _Shard(Protocol):
@@ -159,7 +146,7 @@ class _Parquet:
     """Columns row, prompt, seed, width, height, num_inference_steps, images, error, and all of the facts as JSON."""
 
     def __init__(self, path: Path) -> None:
-        parquet = _parquet(path)
+        parquet = parquet_of(path)
         import pyarrow
 
         whole = dict.fromkeys(("row", "seed", "width", "height", "num_inference_steps"), pyarrow.int64())

@@ -149,7 +149,7 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
             half=half, checkpoints=[n for n in (student, fake_score) if n is not None and recipe.checkpointing]
         )
     parallel = inputs.parallel
-    if parallel.collective and getattr(recipe, "adapter", "full") != "full":
+    if parallel.collective and recipe.adapter != "full":
         raise InvalidInput("parallel", "expected ddp, or adapter=full: adapters are small, and not sharded", "fsdp2")
     for network in (student, fake_score, family.teacher_network):
         if network is not None:

@@ -1,4 +1,4 @@
-"""Where a run's batches come from: what was named on the command line, and the two kinds of data."""
+"""Where a run's batches come from: what was named on the command line, and the kinds of data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREVIEWED = 16
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files and folders of a run, by option: data, init, classifier, student, pairs, lpips."""
+    """The files and folders of a run, by option: data, init, classifier, prompts, student, pairs, lpips."""
 
     paths: Mapping[str, Path | None]
     device: torch.device

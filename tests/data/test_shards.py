@@ -24,13 +24,10 @@ from torch import Tensor
 import dmd2.data.shards as module
 from dmd2.data.shards import INDEX, Column, Index, Part, Shards, make_shards, read_index
 from dmd2.runtime.errors import UserError
+from tests.data.kills import Killed, killer
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, SHARD, BATCH = 11, 4, 3
-
-
-class Killed(BaseException):
-    """Ends a process at a given point."""
 
 
 def index_of(count: int = COUNT, shard: int = SHARD, **made: int) -> Index:
@@ -103,26 +100,19 @@ def _expected() -> dict[str, bytes]:
 
 def _killed_at(point: int | None, out: Path) -> Any:
     """Raises `Killed` at the `point`-th event; events lie before and after each write."""
-    left = [point]
-
-    def event(path: Path | None = None) -> None:
-        if left[0] == 0:
-            if path is not None:
-                (out / f".{path.name[:40]}.0123abcd.tmp").write_bytes(b"half")
-            raise Killed
-        left[0] = None if left[0] is None else left[0] - 1
+    event = killer(point, out)
 
     save_tensors, atomic_text = module.save_tensors, module.atomic_text
 
     def save(tensors: dict[str, Tensor], path: Path) -> None:
         event(path)
         save_tensors(tensors, path)
-        event()
+        event(None)
 
     def write(path: Path, text: str) -> None:
         event(path)
         atomic_text(path, text)
-        event()
+        event(None)
 
     return mock.patch.multiple(module, save_tensors=save, atomic_text=write)
 

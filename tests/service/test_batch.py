@@ -32,6 +32,7 @@ from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
 from dmd2.service.batch import MOST_OUTPUTS, Requests, bulk_index, make_images
 from dmd2.service.images import ImageService, OutputImage
+from tests.data.kills import Killed, killer
 
 ROWS: list[Any] = [
     {"prompt": "an owl", "seed": 7},
@@ -45,10 +46,6 @@ ROWS: list[Any] = [
     {"prompt": "a fox", "width": 32, "seed": None},
 ]
 BAD = {3, 4, 6, 7}
-
-
-class Killed(BaseException):
-    """Ends a process at a given point."""
 
 
 def fake(rows: Iterable[tuple[int, ImageRequest]]) -> Iterator[tuple[int, list[OutputImage] | Exception]]:
@@ -95,18 +92,11 @@ def samples(folder: Path) -> tuple[dict[int, dict[str, Any]], Counter[str]]:
 
 def killed_at(point: int | None, out: Path) -> Any:
     """Raises `Killed` at the `point`-th event: at any row, or around any write, which leaves half a file behind."""
-    left = [point]
-
-    def event(path: Path | None = None) -> None:
-        if left[0] == 0:
-            if path is not None:
-                (out / f".{path.name[:40]}.0123abcd.tmp").write_bytes(b"half")
-            raise Killed
-        left[0] = None if left[0] is None else left[0] - 1
+    event = killer(point, out)
 
     def generate(rows: Any) -> Any:
         for made in fake(rows):
-            event()
+            event(None)
             yield made
 
     atomic_path, atomic_text = module.atomic_path, shards.atomic_text
@@ -117,12 +107,12 @@ def killed_at(point: int | None, out: Path) -> Any:
         with atomic_path(path) as temporary:
             yield temporary
             event(path)
-        event()
+        event(None)
 
     def write(path: Path, text: str) -> None:
         event(path)
         atomic_text(path, text)
-        event()
+        event(None)
 
     @contextmanager
     def patched() -> Iterator[Any]:

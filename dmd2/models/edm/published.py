@@ -1,15 +1,13 @@
 """EDM's published pickles as weights of this package, without running anything that they say.
 
-A pickle is a program that calls functions by name. `PickleReader` interprets it itself: the opcodes come from the
-standard library's disassembler, which only parses, and what a name stands for comes from one closed table of builders
-of plain data. Python source inside the file stays a string that nobody reads.
+What `dmd2.weights.pickles` parses is made of one closed table of builders of plain data. Python source inside the
+file stays a string that nobody reads.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import mmap
 import pickletools
 import re
 from collections.abc import Callable, Mapping
@@ -25,27 +23,21 @@ from torch import Tensor
 from dmd2.models.edm.folder import expect_new, load_edm, network_of, read_edm_config, save_edm
 from dmd2.models.edm.network import PUBLISHED, EdmConfig, EdmNetwork
 from dmd2.models.edm.preconditioning import BETA_D, BETA_MIN, C_1, C_2, LEVELS, RANGES, Kind, iddpm_levels
-from dmd2.runtime.errors import UserError, first_error, first_line
+from dmd2.runtime.errors import UserError, first_error
 from dmd2.runtime.tensors import read_tensors, write_tensors
+from dmd2.weights.pickles import LITERALS, PickleReader, of_type, printable
 
-MAX_OPCODES = 5_000_000  # ImageNet-64's file has 54,000; each can cost a hundred bytes of memory
 LICENCE = "that of the file they were converted from; EDM's published weights are CC BY-NC-SA 4.0"
 
-EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
-LITERALS = "BININT[12]?|LONG1|BINFLOAT|(SHORT_)?BIN(UNICODE|BYTES)8?"
+OPERATIONS = re.compile(
+    "PROTO|FRAME|STOP|NONE|NEWTRUE|NEWFALSE|EMPTY_(DICT|LIST|SET|TUPLE)|MARK|TUPLE[123]?|APPENDS?|ADDITEMS|SETITEMS?"
+    f"|(LONG_)?BIN(PUT|GET)|MEMOIZE|(STACK_)?GLOBAL|REDUCE|NEWOBJ|BUILD|{LITERALS}"
+)
 STORAGE_OPCODES = (
     "PROTO|STOP|MARK|NONE|NEWTRUE|NEWFALSE|EMPTY_DICT|EMPTY_LIST|TUPLE|APPENDS?|SETITEMS?|(LONG_)?BIN(PUT|GET)|GLOBAL"
     f"|BINPERSID|{LITERALS}"
 )
 STORAGE_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number of torch's older format
-MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, MemoryError)
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name in a pickle. Only a name: nothing is imported."""
-
-    name: str
 
 
 @dataclass(eq=False)
@@ -74,7 +66,7 @@ class _Array:
     value: Tensor | None = None
 
 
-class PickleReader:
+class EdmReader(PickleReader):
     """Reads one pickle into dicts, lists, numbers, strings, tensors and `Record`s.
 
     Args:
@@ -82,138 +74,55 @@ class PickleReader:
             as a tensor) cannot have come from it.
     """
 
+    kind = "EDM's pickles"
+    operations = OPERATIONS
+    most_operations = 5_000_000  # ImageNet-64's file has 54,000
+
     def __init__(self, size: int) -> None:
+        super().__init__()
         self._budget = 2 * size
         array: dict[str, Callable[..., Any]] = {
             f"numpy.{core}.multiarray.{name}": function
             for core in ("core", "_core")
             for name, function in (("scalar", self._scalar), ("_reconstruct", lambda kind, shape, code: _Array()))
         }
-        self._call: dict[str, Callable[..., Any]] = {
+        self._call = {
             "torch_utils.persistence._reconstruct_persistent_obj": self._record,
             "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch.storage._load_from_bytes": self._storage,
             "collections.OrderedDict": _empty,
-            "builtins.set": lambda items=(): {_of(str, item) for item in items},
+            "builtins.set": lambda items=(): {of_type(str, item) for item in items},
             "numpy.dtype": self._dtype,
             **array,
         }
-        self._new: dict[str, Callable[[], Any]] = {
+        self._new = {
             "torch.nn.modules.container.ModuleDict": lambda: Record("ModuleDict", {}),
             "dnnlib.util.EasyDict": dict,
             "dnnlib.EasyDict": dict,
         }
         self._known = {*self._call, *self._new, "numpy.ndarray"}
 
-    def read(self, file: Any) -> Any:
-        """What the pickle in `file` (binary, at its beginning) holds.
-
-        Raises:
-            UserError: a name that is not in the table, an operation that EDM's pickles do not need, absurd sizes.
-            One of MALFORMED: it is truncated or damaged.
-        """
-        stack: list[Any] = []
-        marks: list[int] = []
-        memo: dict[int, Any] = {}
-
-        def since_mark() -> list[Any]:
-            start = marks.pop()
-            items = stack[start:]
-            del stack[start:]
-            return items
-
-        arg: Any
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
-            if count >= MAX_OPCODES:
-                raise UserError(f"holds more than {MAX_OPCODES} operations: not a pickle of one network")
-            match opcode.name:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
-                case "NONE":
-                    stack.append(None)
-                case "NEWTRUE" | "NEWFALSE" as name:
-                    stack.append(name == "NEWTRUE")
-                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_SET" | "EMPTY_TUPLE" as name:
-                    stack.append(EMPTY[name]())
-                case name if re.fullmatch(LITERALS, name):
-                    stack.append(arg)
-                case "MARK":
-                    marks.append(len(stack))
-                case "TUPLE":
-                    stack.append(tuple(since_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                    length = int(name[-1])
-                    stack[-length:] = [tuple(stack[-length:])]
-                case "APPEND" | "APPENDS" as name:
-                    items = since_mark() if name == "APPENDS" else [stack.pop()]
-                    _of(list, stack[-1]).extend(items)
-                case "ADDITEMS":
-                    items = since_mark()
-                    _of(set, stack[-1]).update(_of(str, item) for item in items)
-                case "SETITEM" | "SETITEMS" as name:
-                    items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                    _set_items(stack[-1], items)
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[arg] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[arg])
-                case "GLOBAL":
-                    stack.append(self._global(*arg.split(" ", 1)))
-                case "STACK_GLOBAL":
-                    attribute = stack.pop()
-                    stack.append(self._global(_of(str, stack.pop()), _of(str, attribute)))
-                case "REDUCE":
-                    arguments = _of(tuple, stack.pop())
-                    stack.append(self._made(self._call, stack.pop(), arguments))
-                case "NEWOBJ":
-                    arguments = _of(tuple, stack.pop())
-                    stack.append(self._made(self._new, stack.pop(), arguments))
-                case "BUILD":
-                    state = stack.pop()
-                    self._build(stack[-1], state)
-                case name:
-                    raise UserError(f"uses the pickle operation {name}, which EDM's pickles do not: refused")
-        raise EOFError
-
-    def _global(self, module: str, attribute: str) -> Global:
-        name = f"{module}.{attribute}"
-        if name not in self._known:
-            raise UserError(f"asks for {_shown(name)}, which is not part of EDM's pickles: refused, nothing was run")
-        return Global(name)
-
-    @staticmethod
-    def _made(table: dict[str, Callable[..., Any]], what: Any, arguments: tuple[Any, ...]) -> Any:
-        name = _of(Global, what).name
-        if name not in table:
-            raise TypeError(f"{name} cannot be made this way")
-        return table[name](*arguments)
-
     @staticmethod
     def _record(meta: Any) -> Record:
-        return Record(_of(str, _of(dict, meta)["class_name"]), _of(dict, meta["state"]))
+        return Record(of_type(str, of_type(dict, meta)["class_name"]), of_type(dict, meta["state"]))
 
     def _build(self, target: Any, state: Any) -> None:
-        """The pickle operation BUILD: sets the state of an object that was just made."""
         match target:
             case Record():
-                target.state.update(_of(dict, state))
+                target.state.update(of_type(dict, state))
             case dict() if not state or type(state) is dict:
                 pass  # attributes of a dict; its items come by themselves
-            case _Dtype() if _of(tuple, state)[1] in ("<", ">", "|", "="):
+            case _Dtype() if of_type(tuple, state)[1] in ("<", ">", "|", "="):
                 target.order = state[1]
             case _Array():
-                _, shape, dtype, is_fortran, data = _of(tuple, state)
-                flat = np.frombuffer(_of(bytes, data), _of(_Dtype, dtype).numpy())
+                _, shape, dtype, is_fortran, data = of_type(tuple, state)
+                flat = np.frombuffer(of_type(bytes, data), of_type(_Dtype, dtype).numpy())
                 self._spend(len(data))
-                array = flat.reshape(_of(tuple, shape), order="F" if is_fortran else "C")
+                array = flat.reshape(of_type(tuple, shape), order="F" if is_fortran else "C")
                 target.value = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
             case _:
-                raise TypeError(f"a state for a {type(target).__name__}")
+                super()._build(target, state)
 
     def _spend(self, size: int) -> None:
         self._budget -= size
@@ -222,7 +131,7 @@ class PickleReader:
 
     def _storage(self, data: Any) -> Tensor:
         """All of a torch storage as a flat tensor."""
-        self._spend(len(_of(bytes, data)))
+        self._spend(len(of_type(bytes, data)))
         _check_storage(data)
         try:
             storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -235,45 +144,26 @@ class PickleReader:
     def _tensor(
         self, storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, metadata: Any = None
     ) -> Tensor:
-        numbers = math.prod(_of(int, length) for length in _of(tuple, size))
-        if len(size) > 8 or numbers > _of(Tensor, storage).numel():
+        numbers = math.prod(of_type(int, length) for length in of_type(tuple, size))
+        if len(size) > 8 or numbers > of_type(Tensor, storage).numel():
             raise UserError("claims tensors that are larger than the file: refused")
         self._spend(numbers * storage.element_size())
         # PyTorch checks that size, stride and offset stay within the storage.
-        return torch.as_strided(storage, size, _of(tuple, stride), _of(int, offset))
+        return torch.as_strided(storage, size, of_type(tuple, stride), of_type(int, offset))
 
     @staticmethod
     def _dtype(code: Any, *flags: bool) -> _Dtype:
-        if not re.fullmatch("[biuf][1248]", _of(str, code)):
+        if not re.fullmatch("[biuf][1248]", of_type(str, code)):
             raise TypeError("a dtype that is not of numbers")
         return _Dtype(code)
 
     @staticmethod
     def _scalar(dtype: Any, data: Any) -> Any:
-        return np.frombuffer(_of(bytes, data), _of(_Dtype, dtype).numpy()).reshape(()).item()
+        return np.frombuffer(of_type(bytes, data), of_type(_Dtype, dtype).numpy()).reshape(()).item()
 
 
 def _empty() -> dict[Any, Any]:
     return {}
-
-
-def _of(kind: type[Any], value: Any) -> Any:
-    if type(value) is not kind and not (kind is Tensor and isinstance(value, Tensor)):
-        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
-    return value
-
-
-def _shown(text: str) -> str:
-    """Foreign text as part of a line."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
-
-
-def _set_items(target: Any, items: list[Any]) -> None:
-    # Tuples as keys could be nested so that hashing them takes for ever.
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) not in (str, int):
-            raise TypeError(f"expected a string or a number as a key, found {type(key).__name__}")
-        _of(dict, target)[key] = value
 
 
 def _check_storage(data: bytes) -> None:
@@ -292,7 +182,7 @@ def _check_storage(data: bytes) -> None:
             if opcode.name == "PROTO" and arg != 2:
                 raise UserError(f"holds a tensor in pickle protocol {arg}; expected 2: refused")
             if opcode.name == "GLOBAL" and not re.fullmatch(r"torch \w+Storage", arg):
-                raise UserError(f"holds a tensor that asks for {_shown(arg.replace(' ', '.', 1))}: refused")
+                raise UserError(f"holds a tensor that asks for {printable(arg.replace(' ', '.', 1))}: refused")
             if type(arg) is int and arg > max(len(data), 1001):  # 1001 is the format's version
                 raise UserError("claims tensors that are larger than the file: refused")
             storages += opcode.name == "BINPERSID"
@@ -301,25 +191,17 @@ def _check_storage(data: bytes) -> None:
 
 
 def read_pickle(path: Path) -> Any:
-    """What a pickle of EDM's holds, see `PickleReader`.
+    """What a pickle of EDM's holds, see `EdmReader`.
 
     Raises:
         UserError: there is no such file, it is truncated, malformed or asks for anything that is not needed.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected one of EDM's pickles")
-    size = path.stat().st_size
     try:
-        # A map's read() never makes room for more than there is, whatever length the pickle claims.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return PickleReader(size).read(content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        return EdmReader(path.stat().st_size).read_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except MALFORMED as error:
-        why = _shown(first_line(error))
-        raise UserError(f"{path}: not one of EDM's pickles, truncated or damaged ({why})") from error
 
 
 def tensors_of(record: Record) -> dict[str, Tensor]:
@@ -328,14 +210,14 @@ def tensors_of(record: Record) -> dict[str, Tensor]:
     waiting, seen = [("", record)], set()
     while waiting:
         prefix, here = waiting.pop()
-        if id(_of(Record, here)) in seen:
-            raise UserError(f"holds the module {_shown(prefix)} twice")
+        if id(of_type(Record, here)) in seen:
+            raise UserError(f"holds the module {printable(prefix)} twice")
         seen.add(id(here))
         for kind in ("_parameters", "_buffers"):
-            for name, value in _of(dict, here.state.get(kind, {})).items():
+            for name, value in of_type(dict, here.state.get(kind, {})).items():
                 if value is not None:
-                    found[f"{prefix}{name}"] = _of(Tensor, value.value if isinstance(value, _Array) else value)
-        modules = _of(dict, here.state.get("_modules", {}))
+                    found[f"{prefix}{name}"] = of_type(Tensor, value.value if isinstance(value, _Array) else value)
+        modules = of_type(dict, here.state.get("_modules", {}))
         waiting += [(f"{prefix}{name}.", child) for name, child in modules.items() if child is not None]
     return found
 
@@ -375,18 +257,18 @@ def config_of(record: Record) -> EdmConfig:
         UserError: it is of none of `CLASSES`, or not DDPM++, NCSN++ or ADM.
     """
     if record.class_name not in CLASSES:
-        raise UserError(f"a network of the class {_shown(record.class_name)}; expected {', '.join(CLASSES)}")
+        raise UserError(f"a network of the class {printable(record.class_name)}; expected {', '.join(CLASSES)}")
     kind, own, sigmas = CLASSES[record.class_name]
     order = [*FIRST, *(NAMES if kind == "edm" else own or ("sigma_min", "sigma_max")), "model_type"]
-    given = dict(zip(order, _of(tuple, record.state.get("_init_args", ())), strict=False))
-    given |= _of(dict, record.state.get("_init_kwargs", {}))
-    given = {_of(str, name): tuple(value) if type(value) is list else value for name, value in given.items()}
+    given = dict(zip(order, of_type(tuple, record.state.get("_init_args", ())), strict=False))
+    given |= of_type(dict, record.state.get("_init_kwargs", {}))
+    given = {of_type(str, name): tuple(value) if type(value) is list else value for name, value in given.items()}
     for name, value in own.items():
         if given.pop(name, value) != value:
             raise UserError(f"{name} of {record.class_name} is not {value:g}")
 
     defaults: dict[str, Any]
-    model_type = _of(str, given.pop("model_type", "DhariwalUNet"))
+    model_type = of_type(str, given.pop("model_type", "DhariwalUNet"))
     if model_type == "SongUNet":
         style = [given.pop(name, values[0]) for name, values in SONG.items()]
         styles = {"ddpmpp": [v[0] for v in SONG.values()], "ncsnpp": [v[1] for v in SONG.values()]}
@@ -399,7 +281,7 @@ def config_of(record: Record) -> EdmConfig:
         defaults = {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3}
         defaults["attn_resolutions"] = (32, 16, 8)
     else:
-        raise UserError(f"a network of the type {_shown(model_type)}; expected SongUNet or DhariwalUNet")
+        raise UserError(f"a network of the type {printable(model_type)}; expected SongUNet or DhariwalUNet")
     given = {"dropout": 0.1, **defaults, **given}
     values = {ARGUMENTS.get(name, name): value for name, value in given.items() if name not in UNUSED}
     # EDM's networks say 0 … ∞ where they were trained for 0.002 … 80.
@@ -410,7 +292,7 @@ def config_of(record: Record) -> EdmConfig:
     try:
         return EdmConfig.model_validate({"architecture": architecture, **values})
     except ValidationError as error:
-        raise UserError(f"not a network of EDM's: {_shown(first_error(error))}") from None
+        raise UserError(f"not a network of EDM's: {printable(first_error(error))}") from None
 
 
 def convert_edm(source: Path, out: Path, like: Path | None = None) -> EdmConfig:

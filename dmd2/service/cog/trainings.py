@@ -39,7 +39,7 @@ MOST_PROMPTS, MOST_PROMPT_BYTES = 100_000, 50_000_000
 MOST_IMAGES, MOST_IMAGE_BYTES = 20_000, 2_000_000_000
 DOWNLOAD_SECONDS, KEPT_SECONDS = 600.0, 600.0
 GAN = ("gan_generator=5e-3", "gan_critic=1e-2")
-"""weights of DMD2's SDXL runs (2405.14867, app. F), where there are images to learn from"""
+"""weights of DMD2's SDXL runs (2405.14867), where there are images to learn from"""
 LINE = 2000
 """bytes of a line that is passed on, at most"""
 

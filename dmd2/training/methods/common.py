@@ -65,20 +65,18 @@ class Kit:
     """what networks run in"""
 
     def optimizer(self, name: OptimizerName, module: nn.Module, lr: float, beta2: float) -> Optimizer:
-        if name != "adamw":
-            expect_whole(self.inputs, name)
+        if name == "adamw":
+            return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01, fused=True)
+        expect_whole(self.inputs, name)
         if name == "muon":
             return Muon(module, lr, dtype=self.dtype)
-        if name != "adamw":
-            try:
-                import bitsandbytes
-            except ImportError as error:
-                raise UserError(
-                    f"optimizer={name}: needs bitsandbytes, which is not installed; or optimizer=adamw"
-                ) from error
-            kind = bitsandbytes.optim.AdamW8bit if name == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
-            return kind(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01)
-        return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01, fused=True)
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            told = f"optimizer={name}: needs bitsandbytes, which is not installed; or optimizer=adamw"
+            raise UserError(told) from error
+        kind = bitsandbytes.optim.AdamW8bit if name == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+        return kind(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01)
 
 
 @dataclass(frozen=True)

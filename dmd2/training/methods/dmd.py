@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.data.pairs import Pairs, RegressionPairs
+from dmd2.diffusion.denoiser import Denoiser
 from dmd2.evaluation.perceptual import Lpips
 from dmd2.models.family import Family
 from dmd2.runtime.terminal import say
@@ -102,13 +103,16 @@ def dmd_phases(
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         loss, logs = generator.loss(batch)
-        pairs: RegressionPairs = batch.data.pairs  # their number need not be that of the samples
-        level = torch.full((len(pairs.noise),), sigma, device=pairs.noise.device)
-        x0 = networks.student(networks.student.scale_initial_noise(pairs.noise, level), level, pairs.cond)
-        regression = distance(x0, pairs.target)  # DMD eq. 9
+        regression = regression_loss(networks.student, batch.data.pairs, sigma, distance)
         return loss + regression_weight * regression, logs | {"regression": regression.detach()}
 
     return [replace(generator, loss=generator_loss), critic]
+
+
+def regression_loss(student: Denoiser, pairs: RegressionPairs, sigma: float, distance: Distance) -> Tensor:
+    """DMD eq. 9. The pairs' number need not be that of a step's samples."""
+    level = torch.full((len(pairs.noise),), sigma, device=pairs.noise.device)
+    return distance(student(student.scale_initial_noise(pairs.noise, level), level, pairs.cond), pairs.target)
 
 
 def pairs_of(family: Family, inputs: Inputs, n: int, seed: int) -> Callable[[int], RegressionPairs]:

@@ -1,6 +1,6 @@
 """A one-step student by regression on the teacher's own noise-image pairs alone.
 
-DMD2's one-step student of SDXL begins so (Yin et al. 2405.14867, app. F).
+DMD2's one-step student of SDXL begins so (Yin et al. 2405.14867).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from dmd2.data.pairs import RegressionPairs
@@ -17,7 +16,7 @@ from dmd2.models.family import Family
 from dmd2.training.distil import Distillation
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.methods.common import Kit, OptimizerName
-from dmd2.training.methods.dmd import distance_of, pairs_of
+from dmd2.training.methods.dmd import distance_of, pairs_of, regression_loss
 from dmd2.training.ranges import Decay
 from dmd2.training.sources import Inputs
 
@@ -46,10 +45,7 @@ class RegressionRecipe(Distillation):
         student, sigma = kit.networks.student, kit.sigmas[0]
 
         def loss(batch: Batch) -> tuple[Tensor, Logs]:
-            pairs: RegressionPairs = batch.data.pairs
-            level = torch.full((len(pairs.noise),), sigma, device=pairs.noise.device)
-            x0 = student(student.scale_initial_noise(pairs.noise, level), level, pairs.cond)
-            return distance(x0, pairs.target), {}
+            return regression_loss(student, batch.data.pairs, sigma, distance), {}
 
         optimizer = kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2)
         return [Phase("generator", 1, kit.student, optimizer, loss)]

@@ -126,7 +126,7 @@ EDM_RECIPES: dict[str, Recipe] = {
     "imagenet64-dmd": DmdRecipe(
         dmd_loop(350_000, 336), lr=2e-6, lr_critic=2e-6, regression_weight=0.25, pairs_batch=336
     ),
-    # DMD2 (Yin et al. 2405.14867, app. F and tables 1 and 3). FID 2.61, 1.51, 1.28. The published runs are in bf16,
+    # DMD2 (Yin et al. 2405.14867, tables 1 and 3). FID 2.61, 1.51, 1.28. The published runs are in bf16,
     # and their critic judges generated images with noise of its own; here it sees those that its score denoises.
     # --init: edm-imagenet-64x64-cond-adm
     "imagenet64-dmd2": Dmd2Recipe(dmd_loop(410_000, 280), lr=2e-6, lr_critic=2e-6, generator_every=5),

@@ -7,7 +7,7 @@ from dmd2.training.methods.common import Recipe
 from dmd2.training.methods.dmd2 import Dmd2Recipe
 
 LORA_RECIPES: dict[str, Recipe] = {
-    # DMD2's SDXL LoRA run (2405.14867, app. F: rate, rank, alpha, k, guidance), at a batch for one card. Without a
+    # DMD2's SDXL LoRA run (2405.14867: rate, rank, alpha, k, guidance), at a batch for one card. Without a
     # GAN, which needs images.
     "lora-dmd2": Dmd2Recipe(
         LoopSettings(iterations=16_000, batch_size=4, warmup=100, max_grad_norm=10.0, ema_decay=0.0),

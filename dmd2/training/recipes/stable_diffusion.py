@@ -49,7 +49,7 @@ STABLE_DIFFUSION_RECIPES: dict[str, Recipe] = {
     "sd15-dmd-cfg8": DmdRecipe(
         dmd_loop(20_000, 2304), lr=1e-5, lr_critic=1e-5, guidance_scale=8.0, dm_highest_end=0.5, **_DMD, **_ONE
     ),
-    # DMD2 (Yin et al. 2405.14867, app. F). COCO-30k FID 9.28, then 8.35.
+    # DMD2 (Yin et al. 2405.14867). COCO-30k FID 9.28, then 8.35.
     "sd15-dmd2": Dmd2Recipe(dmd_loop(39_000, 2048), lr=1e-5, lr_critic=1e-5, **_SD15, **_ONE),
     # --student: model/ of a run of sd15-dmd2; its fake_score/ goes on, too, and the head is new
     "sd15-dmd2-gan": Dmd2Recipe(

@@ -367,7 +367,7 @@ def test_absurd_sizes_are_refused_before_memory_is_asked_for(tmp_path: Path, mon
     calls = [Evil(torch.storage._load_from_bytes, twice) for _ in range(100)]
     refused(write(path, [storage, *calls]), "larger than the file")
     bombs = b"\x80\x02" + b"]" * 5000 + b"."
-    monkeypatch.setattr(dmd2.models.edm.published, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(dmd2.models.edm.published.EdmReader, "most_operations", 1000)
     path.write_bytes(bombs)
     refused(path, "holds more than 1000 operations")
 

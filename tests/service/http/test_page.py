@@ -68,7 +68,7 @@ def test_typing_changes_both_images_and_the_seed_and_the_steps_count(page: Any) 
     before = image(page, 1).get_attribute("src")
     page.fill("input[name=seed]", "7")
     expect(image(page, 1)).not_to_have_attribute("src", before)
-    page.check("input[name=steps][value='1']")
+    page.check("input[name=steps][value='fewest']")
     expect(image(page, 4)).to_be_hidden()
     page.fill("textarea", "")
     expect(page.locator("#status")).to_have_text("Type what you want to see.")
@@ -112,7 +112,7 @@ def test_an_image_is_begun_with_and_a_painted_mask_keeps_the_rest(page: Any, tmp
     )
     page.dispatch_event("body", "drop", {"dataTransfer": data})
     expect(image(page, 4)).to_have_attribute("data-from", "image")
-    page.check("input[name=steps][value='4']")
+    page.check("input[name=steps][value='most']")
     page.check("input[name=paint]")
     canvas = page.locator("canvas.mask")
     box = canvas.bounding_box()
@@ -121,6 +121,9 @@ def test_an_image_is_begun_with_and_a_painted_mask_keeps_the_rest(page: Any, tmp
     page.mouse.move(box["x"] + box["width"] / 2 + 20, box["y"] + box["height"] / 2)
     page.mouse.up()
     expect(image(page, 4)).to_have_attribute("data-from", "mask")
+    page.click("#copy summary")
+    page.click("[data-copy=curl]")  # which would be of another image
+    expect(page.locator("#status")).to_contain_text("Not copied")
     with page.expect_download() as download:
         page.click("#download")
     with Image.open(download.value.path()) as found:

@@ -8,10 +8,10 @@ import { snippets } from "./snippets.js";
 const $ = (selector) => document.querySelector(selector);
 const form = $("#form");
 const { elements: field } = form;
-const figures = new Map([...document.querySelectorAll("figure")].map((figure) => [Number(figure.dataset.steps), figure]));
+const figures = [...document.querySelectorAll("figure")]; // of the fewest steps, and of the most
 const mask = $("canvas.mask");
 const SETTINGS = "settings"; // of localStorage
-const PAUSE = 250; // ms without typing, before four steps are asked for
+const PAUSE = 250; // ms without typing, before the slower image is asked for
 
 let models = [];
 let given = null; // the image to begin with, a PNG at about the model's size
@@ -23,15 +23,18 @@ let later = 0;
 
 const model = () => models.find(({ id }) => id === field.model.value) ?? models[0];
 
-function steps() {
+/** [figure, number of steps] of each image that is wanted, the faster one first. */
+function wanted() {
   const has = model()?.steps ?? [1, 4];
-  const wanted = field.steps.value === "both" ? [1, 4] : [Number(field.steps.value)];
-  const possible = wanted.filter((n) => has.includes(n));
-  return possible.length ? possible : [Math.max(...has)];
+  const all = has.length > 1 ? [[0, Math.min(...has)], [1, Math.max(...has)]] : [[0, has[0]]];
+  if (field.steps.value === "both" || all.length === 1) return all;
+  return field.steps.value === "most" ? all.slice(1) : all.slice(0, 1);
 }
 
+const counted = (n) => (n === 1 ? "1 step" : `${n} steps`);
+
 function request(num_inference_steps) {
-  const prompt = model()?.takes_prompts === false ? field.class_name.value : field.prompt.value.trim();
+  const prompt = classes().length ? field.class_name.value : field.prompt.value.trim();
   const asked = { model: model()?.id, prompt, num_inference_steps, seed: seed(), loras: loras(field.loras.value) };
   return given ? { ...asked, image: given, mask: painted, strength: Number(field.strength.value) } : asked;
 }
@@ -41,22 +44,27 @@ function seed() {
   return Number.isFinite(value) ? Math.min(Math.max(value, 0), 4294967295) : 0;
 }
 
-/** Asks for what the form says now: one step at once, four when the typing pauses. */
+/** Asks for what the form says now: the faster image at once, the slower one when the typing pauses. */
 function changed({ now = false } = {}) {
   remember();
-  const wanted = steps();
-  for (const [n, figure] of figures) figure.hidden = !wanted.includes(n);
-  figures.get(wanted[0]).querySelector(".frame").append(mask);
+  const asked = wanted();
+  figures.forEach((figure, place) => {
+    const n = asked.find(([where]) => where === place)?.[1];
+    figure.hidden = n === undefined;
+    figure.dataset.steps = n ?? "";
+    figure.querySelector("figcaption").textContent = n === undefined ? "" : counted(n);
+  });
+  figures[asked[0][0]].querySelector(".frame").append(mask);
   clearTimeout(later);
   if (!request(1).prompt) {
-    for (const line of [...words.values(), ...edits.values()]) line.forget();
+    for (const line of [...words, ...edits]) line.forget();
     return say(model() ? "Type what you want to see." : "Connecting …");
   }
   const [used, unused] = given ? [edits, words] : [words, edits];
-  for (const line of unused.values()) line.forget();
-  const [fast, ...slow] = [...wanted].sort();
-  used.get(fast).ask(request(fast));
-  const rest = () => slow.forEach((n) => used.get(n).ask(request(n)));
+  for (const line of unused) line.forget();
+  const [[place, n], ...slow] = asked;
+  used[place].ask(request(n));
+  const rest = () => slow.forEach(([where, most]) => used[where].ask(request(most)));
   if (now) rest();
   else later = setTimeout(rest, PAUSE);
 }
@@ -68,22 +76,21 @@ function say(text, bad = false) {
   $("#status").classList.toggle("bad", bad);
 }
 
-const open = new Set();
-const told = (n) => ({
-  image: (blob, about, asked) => show(n, blob, about, asked),
+let lost = false; // whether a connection was, so that another server may answer now
+const told = (place) => ({
+  image: (blob, about, asked) => show(place, blob, about, asked),
   failed: (message) => say(message, true),
   state: (there) => {
-    if (there) open.add(n);
-    else open.delete(n);
     if (!there) say("The connection is lost; trying again …", true);
-    else if (open.size === figures.size) begin();
+    else if (lost) begin();
+    lost = !there;
   },
 });
-const words = new Map([...figures.keys()].map((n) => [n, new Words(told(n))]));
-const edits = new Map([...figures.keys()].map((n) => [n, new Edits(told(n))]));
+const words = figures.map((_, place) => new Words(told(place)));
+const edits = figures.map((_, place) => new Edits(told(place)));
 
-function show(n, blob, about, asked) {
-  const image = figures.get(n).querySelector("img");
+function show(place, blob, about, asked) {
+  const image = figures[place].querySelector("img");
   const old = image.src;
   image.src = URL.createObjectURL(blob);
   image.alt = asked.prompt;
@@ -95,7 +102,7 @@ function show(n, blob, about, asked) {
   image.dataset.from = asked.mask ? "mask" : asked.image ? "image" : "noise";
   shown = { blob, request: asked, about };
   const seconds = Object.values(about.seconds).reduce((sum, each) => sum + each, 0);
-  say(`${n === 1 ? "1 step" : `${n} steps`}: ${Math.round(1000 * seconds)} ms`);
+  say(`${counted(asked.num_inference_steps)}: ${Math.round(1000 * seconds)} ms`);
 }
 
 // The image to begin with, and its mask
@@ -216,7 +223,7 @@ function entry({ key, blob, settings: its }) {
   remove.setAttribute("aria-label", `Remove ${its.prompt}, seed ${its.seed}`);
   remove.addEventListener("click", () => gallery.remove(key).then(showGallery));
   const caption = document.createElement("span");
-  caption.textContent = `${its.prompt} · seed ${its.seed} · ${its.num_inference_steps === 1 ? "1 step" : `${its.num_inference_steps} steps`}`;
+  caption.textContent = `${its.prompt} · seed ${its.seed} · ${counted(its.num_inference_steps)}`;
   item.append(open, caption, remove);
   return item;
 }
@@ -226,7 +233,7 @@ function back(its) {
   choose();
   field.prompt.value = field.class_name.value = its.prompt;
   field.seed.value = its.seed;
-  field.steps.value = String(its.num_inference_steps);
+  field.steps.value = its.num_inference_steps === Math.min(...(model()?.steps ?? [1])) ? "fewest" : "most";
   field.loras.value = (its.loras ?? []).map(({ path, scale }) => (scale === 1 ? path : `${path}:${scale}`)).join(" ");
   changed({ now: true });
   scrollTo({ top: 0 });
@@ -234,7 +241,7 @@ function back(its) {
 
 /** Eight seeds from this one on, into the gallery. */
 async function grid() {
-  const [n] = steps();
+  const [[, n]] = wanted();
   const { image, mask: painting, ...first } = request(n);
   if (!first.prompt) return;
   say("Eight seeds …");
@@ -263,14 +270,16 @@ function download() {
 }
 
 async function copy(kind) {
-  const text = snippets[kind](request(steps()[0]), location.href.replace(/\/[^/]*$/, ""), Boolean(key()));
+  $("#copy").open = false;
+  if (given) return say("Not copied: text to copy is for what begins with words alone.", true);
+  const [[, n]] = wanted();
+  const text = snippets[kind](request(n), location.href.replace(/\/[^/]*$/, ""), Boolean(key()));
   try {
     await navigator.clipboard.writeText(text);
     say("Copied.");
   } catch (error) {
     say(`Not copied: ${error.message}`, true);
   }
-  $("#copy").open = false;
 }
 
 // The form
@@ -291,9 +300,16 @@ function recall() {
   for (const [name, value] of Object.entries(kept)) if (field[name]) field[name].value = value;
 }
 
-/** What the chosen model takes: words or one of its classes. */
+/** The names of the model's classes, where it takes no words. */
+const classes = () => (model()?.takes_prompts === false ? model().classes : []);
+
+/** What the chosen model takes: words or one of its classes; and in how many steps. */
 function choose() {
-  const names = model()?.takes_prompts === false ? model().classes : [];
+  const names = classes();
+  const has = model()?.steps ?? [1, 4];
+  const labels = document.querySelectorAll("#steps span");
+  labels.forEach((label, place) => (label.textContent = place ? Math.max(...has) : Math.min(...has)));
+  $("#steps").hidden = has.length < 2;
   $("#classes").hidden = !names.length;
   $("#words").hidden = names.length > 0;
   if (names.length && field.class_name.dataset.of !== model().id) {
