@@ -92,7 +92,9 @@ class PickleReader:
             if len(stack) + len(marks) > MOST_STACK:
                 raise UserError(f"holds more than {MOST_STACK} things side by side: none of {self.kind}")
             if not self.operations.fullmatch(opcode.name):
-                raise UserError(f"uses the pickle operation {opcode.name}, which {self.kind} do not: refused")
+                raise UserError(
+                    f"uses the pickle operation {opcode.name}, which {self.kind} do not: refused, not run"
+                )
             match opcode.name:
                 case "PROTO" | "FRAME":
                     pass
