@@ -34,13 +34,22 @@ logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """Lets nobody in any more once a signal has come."""
+    """Lets nobody in any more once a signal has come, and ends once a device is gone."""
 
     models: Models
+    lost = False
+    """a device is gone, while nobody had asked for an end"""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.models.drain()
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to end."""
+        if not self.lost and not self.should_exit and not self.models.alive:
+            self.lost = True
+            logger.critical("the device is gone: ends, so that whatever supervises it starts it anew")
+        return await super().on_tick(counter) or self.lost
 
 
 def named(weights: Sequence[Path]) -> dict[str, Path]:
@@ -61,7 +70,7 @@ def named(weights: Sequence[Path]) -> dict[str, Path]:
 def serve(
     weights: Sequence[Path], host: str, port: int, rules: Rules, *, waiting: int = 64, keep_seconds: float = 3600.0
 ) -> int:
-    """Serves until a signal comes; the exit status.
+    """Serves until a signal comes; the exit status: 0, or 1 if a device is gone, where starting anew helps.
 
     Raises:
         UserError: it cannot listen there, or weights cannot be loaded.
@@ -112,7 +121,7 @@ def serve(
         if isinstance(error, UserError):
             raise error
         raise UserError(f"the weights cannot be loaded: {type(error).__name__}: {one_line(error)}")
-    return 0
+    return int(server.lost)
 
 
 def is_loopback(host: str) -> bool:

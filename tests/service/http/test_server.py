@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 from websockets import ConnectionClosed, Subprotocol
 from websockets.sync.client import connect
@@ -28,7 +29,7 @@ from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import Rules
 from dmd2.service.images import ImageService
 from tests.service.cog.cog_server import wait_for
-from tests.service.http.fake import client_of
+from tests.service.http.fake import FakeService, client_of
 from tests.service.http.serve_process import ServeProcess
 from tests.training.pixels import CONFIG, write_teacher
 
@@ -274,3 +275,32 @@ def test_weights_that_cannot_be_loaded_end_it_with_one_line(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert error.startswith("dmd2: ") and "dmd2.json" in error and error.count("\n") == 1
+
+
+def test_a_device_that_is_gone_ends_the_process_after_its_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService()
+
+    def app(*_: object, **more: Any) -> FastAPI:
+        return create_app({"fake": lambda: service}, Rules(), failed=more["failed"])
+
+    async def run() -> None:
+        serving = asyncio.create_task(asyncio.to_thread(served.serve, [EMOJI], "127.0.0.1", port, Rules()))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            while True:
+                try:
+                    if (await client.get("/readyz")).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    assert not serving.done(), serving
+            assert (await client.get("/healthz")).status_code == 200 and not serving.done()
+            service.alive = False
+            assert await asyncio.wait_for(serving, 120) == 1
+            assert service.closed
+
+    monkeypatch.setattr(served, "create_app", app)
+    monkeypatch.setattr(served, "_log", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # not the main thread
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    asyncio.run(run())
