@@ -123,11 +123,18 @@ def expect_whole(inputs: Inputs, optimizer: OptimizerName) -> None:
         )
 
 
-def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], generator: torch.Generator) -> Tensor:
+def generate(
+    student: Denoiser,
+    samples: Samples,
+    sigmas: Sequence[float],
+    generator: torch.Generator,
+    simulated: bool = True,
+) -> Tensor:
     """The student's x0 at a random exit step, whose input is its own rollout from pure noise.
 
     DMD2's backward simulation (sec. 4.5): the student sees in training what it will see when sampling.
-    Gradients flow through the last step only. One exit step for the whole batch.
+    Gradients flow through the last step only. One exit step for the whole batch. Without `simulated` later steps
+    start from noised real images, as students of several steps did before.
     """
     device = student.sigmas.device
     last = int(torch.randint(len(sigmas), (1,), generator=generator))
@@ -136,8 +143,12 @@ def generate(student: Denoiser, samples: Samples, sigmas: Sequence[float], gener
     sigma = torch.full((samples.shape[0],), sigmas[last], device=device)
     if last == 0:
         return denoise(student.scale_initial_noise(noise[0], sigma), sigma)
-    with torch.no_grad():
-        x0 = sample_few_step(denoise, student.scale_initial_noise, noise[:last], sigmas[:last])
+    if simulated:
+        with torch.no_grad():
+            x0 = sample_few_step(denoise, student.scale_initial_noise, noise[:last], sigmas[:last])
+    else:
+        assert samples.real is not None, "without backward simulation later steps start from real images"
+        x0 = samples.real
     return denoise(add_noise(x0, sigma, noise[last]), sigma)
 
 
@@ -148,15 +159,15 @@ class SharedImages:
     generates its own only in steps without the generator's update.
     """
 
-    def __init__(self, student: Denoiser, sigmas: Sequence[float]) -> None:
-        self._student, self._sigmas = student, sigmas
+    def __init__(self, student: Denoiser, sigmas: Sequence[float], simulated: bool = True) -> None:
+        self._student, self._sigmas, self._simulated = student, sigmas, simulated
         self._step, self._images = -1, dict[int, tuple[Batch, Tensor]]()
 
     def for_generator(self, batch: Batch) -> Tensor:
         """x0 (B, C, h, w) with gradient, for a part of a step."""
         if batch.step != self._step:
             self._step, self._images = batch.step, {}
-        x0 = generate(self._student, batch.data, self._sigmas, batch.generator)
+        x0 = self._generate(batch)
         self._images[id(batch)] = batch, x0.detach()
         return x0
 
@@ -166,4 +177,7 @@ class SharedImages:
         if owner is batch and x0 is not None:
             return x0
         with torch.no_grad():
-            return generate(self._student, batch.data, self._sigmas, batch.generator)
+            return self._generate(batch)
+
+    def _generate(self, batch: Batch) -> Tensor:
+        return generate(self._student, batch.data, self._sigmas, batch.generator, self._simulated)

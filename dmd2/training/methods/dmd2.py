@@ -36,6 +36,8 @@ class Dmd2Recipe(Distillation):
     gan_generator: Weight = 0.0
     gan_critic: Weight = 0.0
     """weights of the GAN losses; 0 and 0 is no GAN"""
+    backward_simulation: bool = True
+    """whether later steps learn from the student's own rollout, as they sample; or from noised real images"""
     resumed: bool = False
     """whether student and fake score go on from the run of --student instead of from the teacher's weights"""
     resumed_head: bool = False
@@ -54,7 +56,12 @@ class Dmd2Recipe(Distillation):
 
     @property
     def needs_images(self) -> bool:
-        return self.gan_critic > 0
+        return self.gan_critic > 0 or not self.backward_simulation
+
+    @property
+    def paired(self) -> bool:  # type: ignore[override]
+        """A noised real image is continued under its own condition."""
+        return not self.backward_simulation
 
     def conflict(self) -> str | None:
         """A generator must not follow a classifier that nothing trains, nor a classifier be trained for nothing."""
@@ -103,6 +110,7 @@ class Dmd2Recipe(Distillation):
             guidance_scale=self.guidance_scale,
             generator_every=self.generator_every,
             gan_weights=(self.gan_generator, self.gan_critic),
+            simulated=self.backward_simulation,
         )
 
 
@@ -116,6 +124,7 @@ def dmd2_phases(
     generator_every: int = 1,
     gan_weights: tuple[float, float] = (0.0, 0.0),
     dm_range: Callable[[int], tuple[float, float]] = lambda step: DM_RANGE,
+    simulated: bool = True,
 ) -> list[Phase]:
     """Generator and critic phases.
 
@@ -128,8 +137,9 @@ def dmd2_phases(
         generator_every: k of the two time scales: critic updates for one of the generator's.
         gan_weights: of the generator's GAN loss and of the critic's.
         dm_range: step → the part of the σ table that the generator's levels are drawn from.
+        simulated: see `generate`.
     """
-    n, shared = networks, SharedImages(networks.student, sigmas)
+    n, shared = networks, SharedImages(networks.student, sigmas, simulated)
     gan_of_generator, gan_of_critic = gan_weights
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:

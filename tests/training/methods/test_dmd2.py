@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from dmd2.training.discriminators.head import ClassifierHead
 from dmd2.training.loop import Batch, Logs, LoopSettings, Phase, training_step
 from dmd2.training.losses import denoising
 from dmd2.training.methods.common import Networks, Samples, generate
-from dmd2.training.methods.dmd2 import dmd2_phases
+from dmd2.training.methods.dmd2 import Dmd2Recipe, dmd2_phases
 
 MODES, RADIUS, SPREAD = 6, math.sqrt(2), 0.12  # unit variance in each of the two dimensions
 SHAPE = (16, 2, 4, 4)  # 16 images of 16 points
@@ -242,6 +242,27 @@ def test_gradients_flow_through_the_last_step_alone() -> None:
         assert student.weight.grad is not None
         # Through the rollout too it would be more: each earlier step multiplies by the weight as well.
         assert float(student.weight.grad) == pytest.approx(float((x / (1 + images(sigma))).sum()), rel=1e-4)
+
+
+def test_without_backward_simulation_later_steps_start_from_noised_real_images() -> None:
+    real = Ring().sample((64, 2, 4, 4), generator(7))
+    exits = set()
+    for seed in range(20):
+        student = recorder()
+        generate(student, Samples((64, 2, 4, 4), None, None, real), LEVELS, generator(seed), simulated=False)
+        ((x, sigma, _, with_gradient),) = student.calls  # no rollout
+        step = LEVELS.index(pytest.approx(float(sigma[0])))
+        exits.add(step)
+        noise = x / (1 + LEVELS[0] ** 2) ** 0.5 if step == 0 else (x - real) / LEVELS[step]
+        assert with_gradient and abs(float(noise.mean())) < 0.1 and float(noise.std()) == pytest.approx(1, abs=0.1)
+    assert exits == {0, 1, 2, 3}
+
+
+def test_recipes_without_backward_simulation_ask_for_images_with_their_conditions() -> None:
+    recipe = Dmd2Recipe(LoopSettings(1, 1), lr=1e-3, lr_critic=1e-3, generator_every=2)
+    assert (recipe.needs_images, recipe.paired) == (False, False)
+    recipe = replace(recipe, backward_simulation=False)
+    assert (recipe.needs_images, recipe.paired) == (True, True)
 
 
 def test_one_step_students_are_fed_as_when_sampling() -> None:
