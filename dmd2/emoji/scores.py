@@ -17,6 +17,7 @@ from dmd2.emoji.classifier import Classifier
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes, Split, with_article
 from dmd2.evaluation.classifiers import load_classifier_file
 from dmd2.evaluation.frechet import frechet_distance_of
+from dmd2.evaluation.metrics import NEIGHBOURS, prdc
 from dmd2.runtime.errors import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
@@ -127,6 +128,8 @@ def score_emoji(
     - `background`: the classifier names the right background.
     - `fd`: Fréchet distance between the classifier's features of the n images and of n real scenes of the same
       captions. `fd_real`: the same of n other real scenes, the floor.
+    - `precision`, `recall`: shares of the images among the real scenes' features, and of these among the images'
+      (see `prdc`); left out where n is too small for them.
     - `diversity`: mean distance, in the classifier's features, between four images of one caption, relative to
       that of real scenes. Most of these captions leave the background or the emoji open. 1 is as diverse as
       the data, 0 is no diversity.
@@ -148,6 +151,7 @@ def score_emoji(
     references = [_features(real, captions, _seeds(f"real {i}", seed, n), classifier) for i in range(2)]
 
     emoji_logits, background_logits = classifier.answers(found)
+    shares = prdc(references[0], found) if n > max(NEIGHBOURS) else {}
     best = emoji_logits.topk(min(5, len(classifier.names)), dim=1).indices == emoji[:, None]
     return {
         "n": n,
@@ -156,6 +160,7 @@ def score_emoji(
         "background": _shares(background_logits.argmax(1) == background, held_out),
         "fd": frechet_distance_of(found, references[0]),
         "fd_real": frechet_distance_of(references[1], references[0]),
+        **{name: shares[name] for name in ("precision", "recall") if name in shares},
         "diversity": _diversity(generate, real, scenes, classifier, seed),
     }
 

@@ -93,6 +93,7 @@ def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, classifier: Emo
         assert isinstance(share, dict) and set(share) == {"all", "seen", "held_out"}
         assert all(0.97 <= value <= 1 for value in share.values())
     assert scores["fd"] == pytest.approx(scores["fd_real"], rel=0.25)
+    assert scores["precision"] > 0.7 and scores["recall"] > 0.7
     assert scores["diversity"] == pytest.approx(1, abs=0.1)
 
 
