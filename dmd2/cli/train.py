@@ -56,6 +56,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out, with its own --set and inputs.")
     ] = False,
+    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay: the newest.")] = 2,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run would hold and take; write nothing.")
     ] = False,
@@ -117,6 +118,7 @@ def train(
             inputs=group.told(hashes(inputs_of(settled, paths)) if group.leads else None),
             origin=origin(settings, paths),
             parallel=group,
+            keep=keep,
         )
         if finished:
             say(f"done: {folder}")

@@ -40,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # the first error is the one to tell; a read-only folder has a second one here
             temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def atomic_bytes(path: Path, content: bytes) -> None:
@@ -142,7 +142,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     """Make a rename in this folder survive a power cut, where the file system can."""
     try:
         _flush(path)

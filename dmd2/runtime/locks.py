@@ -19,7 +19,8 @@ LOCK = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 """errors of file systems without locks"""
 
-STALE_FOLDER = re.compile(r"\.(model|fake_score)\.[a-z0-9_]{8}")  # by tempfile: an export that was cut short
+STALE_FOLDER = re.compile(r"\.(model|fake_score)\.[a-z0-9_]{8}|\.\d{7,}(\.old)?\.tmp")
+"""an export that was cut short (named by tempfile), a checkpoint that was"""
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def warn_of_no_locks(folder: Path) -> None:
 
 def _tidy(folder: Path, stale: re.Pattern[str]) -> None:
     """Removes what only a killed process can have left: the lock says that there is none now."""
-    for place in (folder, folder / "samples"):
+    for place in (folder, folder / "samples", folder / "checkpoints"):
         for path in place.iterdir() if place.is_dir() else ():
             if stale.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()

@@ -23,19 +23,12 @@ from dmd2.runtime.files import atomic_text
 from dmd2.runtime.terminal import say
 from dmd2.training.parallel.group import ALONE, Parallel, full, local
 from dmd2.training.ranges import Amount, Count, Decay, Seed, Steps
-from dmd2.training.run.checkpoints import (
-    Checkpoints,
-    check_inputs,
-    check_module,
-    check_optimizer,
-    check_recipe,
-    first_not_finite,
-    fitted_to,
-    load,
-)
+from dmd2.training.run.belonging import check_inputs, check_recipe, first_not_finite
+from dmd2.training.run.checkpoints import KEEP, Checkpoints, Stored
 from dmd2.training.run.divergence import Guard
 from dmd2.training.run.folder import open_run
 from dmd2.training.run.logs import NoLogs, RunLogs
+from dmd2.training.run.packing import Part, pack, unpack
 from dmd2.training.run.signals import stop_signals
 
 Logs = dict[str, float | Tensor]
@@ -122,17 +115,19 @@ def train(
     inputs: dict[str, str] | None = None,
     origin: dict[str, Any] | None = None,
     parallel: Parallel = ALONE,
+    keep: int = KEEP,
 ) -> bool:
     """Runs `method` to `settings.iterations`. Returns False if a signal stopped it early (after a checkpoint).
 
-    Writes into `out`: `recipe.json`, `log.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt`,
-    `checkpoint.previous.pt` and, at the end, whatever `method.export` writes.
+    Writes into `out`: `recipe.json`, `log.jsonl`, `tensorboard/`, `samples/`, `checkpoints/` and, at the end,
+    whatever `method.export` writes.
 
     Args:
         recipe: the numbers. A run goes on with the same ones only, but for how long it is and what it shows.
         inputs: hashes of the files that the results depend on, by option; a run goes on with the same ones only.
         origin: what else `recipe.json` is to say: where the run came from.
         parallel: the processes that share the run; `out` is one folder for all.
+        keep: how many checkpoints stay, the newest.
 
     Raises:
         UserError: `out` holds a run already and `resume` is off, or none and it is on; a checkpoint of another
@@ -141,7 +136,7 @@ def train(
     """
     with open_run(out, resume) if parallel.leads else nullcontext():
         parallel.told(None)  # that it is open
-        checkpoints = Checkpoints(out)
+        checkpoints = Checkpoints(out, keep, parallel)
         try:
             run = _Run(method, settings, checkpoints, {"recipe": recipe, "inputs": inputs}, parallel)
             if resume:
@@ -149,7 +144,8 @@ def train(
             if parallel.leads:
                 known = (recipe or {}) | (origin or {}) | ({"inputs": inputs} if inputs is not None else {})
                 atomic_text(out / "recipe.json", json.dumps(known, indent=2) + "\n")
-            finished = run.go(out)
+            with checkpoints:
+                finished = run.go(out)
             if finished and method.export and (parallel.leads or parallel.collective):
                 method.export(run.ema_model, out)
             return finished
@@ -203,7 +199,8 @@ class _Run:
                     last_saved = time.monotonic()
                 if stopping and done < settings.iterations:
                     logs.line(done)
-                    say(f"stopped at step {done} (checkpoint: {self.checkpoints.path})")
+                    self.checkpoints.wait()
+                    say(f"stopped at step {done} (checkpoint: {self.checkpoints.folder})")
                     return False
                 self._show(logs, done)
         self.guard.check(settings.iterations, finished=True)
@@ -250,60 +247,39 @@ class _Run:
             raise TrainingDiverged(
                 f"step {done}: weights are no longer finite ({where}); the checkpoint before is kept"
             )
-        phases = {
-            p.name: {"module": p.module.state_dict(), "optimizer": p.optimizer.state_dict()}
-            for p in self.method.phases
-        }
-        average = self.ema_model.state_dict() if self.ema_model is not None else None
-        state = {"step": done, **self.about, "phases": phases, "average": average}
-        state = self.parallel.gathered(state | {"guard": self.guard.state(), "log": logs.sums})
-        if self.parallel.leads:
-            self.checkpoints.save(state)
+        phases, tensors = pack(self._parts(), self.ema_model)
+        about = {"step": done, **self.about, "phases": phases, "guard": self.guard.state(), "log": logs.sums}
+        self.checkpoints.save(about, tensors)
+
+    def _parts(self) -> list[Part]:
+        return [(p.name, p.module, p.optimizer) for p in self.method.phases]
 
     def restore(self) -> None:
         """Loads the newest checkpoint, once all of it is known to fit."""
-        path = self.checkpoints.path
+        stored = self.checkpoints.load()
         try:
-            self._restore(path, self.checkpoints.load())
+            self._restore(stored)
         except UserError:
             raise
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-        ) as error:  # a structure of another kind
-            raise UserError(f"{path}: not a checkpoint of this run ({' '.join(str(error).split())[:300]})") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of another kind
+            why = " ".join(str(error).split())[:300]
+            raise UserError(f"{stored.path}: not a checkpoint of this run ({why})") from error
 
-    def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        check_recipe(path, self.about["recipe"], state.get("recipe"))
-        check_inputs(self.about["inputs"], state.get("inputs"))
-        phases = state["phases"]
-        if phases.keys() != set(self._names()):
-            raise UserError(f"{path}: trains {', '.join(map(str, phases))}; this run {', '.join(self._names())}")
-        for p in self.method.phases:
-            check_module(f"{path}: {p.name}", p.module, phases[p.name].get("module"))
-            check_optimizer(f"{path}: {p.name}", p.optimizer, phases[p.name].get("optimizer"))
-        if self.ema_model is not None:
-            check_module(f"{path}: average", self.ema_model, state["average"])
-        self.first, self.guard = int(state["step"]), Guard.of(state["guard"])
-        self.sums = {name: [float(value) for value in values] for name, values in state["log"].items()}
-        for p in self.method.phases:
-            load(p.module, phases[p.name]["module"])
-            p.optimizer.load_state_dict(fitted_to(p.optimizer, phases[p.name]["optimizer"]))
-        if self.ema_model is not None:
-            load(self.ema_model, state["average"])
-        self._check_length(state)
-        if self.parallel.any(self.first != self.parallel.told(self.first)):
-            raise UserError(f"{path}: not the same in every process; expected one folder for all")
+    def _restore(self, stored: Stored) -> None:
+        path, about = stored.path, stored.about
+        check_recipe(path, self.about["recipe"], about.get("recipe"))
+        check_inputs(self.about["inputs"], about.get("inputs"))
+        self.first, self.guard = int(about["step"]), Guard.of(about["guard"])
+        self.sums = {name: [float(value) for value in values] for name, values in about["log"].items()}
+        unpack(stored, self._parts(), self.ema_model, self.parallel)
+        self._check_length(stored)
 
-    def _check_length(self, state: dict[str, Any]) -> None:
+    def _check_length(self, stored: Stored) -> None:
         """The learning rate may depend on how long a run is; it is always that of the length asked for last."""
-        path, now = self.checkpoints.path, self.settings.iterations
+        path, now = stored.path, self.settings.iterations
         if self.first > now:
             raise UserError(f"{path}: has done {self.first} steps already; expected iterations of at least that")
-        then = ((state.get("recipe") or {}).get("loop") or {}).get("iterations", now)
+        then = ((stored.about.get("recipe") or {}).get("loop") or {}).get("iterations", now)
         if then != now and self.settings.decay and self.first < now:
             old, new = (schedule(self.first, replace(self.settings, iterations=n)) for n in (then, now))
             say(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError
 from dmd2.training.loop import Batch, Ema, Logs, LoopSettings, Method, Phase, schedule, train, training_step
+from dmd2.training.run.checkpoints import Checkpoints, read
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = LoopSettings(
@@ -95,8 +96,15 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def checkpoint(out: Path) -> Any:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+def checkpoint(out: Path, age: int = 0) -> dict[str, Any]:
+    """The newest, or the one that is `age` older, with all of its tensors."""
+    return contents(Checkpoints(out).all()[age])
+
+
+def contents(path: Path) -> dict[str, Any]:
+    stored = read(path)
+    about = {name: value for name, value in stored.about.items() if name not in ("files", "format")}
+    return about | {"tensors": stored.whole()}  # in what order a file has them may vary, and so may its checksum
 
 
 def assert_same_runs(a: Path, b: Path) -> None:
@@ -308,9 +316,9 @@ def test_a_run_writes_recipe_log_samples_checkpoint_and_what_it_is_for(whole: Pa
     exported = torch.load(whole / "exported.pt", weights_only=True)
     state = checkpoint(whole)
     assert state["step"] == 60
-    assert (
-        differences(exported, {"average": state["average"], "student": state["phases"]["generator"]["module"]}) == []
-    )
+    names = {"average": "average/", "student": "generator/module/"}
+    for name, prefix in names.items():
+        assert differences(exported[name], {k: state["tensors"][prefix + k] for k in exported[name]}) == []
     assert differences(exported["average"], exported["student"]) != []
     lines = log(whole)
     assert [line["step"] for line in lines if "critic" in line] == list(range(1, 61))
@@ -326,7 +334,7 @@ def test_the_same_recipe_is_the_same_run(whole: Path, tmp_path: Path) -> None:
     assert_same_runs(whole, tmp_path / "again")
     other = replace(TOY, seed=4)
     train(toy(TOY), other, tmp_path / "other")
-    assert differences(checkpoint(whole)["phases"], checkpoint(tmp_path / "other")["phases"]) != []
+    assert differences(checkpoint(whole)["tensors"], checkpoint(tmp_path / "other")["tensors"]) != []
 
 
 def test_log_averages_over_its_interval(whole: Path, tmp_path: Path) -> None:
@@ -340,10 +348,10 @@ def test_log_averages_over_its_interval(whole: Path, tmp_path: Path) -> None:
 
 
 def test_an_existing_run_is_not_overwritten(whole: Path, tmp_path: Path) -> None:
-    before = (whole / "checkpoint.pt").read_bytes()
+    before = checkpoint(whole)
     with pytest.raises(UserError, match=f"out {whole}: holds a run already; add `resume`"):
         train(toy(TOY), TOY, whole)
-    assert (whole / "checkpoint.pt").read_bytes() == before
+    assert differences(checkpoint(whole), before) == []
 
 
 def stopped_early(out: Path, steps: int) -> None:
@@ -404,17 +412,19 @@ def test_resuming_another_recipe_is_refused_and_the_difference_named(
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "another file"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another file", "missing"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     out = tmp_path / "run"
     short = replace(TOY, iterations=2)
     train(toy(TOY), short, out, recipe={})
-    path = out / "checkpoint.pt"
+    (path,) = (out / "checkpoints" / "0000002").glob("*.safetensors")
     if damage == "another file":
         torch.save({"weights": torch.zeros(3)}, path)
+    elif damage == "missing":
+        path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "truncated" else 0])
-    with pytest.raises(UserError, match=r"checkpoint\.pt: not a (readable )?checkpoint") as error:
+    with pytest.raises(UserError, match="checkpoints/0000002: not a readable checkpoint") as error:
         train(toy(TOY), short, out, resume=True, recipe={})
     assert "\n" not in str(error.value)
 
@@ -563,6 +573,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     method = toy(TOY, *map(float, sys.argv[2:]))
     out = Path(sys.argv[1])
-    begun = (out / "checkpoint.pt").exists()
+    begun = Checkpoints(out).exist()
     whole_run = train(method, TOY, out, resume=begun, recipe={"name": "toy", "loop": asdict(TOY)})
     sys.exit(0 if whole_run else 130)

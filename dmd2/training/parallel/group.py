@@ -35,6 +35,8 @@ class Parallel:
 
     collective = False
     """whether a network runs in all processes at once or not at all"""
+    writers: Any = None
+    """the processes as a group of torch's, for the threads that write checkpoints"""
 
     def __init__(self, ranks: Ranks = ONE) -> None:
         self.ranks = ranks
@@ -82,9 +84,13 @@ class Parallel:
         """What the leading process has."""
         return value
 
-    def gathered(self, state: Any) -> Any:
-        """Nested dicts and lists, with whole tensors in the leading process where there were shards."""
-        return state
+    def each(self, value: T) -> list[T]:
+        """What every process has, by rank. Not in two threads at once."""
+        return [value]
+
+    def staged(self, tensor: Tensor) -> Tensor:
+        """A copy on the host, of what this process has."""
+        return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
@@ -101,6 +107,7 @@ class Replicated(Parallel):
     def __init__(self, ranks: Ranks, device: torch.device, store: Any) -> None:
         super().__init__(ranks)
         self.device, self.store = device, store
+        self.writers = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
         share_batch_norms(network, self.ranks.world)
@@ -133,6 +140,11 @@ class Replicated(Parallel):
         box = [value]
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
+
+    def each(self, value: T) -> list[T]:
+        box: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(box, value, self.writers)
+        return box
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:

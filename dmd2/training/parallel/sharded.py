@@ -24,6 +24,7 @@ class Sharded(Replicated):
     def __init__(self, ranks: Ranks, device: torch.device, store: Any) -> None:
         super().__init__(ranks, device, store)
         self.mesh = init_device_mesh(device.type, (ranks.world,))
+        self.hosts = init_device_mesh("cpu", (ranks.world,))
         self._prepared: dict[int, tuple[nn.Module, nn.Module, tuple[list[str], torch.dtype | None]]] = {}
 
     def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
@@ -68,15 +69,11 @@ class Sharded(Replicated):
         plain.load_state_dict(state, assign=True)
         return plain
 
-    def gathered(self, state: Any) -> Any:
-        if isinstance(state, dict):
-            return {key: self.gathered(value) for key, value in state.items()}
-        if isinstance(state, list | tuple):
-            return [self.gathered(value) for value in state]
-        if isinstance(state, DTensor):
-            whole = full(state)
-            return whole.cpu() if self.leads else None
-        return state
+    def staged(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return super().staged(tensor)
+        own, dense = super().staged(tensor.to_local()), torch.empty(tensor.shape, device="meta").stride()
+        return DTensor.from_local(own, self.hosts, tensor.placements, shape=tensor.shape, stride=dense)
 
     def settle(self) -> None:
         """FSDP2 brings a changed `requires_grad` from shards to what it gathers, never back."""

@@ -1,100 +1,303 @@
-"""Checkpoints of a run: two generations with checksums, read with distrust, loaded whole or not at all."""
+"""Checkpoints of a run: each process writes its own part, beside the steps; read with distrust, or not at all.
+
+`checkpoints/0000500/` holds the tensors as torch.distributed.checkpoint (DCP) lays them out in safetensors, so that
+any number of processes reads them, and `state.json`: everything that is no tensor, and the checksum of every file.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from dmd2.runtime.errors import InvalidInput, UserError
-from dmd2.runtime.files import atomic_path
+from dmd2.runtime.errors import UserError
+from dmd2.runtime.files import atomic_text, flush_folder, read_object, sha256_file
 from dmd2.runtime.terminal import say
-from dmd2.training.parallel.group import fitted, local
+from dmd2.training.parallel.group import ALONE, Parallel, fitted, local
 
-FORMAT = 2
-FREE = {f"loop.{name}" for name in ("iterations", "log_every", "sample_every", "checkpoint_every")}
-"""what may change when a run goes on: how long it is, and what it shows; never what a step does"""
+FORMAT = 3
+KEEP = 2
+MOST_BYTES = 1_000_000_000
+"""of a file, about: a process has one of its own in memory twice while it writes it"""
+NAME = re.compile(r"\d{7,}")
+STATE = "state.json"
 State = dict[str, Any]
+Tensors = dict[str, Tensor]
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no mistake
 
 
 class Unreadable(UserError):
-    """A file that is no whole checkpoint."""
+    """What is no whole checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that is whole."""
+
+    path: Path
+    about: State
+    """everything that is no tensor"""
+    tensors: Tensors
+    """their types and shapes (on "meta"); of a file of format 2, themselves"""
+
+    def fill(self, targets: Tensors, parallel: Parallel = ALONE) -> None:
+        """Brings some of the tensors, by name, into others of their shapes, perhaps in shards; in all processes."""
+        if self.path.is_dir():
+            return load(targets, storage_reader=_reader(self.path), **_group(parallel))
+        for name, target in targets.items():
+            local(target).copy_(local(fitted(self.tensors[name], target)))
+
+    def whole(self) -> Tensors:
+        """All of the tensors, on the host."""
+        tensors = {name: torch.zeros_like(value, device="cpu") for name, value in self.tensors.items()}
+        self.fill(tensors)
+        return tensors
 
 
 class Checkpoints:
-    """`checkpoint.pt`, and the one before it as `checkpoint.previous.pt`, in the folder of a run."""
+    """The newest `keep` checkpoints in the folder of a run. All processes call the same methods in the same order.
 
-    def __init__(self, out: Path) -> None:
-        self.path, self.previous = out / "checkpoint.pt", out / "checkpoint.previous.pt"
-        self._whole = False  # whether `path` is known to be: what is damaged never replaces what may be good
+    As a context, it ends when nothing is being written any more.
+    """
+
+    def __init__(self, out: Path, keep: int = KEEP, parallel: Parallel = ALONE) -> None:
+        self.folder, self.keep, self.parallel = out / "checkpoints", keep, parallel
+        self.old = [out / "checkpoint.pt", out / "checkpoint.previous.pt"]
+        self._damaged: set[Path] = set()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            say(f"{self.folder}: nor could the last checkpoint be written ({' '.join(str(error).split())[:300]})")
+        finally:
+            self._thread.shutdown()
+
+    def all(self) -> list[Path]:
+        """Newest first."""
+        folders = [path for path in self.folder.glob("[0-9]*") if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(folders, key=lambda path: int(path.name), reverse=True) + [p for p in self.old if p.exists()]
 
     def exist(self) -> bool:
-        return self.path.exists() or self.previous.exists()
+        return bool(self.all())
 
-    def load(self) -> State:
-        """The newest state that is whole.
+    def load(self) -> Stored:
+        """The newest that is whole.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none; or the processes do not see the same folder.
         """
-        try:
-            state = read(self.path)
-        except Unreadable as error:
+        found, errors = self.all(), list[Unreadable]()
+        if self.parallel.any(found != self.parallel.told(found)):
+            raise UserError(f"{self.folder}: not the same in every process; expected one folder for all")
+        for path in found:
             try:
-                state = read(self.previous)
-            except Unreadable as other:
-                older = f"; nor is there an older one ({other})" if self.previous.exists() else ""
-                raise UserError(f"{error}{older}") from error
-            say(f"{error}; going on from the one before it, of step {state['step']}")
-            return state
-        self._whole = True
-        return state
+                stored = read(path, self.parallel)
+            except Unreadable as error:
+                errors.append(error)
+                self._damaged.add(path)
+                continue
+            if errors:
+                say(f"{errors[0]}; going on from the one before it, of step {stored.about['step']}")
+            return stored
+        first, *others = errors or [Unreadable(f"{self.folder}: not a readable checkpoint (it is missing)")]
+        raise UserError(f"{first}; nor is there an older one ({others[0]})" if others else str(first)) from first
 
-    def save(self, state: State) -> None:
-        """Writes `state`, with its checksum, as the newest.
+    def save(self, about: State, tensors: Tensors) -> None:
+        """Copies everything to the host, and has it written while the steps go on; waits for the one before it.
+
+        Args:
+            about: JSON's types, with the "step".
+            tensors: by names that are the same in every process; those in shards as they are.
 
         Raises:
-            OSError: it cannot be written; the older ones stay.
+            OSError: the one before it could not be written; the older ones stay.
         """
-        state = state | {"format": FORMAT}
-        state["sha256"] = digest(state)
-        with atomic_path(self.path) as temporary:
-            _write(state, temporary)
-            if self._whole:
-                self.path.replace(self.previous)
-        self._whole = True
+        self.wait()
+        staged = {name: self.parallel.staged(tensor) for name, tensor in tensors.items()}
+        about = json.loads(json.dumps({**about, "format": FORMAT}))  # as it is now
+        self._writing = self._thread.submit(self._write, about, staged)
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            OSError: it could not be.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, about: State, tensors: Tensors) -> None:
+        target = self.folder / f"{about['step']:07d}"
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            sums = self._write_files(tensors, temporary)
+            if self.parallel.leads:
+                about["files"] = sums
+                atomic_text(temporary / STATE, json.dumps(about | {"sha256": _sum(about)}))
+                if target.exists():  # a damaged one, or this run would not be here again
+                    self._remove(target)
+                temporary.replace(target)
+                flush_folder(self.folder)
+                self._damaged.discard(target)
+                self._tidy(target)
+        except BaseException:
+            if self.parallel.leads:
+                shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to tell
+            raise
+
+    def _write_files(self, tensors: Tensors, folder: Path) -> dict[str, str]:
+        """Each process its part; the checksums of all."""
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, fqn_to_index_mapping=_files(tensors))
+        try:
+            save(tensors, storage_writer=writer, **_group(self.parallel))
+        except CheckpointException as failure:
+            reasons = [reason for reason, _ in failure.failures.values()]
+            raise next((e for e in reasons if isinstance(e, OSError)), OSError(str(reasons[0])[:300])) from None
+        sums: dict[str, str] | OSError
+        try:
+            mine = sorted(folder.glob(f"shard-{self.parallel.ranks.rank + 1:05d}-*"))
+            sums = {path.name: sha256_file(path) for path in mine}
+            flush_folder(folder)
+        except OSError as error:
+            sums = error
+        whole = dict[str, str]()
+        for each in self.parallel.each(sums):
+            if isinstance(each, OSError):
+                raise each
+            whole |= each
+        return whole
+
+    def _tidy(self, newest: Path) -> None:
+        """Removes what is older than the newest ones, and what was found damaged or of another past."""
+        whole = [path for path in self.all() if path not in self._damaged]
+        kept = whole[whole.index(newest) :][: self.keep]
+        for path in self.all():
+            if path not in kept:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """At once: what is half there has a hidden name."""
+        if not path.is_dir():
+            return path.unlink()
+        hidden = path.with_name(f".{path.name}.old.tmp")
+        path.replace(hidden)
+        shutil.rmtree(hidden)
 
 
-def read(path: Path) -> State:
-    """A checkpoint's state, whose checksum is right.
+def read(path: Path, parallel: Parallel = ALONE) -> Stored:
+    """A checkpoint whose checksums are right, each looked at by one of the processes.
 
     Raises:
-        Unreadable: the file is missing, damaged, or something else.
+        Unreadable: it is missing, damaged, or something else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        why = "it is missing" if isinstance(error, FileNotFoundError) else f"damaged: {type(error).__name__}"
-        raise Unreadable(f"{path}: not a readable checkpoint ({why})") from error
-    if not isinstance(state, dict) or not {"step", "phases", "average"} <= state.keys():
-        raise Unreadable(f"{path}: not a checkpoint of a training run")
-    if state.get("format") != FORMAT:
-        raise Unreadable(f"{path}: not a checkpoint that this version of dmd2 reads; start the run anew")
-    found = state.pop("sha256", None)
+        found: Stored | Unreadable = _read(path, parallel)
+    except Unreadable as error:
+        found = error
+    for each in parallel.each(found if isinstance(found, Unreadable) else None):
+        if each is not None:
+            raise each
+    assert isinstance(found, Stored)
+    return found
+
+
+def _read(path: Path, parallel: Parallel) -> Stored:
+    if not path.is_dir():
+        return _read_old(path)
     try:
-        whole = found == digest(state)
-    except RecursionError:
-        whole = False
-    if not whole:
+        about = read_object(path / STATE)
+    except UserError as error:
+        raise Unreadable(f"{path}: not a readable checkpoint (damaged: {error})") from error
+    if about.get("format") != FORMAT:
+        raise Unreadable(f"{path}: not a checkpoint that this version of dmd2 reads; start the run anew")
+    whole = about.pop("sha256", None) == _sum(about)
+    try:
+        there = {file.name for file in path.glob("*.safetensors")}
+        if whole and there == about["files"].keys():
+            mine = sorted(there)[parallel.ranks.rank :: parallel.ranks.world]
+            if all(sha256_file(path / name) == about["files"][name] for name in mine):
+                known: dict[str, Any] = _reader(path).read_metadata().state_dict_metadata
+                kinds = {name: (each.size, each.properties.dtype) for name, each in known.items()}
+                shapes = {k: torch.empty(size, dtype=dtype, device="meta") for k, (size, dtype) in kinds.items()}
+                return Stored(path, about, shapes)
+    except Exception as error:  # what safetensors and DCP raise for a file that is something else has many kinds
+        raise Unreadable(f"{path}: not a readable checkpoint (damaged: {type(error).__name__})") from error
+    raise Unreadable(f"{path}: not a readable checkpoint (damaged: its content and its checksums differ)")
+
+
+def _reader(path: Path) -> HuggingFaceStorageReader:
+    return HuggingFaceStorageReader(str(path))
+
+
+def _group(parallel: Parallel) -> dict[str, Any]:
+    return {"process_group": parallel.writers, "no_dist": parallel.writers is None}
+
+
+def _files(tensors: Tensors) -> dict[str, int]:
+    """Name → number of its file."""
+    numbers, size = dict[str, int](), 0
+    for name, tensor in tensors.items():
+        size += local(tensor).nbytes
+        numbers[name] = 1 + size // MOST_BYTES
+    return numbers
+
+
+def _sum(about: State) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+# What runs wrote before: one file by torch.save
+
+
+def _read_old(path: Path) -> Stored:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        phases = state["phases"]
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise Unreadable(f"{path}: not a readable checkpoint (damaged: {type(error).__name__})") from error
+    if state.get("format") != 2:
+        raise Unreadable(f"{path}: not a checkpoint that this version of dmd2 reads; start the run anew")
+    if state.pop("sha256", None) != digest(state):
         raise Unreadable(f"{path}: not a readable checkpoint (damaged: its content and its checksum differ)")
-    return state
+    numbers, tensors = dict[str, Any](), dict[str, Tensor]()
+    for name, phase in phases.items():
+        numbers[name] = packed_optimizer(phase["optimizer"], name, tensors)
+        tensors |= {f"{name}/module/{k}": v for k, v in phase["module"].items()}
+    tensors |= {f"average/{k}": v for k, v in (state.pop("average") or {}).items()}
+    return Stored(path, {**state, "phases": numbers}, tensors)
+
+
+def packed_optimizer(state: Mapping[str, Any], name: str, tensors: Tensors) -> State:
+    """Puts the tensors of an optimizer's state beside others; returns the rest."""
+    values = dict[str, Any]()
+    for i, each in state["state"].items():
+        tensors |= {f"{name}/optimizer/{i}/{k}": v for k, v in each.items() if isinstance(v, Tensor)}
+        if rest := {k: v for k, v in each.items() if not isinstance(v, Tensor)}:
+            values[str(i)] = rest
+    return {"groups": state["param_groups"], "values": values}
 
 
 def digest(state: object) -> str:
@@ -119,143 +322,3 @@ def _feed(sha256: Any, value: object) -> None:
             _feed(sha256, item)
     else:
         sha256.update(f"{type(value).__name__} {value!r};".encode())
-
-
-class _Recorder(io.RawIOBase):
-    """Writes on, and remembers the first error: torch reports a full disk as an "unexpected pos"."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        try:
-            self.file.flush()
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-
-def _write(state: State, path: Path) -> None:
-    with path.open("wb") as file:
-        recorder = _Recorder(file)
-        try:
-            torch.save(state, recorder)  # type: ignore[arg-type]
-            recorder.flush()
-        except (OSError, RuntimeError):
-            raise recorder.error or OSError(f"{path}: torch could not write it") from None
-
-
-# Does a state belong to this run?
-
-
-def check_recipe(path: Path, mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> None:
-    """Refuses another recipe. One that has gained keys since is the same; what they are now is said.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    now, then = (_flat(recipe or {}) for recipe in (mine, theirs))
-    gained = {key for key in now.keys() - then.keys() if key != "name"} if then else set()
-    changed = sorted(k for k in (now.keys() | then.keys()) - gained - FREE if now.get(k) != then.get(k))
-    if changed:
-        raise UserError(f"{path}: made by another recipe (different: {', '.join(changed)})")
-    if gained - FREE:
-        values = ", ".join(f"{key}={json.dumps(now[key])}" for key in sorted(gained - FREE))
-        say(f"{path}: its recipe says nothing of {values}; going on with that")
-
-
-def check_inputs(mine: Mapping[str, str] | None, theirs: Mapping[str, str] | None) -> None:
-    """Refuses other data, teacher and so on. Where one side does not know, nothing is compared.
-
-    Args:
-        mine: name of the option → sha256 of what it names.
-
-    Raises:
-        UserError: naming the option.
-    """
-    if mine is None or theirs is None:
-        return
-    for name in sorted(mine.keys() | theirs.keys()):
-        now, then = (str(hashes.get(name) or "nothing")[:12] for hashes in (mine, theirs))
-        if mine.get(name) != theirs.get(name):
-            raise InvalidInput(
-                name, f"not what this run began with (sha256 {then}, now {now}); name that, or another `out`"
-            )
-
-
-def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"lr": 1, "loop": {"seed": 0}} → {"lr": 1, "loop.seed": 0}, with tuples as lists."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        flat |= inner
-    return json.loads(json.dumps(flat))
-
-
-def check_module(what: str, module: nn.Module, state: object) -> None:
-    """Raises UserError unless `state` has the tensors of `module`, all and only, of the same shapes."""
-    expected = module.state_dict()
-    if not isinstance(state, Mapping):
-        raise UserError(f"{what}: lacks the network")
-    for name, tensor in expected.items():
-        there = state.get(name)
-        if not isinstance(there, Tensor):
-            raise UserError(f"{what}: lacks the tensor {name}")
-        if there.shape != tensor.shape:
-            raise UserError(f"{what}: the tensor {name} is {tuple(there.shape)}; this run's is {tuple(tensor.shape)}")
-    for name in state.keys() - expected.keys():
-        raise UserError(f"{what}: holds the tensor {str(name)[:200]!r}, which this run's network lacks")
-
-
-def check_optimizer(what: str, optimizer: Optimizer, state: object) -> None:
-    """Raises UserError unless `state` is of an optimizer of as many parameters, of the same shapes."""
-    try:
-        groups, values = state["param_groups"], state["state"]  # type: ignore[index]
-        counts = [len(group["params"]) for group in groups]
-        shapes = {
-            i: {tuple(t.shape) for t in s.values() if isinstance(t, Tensor) and t.ndim} for i, s in values.items()
-        }
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{what}: lacks the optimizer's state") from None
-    mine = [group["params"] for group in optimizer.param_groups]
-    if counts != [len(group) for group in mine]:
-        raise UserError(f"{what}: its optimizer has {counts} parameters; this run's has {[len(g) for g in mine]}")
-    wanted = dict(zip((i for g in groups for i in g["params"]), (p for g in mine for p in g), strict=True))
-    for i, found in shapes.items():
-        if i not in wanted or found - {tuple(wanted[i].shape)}:
-            raise UserError(f"{what}: its optimizer's state does not fit this run's parameters")
-
-
-def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """A checked state into a module, which may be in shards."""
-    wanted = module.state_dict()
-    module.load_state_dict({name: fitted(value, wanted[name]) for name, value in state.items()})
-
-
-def fitted_to(optimizer: Optimizer, state: State) -> State:
-    """A checked state with its tensors in shards where the parameters are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [i for group in state["param_groups"] for i in group["params"]]
-    by_number = dict(zip(numbers, parameters, strict=True))
-    values = {
-        i: {k: fitted(v, by_number[i]) if isinstance(v, Tensor) else v for k, v in each.items()}
-        for i, each in state["state"].items()
-    }
-    return {**state, "state": values}
-
-
-def first_not_finite(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
-    """The name of the first parameter with a value that is infinite or no number. (Buffers, such as masks, may.)"""
-    for name, module in modules:
-        for key, value in module.named_parameters():
-            if not bool(torch.isfinite(local(value)).all()):
-                return f"{name}: {key}"
-    return None

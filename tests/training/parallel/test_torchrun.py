@@ -21,7 +21,9 @@ from dmd2.diffusion.draws import Ranks
 from dmd2.runtime.errors import UserError
 from dmd2.training.parallel.group import Parallel
 from dmd2.training.recipes import build_method, resolve
+from dmd2.training.run.checkpoints import Checkpoints
 from tests.training.parallel.worker import CPU, run
+from tests.training.test_loop import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {
@@ -86,14 +88,9 @@ def results(out: Path) -> dict[str, torch.Tensor]:
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
     """In full, with every optimizer state."""
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state = checkpoint(out)
     assert state["step"] == SETTINGS["iterations"]
-    found = {f"average {k}": v for k, v in state["average"].items()}
-    for name, phase in state["phases"].items():
-        found |= {f"{name} {k}": v for k, v in phase["module"].items()}
-        for i, values in phase["optimizer"]["state"].items():
-            found |= {f"{name} {i} {k}": v for k, v in values.items()}
-    return found
+    return state["tensors"]
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -128,8 +125,10 @@ def test_two_processes_train_what_one_does(strategy: str, runs: Path, paths: Pat
     # It is no comparison of what stood still: apart are the runs by a small part of what they have moved.
     start = load_file(Path(paths["init"]) / "unet_teacher" / "diffusion_pytorch_model.safetensors")
     trained = [k for k in start if start[k].is_floating_point()]
-    moved = torch.stack([(before[f"generator {k}"] - start[k]).norm() for k in trained]).norm()
-    apart = torch.stack([(before[f"generator {k}"] - after[f"generator {k}"]).norm() for k in trained]).norm()
+    moved = torch.stack([(before[f"generator/module/{k}"] - start[k]).norm() for k in trained]).norm()
+    apart = torch.stack(
+        [(before[f"generator/module/{k}"] - after[f"generator/module/{k}"]).norm() for k in trained]
+    ).norm()
     assert apart < 0.05 * moved
 
 
@@ -144,7 +143,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_any_number(
     killed = tmp_path / "killed"
     started = torchrun(*command(job(paths, killed)))
     deadline = time.monotonic() + LONG
-    while not (killed / "log.jsonl").exists() or len(log(killed)) < 6:
+    while not Checkpoints(killed).exist() or len(log(killed)) < 6:
         assert started.poll() is None and time.monotonic() < deadline, started.communicate()[0]
         time.sleep(0.02)
     children = psutil.Process(started.pid).children(recursive=True)

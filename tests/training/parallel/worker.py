@@ -14,6 +14,7 @@ from dmd2.runtime.terminal import hush
 from dmd2.training.loop import train
 from dmd2.training.parallel.group import ALONE, Parallel, Replicated, joined
 from dmd2.training.recipes import build_method, resolve
+from dmd2.training.run.checkpoints import Checkpoints
 
 CPU = torch.device("cpu")
 
@@ -24,8 +25,7 @@ def run(job: dict[str, Any], group: Parallel = ALONE) -> None:
     if "from" in job and group.leads:
         shutil.copytree(job["from"], out)
         shutil.rmtree(out / "model")
-        newest = out / "checkpoint.pt"
-        shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
+        shutil.rmtree(Checkpoints(out).all()[0])
     group.told(None)
     recipe = resolve("emoji-dmd2-4step", job["set"])
     paths = {name: Path(path) for name, path in job["paths"].items()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.tensors import os_errors, save_tensors
 from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train, training_step
+from dmd2.training.run.checkpoints import Checkpoints
 from dmd2.training.run.divergence import IN_A_ROW, WINDOW, Guard, TrainingDiverged
 from tests.training.run.test_runs import SHORT, one_line
 from tests.training.test_loop import TOY, checkpoint, differences, toy
@@ -130,7 +131,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"step 2: weights are no longer finite \(critic: ") as error:
         train(replace(method, phases=phases), SHORT, tmp_path / "run")
     one_line(error)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not Checkpoints(tmp_path / "run").exist()
 
 
 @given(st.lists(st.booleans(), max_size=260), st.integers(0, 260))

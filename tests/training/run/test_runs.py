@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -21,17 +22,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.files import atomic_path
 from dmd2.training.loop import Batch, Logs, LoopSettings, Method, Phase, train
-from dmd2.training.run.checkpoints import Checkpoints, check_inputs, check_recipe, digest, read
+from dmd2.training.run.belonging import check_inputs, check_recipe
+from dmd2.training.run.checkpoints import Checkpoints, _sum, digest, read
 from dmd2.training.run.folder import check_out
 from dmd2.training.run.signals import stop_signals
 from tests.training.test_loop import TOY, assert_same_runs, checkpoint, differences, log, toy
 
 SHORT = replace(TOY, iterations=4, checkpoint_every=2, sample_every=100)
+LONG_WAIT = 600  # seconds; far more than anything here takes
 RECIPE = {"name": "toy", "lr": 1e-2, "loop": asdict(SHORT)}
 
 
@@ -172,51 +177,184 @@ def resume(out: Path, method: Method | None = None, recipe: dict[str, Any] = REC
 
 def test_two_generations_are_kept(tmp_path: Path) -> None:
     finished(tmp_path / "run", 6)
-    states = [read(tmp_path / "run" / name) for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-    assert [state["step"] for state in states] == [6, 4]
+    assert [read(path).about["step"] for path in Checkpoints(tmp_path / "run").all()] == [6, 4]
+
+
+@pytest.mark.parametrize("keep", [1, 3, 9])
+def test_as_many_are_kept_as_asked_for(keep: int, tmp_path: Path) -> None:
+    steps = replace(SHORT, iterations=8)
+    assert train(toy(steps), steps, tmp_path / "run", keep=keep)
+    names = [path.name for path in Checkpoints(tmp_path / "run").all()]
+    assert names == [f"{step:07d}" for step in (8, 6, 4, 2)][:keep]
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_flipped_bit_never_goes_unseen(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file is either refused, or every bit that counts in it is what was written."""
     out = finished(tmp_path / "run")
-    path = out / "checkpoint.pt"
-    content, whole = bytearray(path.read_bytes()), read(path)
+    newest, before = Checkpoints(out).all()[0], checkpoint(out)
     generator = torch.Generator().manual_seed(seed)
+    path = sorted(newest.iterdir())[seed % 2]
+    content = bytearray(path.read_bytes())
     place = int(torch.randint(len(content), (1,), generator=generator))
     content[place] ^= 1 << int(torch.randint(8, (1,), generator=generator))
     path.write_bytes(content)
     try:
-        assert digest(read(path)) == digest(whole)
+        assert differences(checkpoint(out), before) == []
     except UserError as error:
         assert "\n" not in str(error)
         assert resume(out)
         text = capsys.readouterr().out
-        assert "checkpoint.pt: not a" in text and "going on from the one before it, of step 2" in text
-    assert differences(read(path), whole) == []
+        assert "0000004: not a" in text and "going on from the one before it, of step 2" in text
+    assert differences(checkpoint(out), before) == []
 
 
 def test_a_weight_that_was_changed_is_seen(tmp_path: Path) -> None:
     out = finished(tmp_path / "run")
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    next(iter(state["phases"]["critic"]["module"].values()))[0, 0] = -6e37
-    torch.save(state, out / "checkpoint.pt")
-    with pytest.raises(UserError, match="its content and its checksum differ") as error:
-        read(out / "checkpoint.pt")
+    (path,) = Checkpoints(out).all()[0].glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["critic/module/0.weight"][0, 0] = -6e37
+    with safe_open(path, "pt") as file:
+        save_file(tensors, path, file.metadata())
+    with pytest.raises(UserError, match="its content and its checksums differ") as error:
+        checkpoint(out)
     one_line(error)
-    (out / "checkpoint.previous.pt").write_bytes(b"no")
+    (out / "checkpoints" / "0000002" / "state.json").write_bytes(b"no")
     with pytest.raises(UserError, match="nor is there an older one") as error:
         resume(out)
     one_line(error)
 
 
+def test_a_file_that_does_not_belong_is_not_read(tmp_path: Path) -> None:
+    """DCP's reader would take its tensors."""
+    out = finished(tmp_path / "run")
+    save_file({"critic/module/0.weight": torch.zeros(8, 4)}, out / "checkpoints" / "0000004" / "more.safetensors")
+    with pytest.raises(UserError, match="0000004: not a readable checkpoint"):
+        checkpoint(out)
+
+
 def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(tmp_path: Path) -> None:
     out = finished(tmp_path / "run")
-    (out / "checkpoint.pt").write_bytes(b"damaged")
+    (out / "checkpoints" / "0000004" / "state.json").write_bytes(b"damaged")
     assert not resume(out, stop_at(toy(SHORT), 2))
-    assert read(out / "checkpoint.pt")["step"] == 3 and read(out / "checkpoint.previous.pt")["step"] == 2
-    (out / "checkpoint.pt").unlink()  # killed between two renames
+    assert [read(path).about["step"] for path in Checkpoints(out).all()] == [3, 2]
+    shutil.rmtree(out / "checkpoints" / "0000003")
     assert resume(out)
+    assert_same_runs(out, finished(tmp_path / "whole"))
+
+
+# Writing beside the steps
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_what_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is held back until the step after it has been made, and the second waits for it."""
+    stepped, writing, most = threading.Event(), list[int](), list[int]()
+    real = Checkpoints._write
+
+    def held(self: Checkpoints, about: dict[str, Any], tensors: Any) -> None:
+        writing.append(about["step"])
+        most.append(len(writing))
+        assert stepped.wait(LONG_WAIT)
+        real(self, about, tensors)
+        writing.remove(about["step"])
+
+    def data(step: int) -> Any:
+        if step == 3:
+            assert writing == [2] and not Checkpoints(tmp_path / "run").exist()
+            stepped.set()
+        return method.data(step)
+
+    method = toy(SHORT)
+    monkeypatch.setattr(Checkpoints, "_write", held)
+    assert train(replace(method, data=data), SHORT, tmp_path / "run", recipe=RECIPE)
+    assert most == [1, 1]
+    monkeypatch.undo()
+    finished(tmp_path / "whole")
+    for age in (0, 1):
+        assert differences(checkpoint(tmp_path / "run", age), checkpoint(tmp_path / "whole", age)) == []
+
+
+def test_a_stop_waits_for_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = threading.Event(), Checkpoints._write
+
+    def held(self: Checkpoints, about: dict[str, Any], tensors: Any) -> None:
+        assert asked.wait(LONG_WAIT)
+        real(self, about, tensors)
+
+    monkeypatch.setattr(Checkpoints, "_write", held)
+    waited = Checkpoints.wait
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: (asked.set(), waited(self))[1])
+    assert not train(stop_at(toy(SHORT), 2), SHORT, tmp_path / "run", recipe=RECIPE)
+    assert checkpoint(tmp_path / "run")["step"] == 3
+
+
+@pytest.mark.parametrize("broken", ["rename", "state", "hash"])
+def test_whatever_fails_in_writing_is_told_and_the_one_before_stays(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert not train(stop_at(toy(SHORT), 1), SHORT, out, recipe=RECIPE)
+
+    def refuse(*_: object) -> Any:
+        raise OSError(5, "Input/output error")
+
+    place = "dmd2.training.run.checkpoints"
+    if broken == "rename":
+        monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(f"{place}.atomic_text" if broken == "state" else f"{place}.flush_folder", refuse)
+    with pytest.raises(UserError, match="Input/output error; its checkpoint is whole") as error:
+        resume(out)
+    one_line(error)
+    monkeypatch.undo()
+    assert checkpoint(out)["step"] == 2
+    assert resume(out)
+    assert_same_runs(out, finished(tmp_path / "whole"))
+
+
+def test_phases_that_share_a_network_are_kept_once(tmp_path: Path) -> None:
+    def shared() -> Method:
+        method = toy(SHORT)
+        return replace(method, phases=[*method.phases, replace(method.phases[1], name="again", every=2)])
+
+    assert not train(stop_at(shared(), 2), SHORT, tmp_path / "run")
+    assert {name.split("/")[0] for name in checkpoint(tmp_path / "run")["tensors"]} == {
+        "generator",
+        "critic",
+        "average",
+    }
+    assert train(shared(), SHORT, tmp_path / "run", resume=True)
+    assert train(shared(), SHORT, tmp_path / "whole")
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def as_before(out: Path) -> None:
+    """The newest checkpoint as runs wrote it with torch.save."""
+    state = checkpoint(out)
+    tensors, phases = state.pop("tensors"), {}
+    for name, numbers in state.pop("phases").items():
+        optimizer: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"{name}/optimizer/"):
+                number, what = key.split("/")[2:]
+                optimizer.setdefault(int(number), {})[what] = value
+        module = {k.removeprefix(f"{name}/module/"): v for k, v in tensors.items() if k.startswith(f"{name}/module/")}
+        phases[name] = {"module": module, "optimizer": {"state": optimizer, "param_groups": numbers["groups"]}}
+    average = {k.removeprefix("average/"): v for k, v in tensors.items() if k.startswith("average/")}
+    state |= {"phases": phases, "average": average, "format": 2}
+    torch.save(state | {"sha256": digest(state)}, out / "checkpoint.pt")
+    shutil.rmtree(out / "checkpoints")
+
+
+def test_what_runs_wrote_before_is_read(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert not train(stop_at(toy(SHORT), 0), SHORT, out, recipe=RECIPE)
+    as_before(out)
+    with pytest.raises(UserError, match="holds a run already"):
+        train(toy(SHORT), SHORT, out)
+    assert resume(out)
+    assert not (out / "checkpoint.pt").exists()  # two newer ones are there
     assert_same_runs(out, finished(tmp_path / "whole"))
 
 
@@ -261,12 +399,14 @@ def test_a_checkpoint_of_other_networks_is_one_line_and_loads_nothing(
     assert differences(before, [phase.module.state_dict() for phase in method.phases]) == []
 
 
-@pytest.mark.parametrize("name", ["step", "phases", "average", "guard", "log", "recipe"])
+@pytest.mark.parametrize("name", ["step", "phases", "guard", "log", "recipe"])
 @pytest.mark.parametrize("value", [None, "x", [1], {"generator": 3, "critic": None}])
 def test_foreign_structures_with_a_right_checksum_are_one_line(name: str, value: Any, tmp_path: Path) -> None:
     out = finished(tmp_path / "run")
-    state = read(out / "checkpoint.pt") | {name: value}
-    torch.save(state | {"sha256": digest(state)}, out / "checkpoint.pt")
+    path = Checkpoints(out).all()[0] / "state.json"
+    state = json.loads(path.read_text()) | {name: value}
+    state.pop("sha256")
+    path.write_text(json.dumps(state | {"sha256": _sum(state)}))
     with pytest.raises(UserError) as error:
         resume(out)
     one_line(error)
@@ -274,9 +414,8 @@ def test_foreign_structures_with_a_right_checksum_are_one_line(name: str, value:
 
 def test_a_checkpoint_of_an_older_version_is_named(tmp_path: Path) -> None:
     out = finished(tmp_path / "run")
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        state = read(out / name)
-        torch.save({k: state[k] for k in ("step", "recipe", "phases", "average")}, out / name)
+    for path in Checkpoints(out).all():
+        (path / "state.json").write_text(json.dumps({"step": 1, "format": 1}))
     with pytest.raises(UserError, match="not a checkpoint that this version of dmd2 reads") as error:
         resume(out)
     one_line(error)
@@ -350,7 +489,9 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> No
     (out / "samples").mkdir(parents=True)
     for name in ("model", "fake_score"):
         (out / f".{name}.ab_1cd2e" / name).mkdir(parents=True)
-    stale = [out / ".checkpoint.pt.0123abcd.tmp", out / "samples" / ".0000020.png.0123abcd.tmp"]
+    for name in (".0000004.tmp", ".0000002.old.tmp"):
+        (out / "checkpoints" / name).mkdir(parents=True)
+    stale = [out / ".recipe.json.0123abcd.tmp", out / "samples" / ".0000020.png.0123abcd.tmp"]
     others = [out / ".checkpoint.pt.tmp", out / "note.tmp", out / ".mine.0123abcd.tmp", out / ".model.txt"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("kept")
@@ -360,6 +501,7 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> No
     link.symlink_to(elsewhere)
     finished(out)
     assert not any(path.exists() for path in stale) and not list(out.glob(".*.ab_1cd2e"))
+    assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []
     assert all(path.exists() for path in [*others, link]) and elsewhere.read_text() == "kept"
 
 
@@ -424,7 +566,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
     real = Path.open
 
     def full(path: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
-        if ".checkpoint.pt." not in path.name:
+        if path.suffix != ".safetensors" or "w" not in mode:
             return real(path, mode, *more, **options)
         file = Full(path, "w")
         file.room = room
@@ -435,8 +577,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
         resume(out)
     one_line(error)
     monkeypatch.undo()
-    assert read(out / "checkpoint.pt")["step"] == 2
-    assert not [p for p in out.iterdir() if p.name.endswith(".tmp")]
+    assert checkpoint(out)["step"] == 2
+    assert not list(out.rglob("*.tmp"))
     assert resume(out)
     assert_same_runs(out, finished(tmp_path / "whole"))
 
@@ -526,12 +668,12 @@ def test_whatever_befalls_a_run_it_ends_as_the_undisturbed_one(
         raise Crash
 
     def begun() -> bool:
-        return any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+        return Checkpoints(out).exist()
 
     for kind, step in events:
         method = both()
-        if kind == "damage" and (out / "checkpoint.previous.pt").exists():
-            (out / "checkpoint.pt").write_bytes(b"damaged")
+        if kind == "damage" and len(there := Checkpoints(out).all()) > 1:
+            next(there[0].glob("*.safetensors")).write_bytes(b"damaged")
         method = stop_at(method, step) if kind == "stop" else crash_at(method, step)
         if kind == "sample":
             method = replace(method, sample=cut)
