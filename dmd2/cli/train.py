@@ -60,11 +60,20 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run would hold and take; write nothing.")
     ] = False,
+    cards: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=4096, help="With --dry-run: only predict a process's memory, of so many; nothing is loaded."
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train one of the named recipes. Ctrl-C stops it after a checkpoint; --resume continues it exactly."""
     if recipe is None and not (resume and out):
         raise InvalidInput("recipe", "missing; expected a name from `dmd2 recipes`, or --resume with --out")
+
+    if cards is not None and (not dry_run or resume):
+        raise InvalidInput("cards", "expected it with --dry-run, without --resume", cards)
 
     from dmd2.training.recipes import build_method, inputs_of, resolve
 
@@ -85,6 +94,14 @@ def train(
     folder = out or Path("runs") / str(recipe)
     paths = {"data": data, "init": init, "classifier": classifier}
     paths |= {"prompts": prompts, "student": student, "pairs": pairs_folder, "lpips": lpips}
+    if cards is not None:
+        from dmd2.training.run.memory import predict
+
+        assert settled is not None
+        settled = replace(settled, precision=resolve_precision(settled.precision, where))
+        said = predict(settled, paths, where, cards, parallel or "ddp").as_json()
+        print(json.dumps({"name": recipe, "recipe": asdict(settled), "predicted": said}, indent=2))
+        return
     with joined(parallel, where) as group, group.one_voice():
         if not group.leads:
             hush()
@@ -103,11 +120,15 @@ def train(
         settled = replace(settled, precision=precision)
         method = build_method(settled, paths, where, group)
         if dry_run:
+            from dmd2.training.run.memory import predict, predictable
             from dmd2.training.run.rehearsal import rehearse
 
             if group is not ALONE:
                 raise InvalidInput("dry_run", "expected one process, without torchrun")
-            print(json.dumps({"name": recipe, "recipe": asdict(settled), **rehearse(method, settled.loop)}, indent=2))
+            said = rehearse(method, settled.loop)
+            if predictable(settled):
+                said["predicted"] = predict(settled, paths, where).as_json()
+            print(json.dumps({"name": recipe, "recipe": asdict(settled), **said}, indent=2))
             return
         finished = run(
             method,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,35 @@ MOST_LAYERS, MOST_CHANNELS = 200, 1_000_000
 """of any number in a config.json, and of the numbers in one list. (CLIP's vocabulary has 49,408 words.)"""
 MOST_SHARDS = 100
 NAMED = 3  # keys in an error message, at most
+_SHAPES_ALONE = ContextVar("shapes alone", default=False)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within it networks are what their `config.json` describes, and files of weights need not be there."""
+    token = _SHAPES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ALONE.reset(token)
+
+
+def only_shapes() -> bool:
+    """Whether this is called within `shapes_alone`."""
+    return _SHAPES_ALONE.get()
+
+
+def unfilled(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network on "meta" as `load_network` would give it, but for the numbers."""
+    tensors = {
+        name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=device)
+        for name, value in network.state_dict().items()
+    }
+    network.load_state_dict(tensors, assign=True)
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    return network.requires_grad_(False).eval()
 
 
 @torch.inference_mode(False)  # or weights could not be changed later, wherever this is called
@@ -45,6 +75,8 @@ def load_network(
         UserError: a file is missing or broken, or they do not fit together: names the keys that are missing,
             unexpected or of the wrong shape.
     """
+    if only_shapes():
+        return unfilled(build_network(kind, path.with_name("config.json"), settings), device, dtype)
     network, files = _described(kind, path, settings=settings)
     network.load_state_dict(_read(network, files, device, dtype), strict=True, assign=True)
     return network.requires_grad_(False).eval().to(device)  # the last for buffers that no file holds

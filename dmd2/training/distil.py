@@ -138,8 +138,14 @@ def distil(recipe: Distillation, inputs: Inputs) -> Method:
     return wire(recipe, family, source(inputs, family, recipe.needs_images), inputs)
 
 
-def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -> Method:
-    """As `distil`, for any family and any source of data."""
+def wire(
+    recipe: Distillation,
+    family: Family,
+    source: Source,
+    inputs: Inputs,
+    data: Callable[[int], Samples] | None = None,
+) -> Method:
+    """As `distil`, for any family and any source of data. `data`: step → batches in place of the source's."""
     sigmas = family.sigmas(recipe.timesteps, recipe.sigmas)  # first: it knows which of the two it takes
     torch.manual_seed(recipe.loop.seed)
     student, fake_score = recipe.start(family, inputs)
@@ -154,7 +160,7 @@ def wire(recipe: Distillation, family: Family, source: Source, inputs: Inputs) -
     for network in (student, fake_score, family.teacher_network):
         if network is not None:
             parallel.prepare(network, family.blocks(network), family.gathered)
-    data = _data(recipe, family, source, inputs)
+    data = data or _data(recipe, family, source, inputs)
     preview = source.preview()
     networks = Networks(
         family.denoiser(student, recipe.compile),

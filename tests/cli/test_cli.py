@@ -390,6 +390,26 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
     assert len(said["seconds"]) == 3 and list(Path.cwd().iterdir()) == []
 
 
+def test_a_dry_run_of_many_cards_needs_neither_them_nor_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(weights, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    sets = ["generator_every=1", "timesteps=[999]", "batch_size=4", "precision=fp32"]
+    sets += ["gan_generator=0", "gan_critic=0"]
+    options = [word for each in sets for word in ("--set", each)]
+    begin = ("train", "emoji-dmd2-4step", "--init", bare, "--device", "cpu", *options, "--cards")
+    assert run(monkeypatch, *begin, "2", "--dry-run") == 0
+    text = capsys.readouterr().out
+    said = json.loads(text[text.index("{") :])
+    sizes = said["predicted"]["megabytes"]
+    assert sizes["peak"] == pytest.approx(sum(sizes.values()) - sizes["peak"], abs=0.5) and min(sizes.values()) > 0
+    assert said["predicted"]["teraflops"] > 0 and said["recipe"]["loop"]["batch_size"] == 4
+    assert "--cards 2: expected it with --dry-run" in refused(monkeypatch, capsys, *begin, "2")
+    assert "multiple of the 3" in refused(monkeypatch, capsys, *begin, "3", "--dry-run")
+    assert "makes a student" in refused(monkeypatch, capsys, "train", "emoji-vae", "--cards", "2", "--dry-run")
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [("dmd2 train emoji-v", ["emoji-vae"]), ("dmd2 generate owl --steps teacher-", ["teacher-4", "teacher-1"])],

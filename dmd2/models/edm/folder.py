@@ -18,6 +18,7 @@ from dmd2.models.edm.layers import STYLES, resample_filter
 from dmd2.models.edm.network import Edm, EdmConfig, EdmNetwork, channels_last
 from dmd2.runtime.errors import UserError, first_error
 from dmd2.runtime.files import atomic_text
+from dmd2.runtime.loading import only_shapes, unfilled
 from dmd2.runtime.tensors import save_tensors
 from dmd2.weights.folders import whole_folder
 from dmd2.weights.manifest import Manifest, Student, Teacher, read_manifest, verify, write_manifest
@@ -95,6 +96,11 @@ def load_edm(folder: Path, device: torch.device | str, dtype: torch.dtype = torc
     manifest = read_manifest(folder)
     if manifest.family != "edm":
         raise UserError(f"{folder}: weights of the family {manifest.family!r}; expected 'edm'")
+    if only_shapes():
+        with torch.device("meta"):
+            network = EdmNetwork(read_edm_config(folder).model_copy(update={"dropout": 0.0}))
+        unfilled(network, torch.device(device), torch.float32).cast(dtype)
+        return Edm(channels_last(network))
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; these weights are incomplete")

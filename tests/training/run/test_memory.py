@@ -1,0 +1,91 @@
+"""What `dmd2 train --dry-run` predicts, beside what a real step of the same run allocates."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dmd2.runtime.errors import UserError
+from dmd2.training.loop import Batch, Ema, training_step
+from dmd2.training.parallel.group import ALONE, Parallel
+from dmd2.training.recipes import build_method, resolve
+from dmd2.training.run.memory import Tracker, predict
+
+CPU = torch.device("cpu")
+SMALL = ["precision=fp32", "batch_size=4"]
+
+
+def inputs(weights: Path, emoji_zip: Path) -> dict[str, Path | None]:
+    return {"init": weights, "data": emoji_zip, "classifier": weights / "none"}
+
+
+def peak_of_real_steps(settings: list[str], paths: dict[str, Path | None], parallel: Parallel = ALONE) -> int:
+    """Of a run's first two steps: what torch's allocator had given out at most, by its own profile."""
+    recipe = resolve("emoji-dmd2-4step", settings)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        method = build_method(recipe, paths, CPU, parallel)
+        average = Ema(method.ema_model, 0.9, 0.0, parallel) if method.ema_model is not None else None
+        for _ in range(2):  # the optimizers' states are there in the second
+            batch = Batch(0, method.data(0), parallel.ranks.generator(0))
+            training_step(method.phases, batch, recipe.loop, parallel=parallel)
+        del average, method
+    events = profiled.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    sizes = [size for _, size in sorted(_allocations(events))]
+    now = peak = 0
+    for size in sizes:
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def _allocations(events: Any) -> Iterator[tuple[int, int]]:
+    """When, and how many bytes; less than none where some are given back."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
+
+
+def test_predicts_what_a_real_step_allocates_from_configurations_alone(
+    weights: Path, emoji_zip: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(weights, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    said = predict(resolve("emoji-dmd2-4step", SMALL), {"init": bare}, CPU)
+    assert said.peak == pytest.approx(peak_of_real_steps(SMALL, inputs(weights, emoji_zip)), rel=0.1)
+    assert said.weights + said.average + said.optimizer + said.step == said.peak and said.flops > 0
+
+
+def test_predicts_the_low_memory_mode(weights: Path, emoji_zip: Path) -> None:
+    settings = [*SMALL, "adapter=lora", "networks=adapters", "checkpointing=true", "grad_accum_steps=2"]
+    said = predict(resolve("emoji-dmd2-4step", settings), {"init": weights}, CPU, count_flops=False)
+    assert said.peak == pytest.approx(peak_of_real_steps(settings, inputs(weights, emoji_zip)), rel=0.1)
+
+
+def test_counts_a_tensor_while_it_lives() -> None:
+    with Tracker() as tracker:
+        kept = torch.zeros(1000)
+        view = kept[10:]
+        for _ in range(3):
+            torch.zeros(500).add(1)
+        assert (tracker.now, tracker.peak) == (4000, 8000) and view.numel() == 990
+        kept.untyped_storage().resize_(0)
+        assert tracker.now == 0
+        a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+        before = tracker.flops
+        a @ b
+        assert tracker.flops - before == 2 * 3 * 5 * 7
+
+
+def test_what_makes_no_student_is_not_predicted(weights: Path) -> None:
+    for name in ("emoji-vae", "emoji-teacher"):
+        with pytest.raises(UserError, match="expected one that makes a student"):
+            predict(resolve(name, []), {"init": weights}, CPU)
+    with pytest.raises(UserError, match=r"batch_size=4.*multiple of the 3"):
+        predict(resolve("emoji-dmd2-4step", SMALL), {"init": weights}, CPU, 3)
