@@ -20,7 +20,7 @@ CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"dmd2-inductor-{CAPABILITY}"))
 
 from dmd2.emoji.architecture import build_text_encoders, build_tokenizer, build_unet  # noqa: E402
-from dmd2.emoji.scenes import SIDE, EmojiScenes, vocabulary  # noqa: E402
+from dmd2.emoji.scenes import EmojiScenes, vocabulary  # noqa: E402
 from dmd2.models.stable_diffusion.folder import save_text_to_image, save_vae  # noqa: E402
 from dmd2.weights.manifest import Student, Teacher  # noqa: E402
 
@@ -51,8 +51,8 @@ def emoji_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     with zipfile.ZipFile(path, "w") as archive:
         for number, (name, kind, aliases, colour) in enumerate(EMOJI):
-            image = Image.new("RGBA", (SIDE, SIDE))
-            ImageDraw.Draw(image).ellipse((4, 4 + 8 * number, SIDE - 5, SIDE - 5 - 8 * number), fill=colour)
+            image = Image.new("RGBA", (96, 96))
+            ImageDraw.Draw(image).ellipse((4, 4 + 8 * number, 96 - 5, 96 - 5 - 8 * number), fill=colour)
             data = io.BytesIO()
             image.save(data, "PNG")
             archive.writestr(f"{number}.png", data.getvalue())

@@ -92,12 +92,12 @@ def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTe
     return CLIPTextModel(config), CLIPTextModelWithProjection(config)
 
 
-def build_unet(channels: tuple[int, ...] = (96, 128, 128)) -> UNet2DConditionModel:
+def build_unet(channels: tuple[int, ...] = (96, 128, 128), latent_channels: int = 4) -> UNet2DConditionModel:
     """SDXL's UNet with small numbers: no attention at the top level, text_time embedding, linear projections."""
     unet = UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=channels,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -119,10 +119,11 @@ def trainable_attention(unet: Any) -> None:
     unet.set_attn_processor(AttnProcessor())
 
 
-def build_models(words: Iterable[str], seed: int) -> tuple[CLIPTokenizer, nn.ModuleDict]:
+def build_models(words: Iterable[str], seed: int, latent_channels: int) -> tuple[CLIPTokenizer, nn.ModuleDict]:
     """Tokenizer and {"unet", "text_encoder", "text_encoder_2"}, initialised from `seed`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(words)
     first, second = build_text_encoders(tokenizer)
+    unet = build_unet(latent_channels=latent_channels)
     # SDXL's UNet is trained on embeddings of about unit size; CLIP's initial token embeddings are 50 times smaller.
-    return tokenizer, nn.ModuleDict({"unet": build_unet(), "text_encoder": first, "text_encoder_2": second})
+    return tokenizer, nn.ModuleDict({"unet": unet, "text_encoder": first, "text_encoder_2": second})

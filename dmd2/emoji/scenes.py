@@ -1,7 +1,8 @@
 """Emoji scenes: endless captioned images for the embedded model, composed from weights/emoji/emoji.zip.
 
-A scene is one emoji, somewhere inside the frame, turned a little, on one flat colour. Every
-batch is a pure function of (seed, step), so a resumed run sees exactly the scenes that it would have seen.
+A scene is one emoji, somewhere inside the frame, turned a little, on one flat colour. How freely, how large and of
+which groups is said by the zip itself, in its `scenes.json` (`SceneSettings`). Every batch is a pure function of
+(seed, step), so a resumed run sees exactly the scenes that it would have seen.
 """
 
 import hashlib
@@ -15,12 +16,13 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dmd2.runtime.errors import DataError
@@ -41,10 +43,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 JITTER = 6  # a scene's background differs from the table by up to this much per channel
 SUPERSAMPLING = 2
 CHUNK = 16  # scenes composed at once: what the processor's cache likes
-SIDE = 96  # stored glyphs are SIDE x SIDE
-
-LEARNED_GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
-"""Unicode groups of the emoji that the embedded model learns: as many as two CPU cores learn well in an hour."""
+MOST_SIDE = 512  # of a stored glyph, which is square
+SETTINGS = "scenes.json"
 HELD_OUT_ONE_IN = 20  # (emoji, background) pairs that "seen" batches never show
 EMPTY_CAPTIONS = 0.10  # what classifier-free guidance learns the unconditional score from
 KIND_CAPTIONS = 0.25  # "a fruit" instead of "a red apple"
@@ -74,6 +74,28 @@ SPOKEN_AN = re.compile(r"e(?!uro)|[aio]|u(?!ni|fo|ti)|hour")  # begins with a vo
 CLIP_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+")
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class SceneSettings(BaseModel):
+    """`scenes.json` of a zip of emoji. What it leaves out, or a zip without one, is as in the first of these zips."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: Annotated[int, Field(ge=8, le=MOST_SIDE, multiple_of=8)] = 64
+    """pixels along a side of a scene"""
+    scale: tuple[Share, Share] = (0.8, 0.95)
+    """the emoji's longer side, from … to, as a fraction of the frame"""
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 6.0
+    """how far it turns at most either way"""
+    shift: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """how far it lies from the middle at most, as a fraction of the frame, along each side"""
+    mirrored: bool = False
+    """whether half of the scenes show the emoji's mirror image"""
+    groups: tuple[str, ...] = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+    """Unicode groups whose emoji are learned"""
+
+
 @dataclass(frozen=True)
 class Scenes:
     """One batch of B images with everything that is known about them."""
@@ -92,19 +114,14 @@ class EmojiScenes:
     """Composes scenes from a zip of emoji, as `scripts/build-emoji` writes it.
 
     An emoji always lies inside the frame: one that would not fit once turned is shrunk until it does. Training uses
-    the emoji of `LEARNED_GROUPS`. The numbers are what two CPU cores learn well in an hour or so.
+    the emoji of the settings' groups.
     """
 
-    scale = (0.8, 0.95)
-    """the emoji's longer side, from … to, as a fraction of the frame"""
-    rotation_degrees = 6.0
-    """how far it turns at most either way"""
-    shift = 0.1
-    """how far it lies from the middle at most, as a fraction of the frame, along each side"""
-
-    def __init__(self, path: Path, size: int = 64) -> None:
-        self.size = size
-        entries, self._glyphs = _read(Path(path))  # glyphs: uint8 (N, 4, SIDE, SIDE), premultiplied RGBA
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        settings, entries, self._glyphs = _read(Path(path))  # glyphs: uint8 (N, 4, side, side), premultiplied RGBA
+        self.size = size or settings.size
+        self.scale, self.rotation_degrees = settings.scale, settings.rotation_degrees
+        self.shift, self.mirrored = settings.shift, settings.mirrored
         self._reach = _reach(self._glyphs[:, 3] > 8)
         self.names = [spoken(entry["name"]) for entry in entries]
         self.kinds = [spoken(entry["kind"]) for entry in entries]
@@ -112,7 +129,7 @@ class EmojiScenes:
             [alias for alias in dict.fromkeys(map(spoken, entry["aliases"])) if alias != name]
             for entry, name in zip(entries, self.names, strict=True)
         ]
-        learned = torch.tensor([entry["group"] in LEARNED_GROUPS for entry in entries])[:, None]
+        learned = torch.tensor([entry["group"] in settings.groups for entry in entries])[:, None]
         held_out = [[_hashes_out(name, colour) for colour in BACKGROUNDS] for name in self.names]
         self._held_out = torch.tensor(held_out)  # bool (N, backgrounds)
         self._pairs: dict[Split, Tensor] = {
@@ -189,14 +206,16 @@ class EmojiScenes:
         n = len(emoji)
         draws = torch.rand(5, n, generator=generator)
         u_scale, u_angle, _, u_x, u_y = 0.5 + freedom * (draws - 0.5)
+        mirrored = self.mirrored & (draws[2] < 0.5 * freedom)
         jitter = torch.randint(-JITTER, JITTER + 1, (n, 3), generator=generator)
 
-        # A glyph point g shows at frame point f = centre + scale * rotate(g).
+        # A glyph point g shows at frame point f = centre + scale * rotate(mirror(g)).
         scale = self.scale[0] + (self.scale[1] - self.scale[0]) * u_scale
         angle = self.rotation_degrees * (2 * u_angle - 1)
 
         # How far the turned glyph reaches right, down, left and up of its centre; if too far, shrink it.
         towards = torch.tensor([0.0, 90.0, 180.0, 270.0]) - angle[:, None]
+        towards = torch.where(mirrored[:, None], 180 - towards, towards)
         reach = self._reach[emoji[:, None], towards.round().long() % 360]
         scale = torch.minimum(scale, 2 / torch.maximum(reach[:, 0] + reach[:, 2], reach[:, 1] + reach[:, 3]))
         right, down, left, up = (reach * scale[:, None]).unbind(1)
@@ -204,11 +223,12 @@ class EmojiScenes:
         x = (left - right) / 2 + (2 * u_x - 1) * room_x.clamp(max=2 * self.shift)
         y = (up - down) / 2 + (2 * u_y - 1) * room_y.clamp(max=2 * self.shift)
 
-        # grid_sample wants the inverse: g = rotate⁻¹((f - centre) / scale).
+        # grid_sample wants the inverse: g = mirror(rotate⁻¹((f - centre) / scale)).
         cos, sin = torch.cos(torch.deg2rad(angle)) / scale, torch.sin(torch.deg2rad(angle)) / scale
         inverse = torch.stack([cos, sin, -sin, cos], dim=1).view(n, 2, 2)
         shift = -inverse @ torch.stack([x, y], dim=1)[:, :, None]
         inverse = torch.cat([inverse, shift], dim=2)
+        inverse[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None]
 
         colours = torch.tensor(list(BACKGROUNDS.values()))[background]
         ground = (colours + jitter).clamp(0, 255).float()[:, :, None, None]
@@ -263,27 +283,28 @@ def _hashes_out(name: str, colour: str) -> bool:
 
 
 def _reach(opaque: Tensor) -> Tensor:
-    """float32 (N, 360): how far each bool (N, SIDE, SIDE) shape reaches from its centre, by degree.
+    """float32 (N, 360): how far each bool (N, side, side) shape reaches from its centre, by degree.
 
     0 is right, 90 down. In half sides, and a tenth of a pixel more for directions between two degrees.
     """
-    edges = torch.linspace(-1, 1, SIDE + 1)
-    columns = torch.arange(SIDE).expand(opaque.shape)
-    first = edges[torch.where(opaque, columns, SIDE).amin(2).clamp(max=SIDE)]  # (N, SIDE), left edge by row
+    side = opaque.shape[-1]
+    edges = torch.linspace(-1, 1, side + 1)
+    columns = torch.arange(side).expand(opaque.shape)
+    first = edges[torch.where(opaque, columns, side).amin(2).clamp(max=side)]  # (N, SIDE), left edge by row
     last = edges[torch.where(opaque, columns + 1, 0).amax(2)]
     angles = torch.arange(360) * (math.pi / 180)
     cos, sin = torch.cos(angles), torch.sin(angles)
     farthest = torch.full((len(opaque), 360), -2.0)
-    for row in range(SIDE):
+    for row in range(side):
         x = torch.where(cos > 0, last[:, row, None], first[:, row, None])
         y = torch.where(sin > 0, edges[row + 1], edges[row])
         here = x * cos + y * sin
         farthest = torch.maximum(farthest, torch.where(opaque[:, row].any(1)[:, None], here, -2.0))
-    return farthest + 0.2 / SIDE
+    return farthest + 0.2 / side
 
 
-def _read(path: Path) -> tuple[Sequence[dict[str, Any]], Tensor]:
-    """The lines of metadata.jsonl and the glyphs, uint8 (N, 4, SIDE, SIDE), premultiplied RGBA."""
+def _read(path: Path) -> tuple[SceneSettings, Sequence[dict[str, Any]], Tensor]:
+    """The settings, the lines of metadata.jsonl and the glyphs, uint8 (N, 4, side, side), premultiplied RGBA."""
     expected = "expected the zip that scripts/build-emoji writes"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -295,11 +316,19 @@ def _read(path: Path) -> tuple[Sequence[dict[str, Any]], Tensor]:
         raise DataError(f"{reason}; {expected}", path) from error
 
 
-def _read_archive(archive: zipfile.ZipFile) -> tuple[list[dict[str, Any]], Tensor]:
+def _read_archive(archive: zipfile.ZipFile) -> tuple[SceneSettings, list[dict[str, Any]], Tensor]:
     present = set(archive.namelist())
+    settings = SceneSettings()
+    if SETTINGS in present:
+        try:
+            settings = SceneSettings.model_validate_json(archive.read(SETTINGS))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{SETTINGS}: {'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from error
     if "metadata.jsonl" not in present:
         raise ValueError("metadata.jsonl is missing")
-    entries, glyphs = [], []
+    entries: list[dict[str, Any]] = []
+    glyphs: list[Tensor] = []
     for number, line in enumerate(archive.read("metadata.jsonl").decode("utf-8-sig").splitlines(), start=1):
         try:
             entry = json.loads(line)
@@ -315,11 +344,12 @@ def _read_archive(archive: zipfile.ZipFile) -> tuple[list[dict[str, Any]], Tenso
             image.load()
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{file_name} is not a readable image") from error
-        if image.size != (SIDE, SIDE) or image.mode != "RGBA":
+        side = glyphs[0].shape[-1] if glyphs else min(image.width, MOST_SIDE)
+        if image.size != (side, side) or image.mode != "RGBA":
             found = f"{image.mode} {image.width} x {image.height}"
-            raise ValueError(f"{file_name} is {found}, not RGBA {SIDE} x {SIDE}")
+            raise ValueError(f"{file_name} is {found}, not RGBA {side} x {side}")
         entries.append(entry)
         glyphs.append(torch.from_numpy(np.array(image.convert("RGBa"))).permute(2, 0, 1))
     if not entries:
         raise ValueError("metadata.jsonl names no image")
-    return entries, torch.stack(glyphs).contiguous()
+    return settings, entries, torch.stack(glyphs).contiguous()

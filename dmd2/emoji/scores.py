@@ -48,7 +48,9 @@ class EmojiClassifier:
         model, config = load_classifier_file(
             path,
             "emoji",
-            lambda c: Classifier(len(c["emoji"]), len(c["backgrounds"]), tuple(c["widths"]), c["features"]),
+            lambda c: Classifier(
+                len(c["emoji"]) + bool(c.get("none")), len(c["backgrounds"]), tuple(c["widths"]), c["features"]
+            ),
         )
         names, backgrounds = config["emoji"], config["backgrounds"]
         return cls(model.to(device), names, backgrounds, config["size"])
@@ -70,7 +72,10 @@ class EmojiClassifier:
 
     @torch.no_grad()
     def answers(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features (B, F) → logits (B, emoji) and (B, backgrounds), on the CPU."""
+        """Pooled features (B, F) → logits (B, emoji) and (B, backgrounds), on the CPU.
+
+        Of a classifier that may answer "none of them" there is one more logit after the emoji's.
+        """
         emoji, background = self.model.heads(features.to(self.model.emoji.weight.device))
         return emoji.cpu(), background.cpu()
 

@@ -31,6 +31,8 @@ Width = Annotated[int, Field(ge=1, le=16384), NUMBER]
 """channels of a layer"""
 Blocks = Annotated[int, Field(ge=0, le=64), NUMBER]
 """layers of a stage"""
+Stages = Annotated[tuple[Blocks, ...], Field(min_length=2, max_length=6)]
+"""layers of each stage of a network"""
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
 """a learning rate. With it and a weight decay of at most 1, a step never overshoots zero by decay alone"""
 Part = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), NUMBER]

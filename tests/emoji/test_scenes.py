@@ -18,7 +18,7 @@ from dmd2.emoji.scenes import (
     CLIP_WORD,
     HELD_OUT_ONE_IN,
     JITTER,
-    SIDE,
+    SETTINGS,
     EmojiScenes,
     spoken,
     vocabulary,
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "weights" / "emoji" / "emoji.zip"
 BUILD = ROOT / "scripts" / "build-emoji"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+SIDE = 96  # of a stored glyph
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 
 
@@ -41,7 +42,7 @@ def image(colour: tuple[int, int, int, int], shape: str) -> bytes:
     return data.getvalue()
 
 
-def write_zip(path: Path, *, without: str = "") -> Path:
+def write_zip(path: Path, *, without: str = "", **settings: object) -> Path:
     """Four emoji of one grey each, which no background comes close to."""
     lines = [
         {
@@ -70,6 +71,8 @@ def write_zip(path: Path, *, without: str = "") -> Path:
     files = {"metadata.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode()}
     for number, shape in enumerate(("square", "circle", "circle", "square"), start=1):
         files[f"emoji/{number}.png"] = image((128, 128, 128, 255), shape)
+    if settings:
+        files[SETTINGS] = json.dumps(settings).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             if name != without:
@@ -248,8 +251,9 @@ def test_a_square_that_would_not_fit_once_turned_is_shrunk(tmp_path: Path) -> No
         assert 62 <= width <= 64 and 62 <= image.any(1).sum().item() <= 64
 
 
-def test_an_emoji_is_never_mirrored(tmp_path: Path) -> None:
-    path = tmp_path / "arrow.zip"
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_an_emoji_is_mirrored_half_of_the_time_or_never(tmp_path: Path, mirrored: bool) -> None:
+    path = tmp_path / "wedge.zip"
     image = Image.new("RGBA", (SIDE, SIDE))
     ImageDraw.Draw(image).polygon([(0, 0), (95, 0), (0, 95)], fill=(128, 128, 128, 255))  # lower right is empty
     data = io.BytesIO()
@@ -258,11 +262,40 @@ def test_an_emoji_is_never_mirrored(tmp_path: Path) -> None:
         line = {"file_name": "emoji/1.png", "name": "wedge", "kind": "shape", "aliases": [], "group": "Food & Drink"}
         archive.writestr("metadata.jsonl", json.dumps(line))
         archive.writestr("emoji/1.png", data.getvalue())
-    blue = torch.full((40,), list(BACKGROUNDS).index("blue"))
+        archive.writestr(SETTINGS, json.dumps({"mirrored": mirrored, "scale": [1, 1], "rotation_degrees": 0}))
+    blue = torch.full((200,), list(BACKGROUNDS).index("blue"))
     fixed = EmojiScenes(path)
-    fixed.scale, fixed.rotation_degrees = (1.0, 1.0), 0.0
     grey = (fixed.captioned(torch.zeros_like(blue), blue, seed=0).images.int() - 128).abs().amax(1) < 20
-    assert grey[:, 4, 4].all() and grey[:, 50, 4].all() and not grey[:, 50, 60].any()
+    plain = grey[:, 4, 4] & grey[:, 50, 4] & ~grey[:, 50, 60]
+    flipped = grey[:, 4, 59] & grey[:, 50, 59] & ~grey[:, 50, 3]
+    assert (plain ^ flipped).all() and 60 < int(flipped.sum()) < 140 if mirrored else plain.all()
+    still = fixed.captioned(torch.zeros_like(blue), blue, seed=0, freedom=0.0).images
+    assert ((still[:, :, 50, 4].int() - 128).abs().amax(1) < 20).all(), "without freedom none is"
+
+
+def test_a_zip_says_how_its_scenes_are_composed(tmp_path: Path) -> None:
+    groups = ["Animals & Nature"]
+    scenes = EmojiScenes(
+        write_zip(tmp_path / "e.zip", size=128, scale=[0.6, 0.95], rotation_degrees=15, mirrored=True, groups=groups)
+    )
+    assert scenes.size == 128 and scenes.scale == (0.6, 0.95) and scenes.rotation_degrees == 15 and scenes.mirrored
+    batch = scenes.batch(60, seed=0, step=0)
+    assert batch.images.shape == (60, 3, 128, 128) and set(batch.emoji.tolist()) == {1, 3}
+    wide = (batch.images.int() - 128).abs().amax(1).lt(20)[batch.emoji == 1].any(1).sum(1).float() / 128
+    assert 0.58 < wide.min() < 0.68 and 0.87 < wide.max() < 0.97, "circles from 0.6 to 0.95 of the frame"
+    assert EmojiScenes(write_zip(tmp_path / "f.zip", size=128), 64).size == 64, "a caller may ask for another size"
+    with pytest.raises(ValueError, match=r"scenes.json: rotation_degrees: .* less than or equal to 180"):
+        EmojiScenes(write_zip(tmp_path / "g.zip", rotation_degrees=200))
+    with pytest.raises(ValueError, match=r"scenes.json: colour: "):
+        EmojiScenes(write_zip(tmp_path / "h.zip", colour="red"))
+
+
+def test_the_mirror_image_of_a_turned_emoji_fits_as_well(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "e.zip", mirrored=True, scale=[1, 1], rotation_degrees=45)
+    scenes = EmojiScenes(path)
+    white = torch.full((40,), list(BACKGROUNDS).index("white"))
+    grey = (scenes.captioned(torch.zeros_like(white), white, seed=0).images.int() - 128).abs().amax(1) < 30
+    assert (grey.any(1).sum(1) >= 61).all() and (grey.any(2).sum(1) >= 61).all(), "and fills the frame"
 
 
 def test_backgrounds_are_nine_distinct_colours() -> None:
@@ -345,7 +378,9 @@ def test_the_build_is_deterministic_and_leaves_no_partial_file(tmp_path: Path) -
     one, two = (tmp_path / "new" / name for name in ("one.zip", "two.zip"))
     assert one.read_bytes() == two.read_bytes()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["one.zip", "two.zip"]
-    assert 400 <= len(EmojiScenes(one)) <= 1000
+    scenes = EmojiScenes(one)
+    assert 400 <= len(scenes) <= 1000 and scenes.size == 128 and scenes.mirrored
+    assert len(scenes.pairs("all")) == len(scenes) * len(BACKGROUNDS), "emoji of every group are learned"
 
 
 @pytest.mark.parametrize(
@@ -360,9 +395,8 @@ def test_the_build_names_the_missing_package(tmp_path: Path, option: str, packag
     assert not (tmp_path / "out.zip").exists()
 
 
-def test_only_the_learned_groups_are_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmd2.emoji.scenes.LEARNED_GROUPS", ("Animals & Nature",))
-    scenes = EmojiScenes(write_zip(tmp_path / "e.zip"))
+def test_only_the_learned_groups_are_drawn_from(tmp_path: Path) -> None:
+    scenes = EmojiScenes(write_zip(tmp_path / "e.zip", groups=["Animals & Nature"]))
     assert len(scenes) == 4
     assert set(scenes.pairs("all")[:, 0].tolist()) == {1, 3}
     assert set(scenes.batch(200, seed=0, step=0, split="seen").emoji.tolist()) == {1, 3}

@@ -11,6 +11,9 @@ from torch import Tensor
 from dmd2.runtime.compiled import Compiler
 
 LATENT_CHANNELS = 4
+"""of SD 1.5 and SDXL"""
+MORE_CHANNELS = 8
+"""of small models whose `AutoencoderTiny` packs more pixels into a latent"""
 
 
 class LatentCodec:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from dmd2.models.stable_diffusion.codec import LATENT_CHANNELS
+from dmd2.models.stable_diffusion.codec import LATENT_CHANNELS, MORE_CHANNELS
 from dmd2.models.stable_diffusion.unet import INPAINTING_CHANNELS, PredictionType
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import read_object
@@ -92,16 +92,18 @@ def network_class(name: str, folder: Path) -> Any:
 
 
 def read_vae_config(folder: Path) -> dict[str, Any]:
-    """The config of a VAE of 4 latent channels.
+    """The config of a VAE of 4 latent channels, or of an `AutoencoderTiny` of 8.
 
     Raises:
         UserError: there is none, or one of another kind.
     """
     path, config = _read_config(folder, "VAE", VAES)
     channels = config.get("latent_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
+    tiny = config["_class_name"] == "AutoencoderTiny"
+    if not (channels == LATENT_CHANNELS or (tiny and channels == MORE_CHANNELS)):
+        other = f", or {MORE_CHANNELS}" if tiny else ""
         raise UserError(
-            f"{path}: {shown(channels)} latent channels; expected {LATENT_CHANNELS}, as in SDXL and SD 1.5"
+            f"{path}: {shown(channels)} latent channels; expected {LATENT_CHANNELS}, as in SDXL and SD 1.5{other}"
         )
     if config.get("shift_factor") not in (None, 0):
         raise UserError(
@@ -115,9 +117,9 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
     for key, values in (("latents_mean", mean), ("latents_std", std)):
         if values is None:
             continue
-        numbers = isinstance(values, list) and len(values) == LATENT_CHANNELS and all(map(_is_number, values))
+        numbers = isinstance(values, list) and len(values) == channels and all(map(_is_number, values))
         if not numbers or (key == "latents_std" and min(values) <= 0):
-            raise UserError(f"{path}: {key}: {shown(values)}; expected {LATENT_CHANNELS} numbers, one a channel")
+            raise UserError(f"{path}: {key}: {shown(values)}; expected {channels} numbers, one a channel")
     return config
 
 
@@ -129,7 +131,8 @@ def read_unet_config(folder: Path, *, sdxl: bool = True) -> dict[str, Any]:
     """
     path, config = _read_config(folder, "UNet", ("UNet2DConditionModel",), default="UNet2DConditionModel")
     given, made = config.get("in_channels", LATENT_CHANNELS), config.get("out_channels", LATENT_CHANNELS)
-    if given not in (LATENT_CHANNELS, INPAINTING_CHANNELS) or made != LATENT_CHANNELS:
+    fits = given in (LATENT_CHANNELS, INPAINTING_CHANNELS) and made == LATENT_CHANNELS
+    if not (fits or (given == made == MORE_CHANNELS)):
         known = {5: " (depth)", 7: " (upscaling)", 8: " (InstructPix2Pix)"}.get(given if _is_number(given) else 0, "")
         raise UserError(
             f"{path}: {shown(given)} input{known} and {shown(made)} output channels; expected 4 and 4, or 9 and 4 "

@@ -1,10 +1,10 @@
-"""The small autoencoder of the embedded model: 64×64 scenes to 16×16×4 latents, in `AutoencoderTiny`'s layout."""
+"""The small autoencoder of the embedded model: scenes to latents of 16×16, in `AutoencoderTiny`'s layout."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.models.stable_diffusion.folder import LICENCE, save_vae
 from dmd2.runtime.files import atomic_text
-from dmd2.runtime.precision import autocast_dtype
+from dmd2.runtime.precision import autocast_dtype, training_dtype
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.methods.common import Recipe
-from dmd2.training.ranges import Blocks, Weight, Width
+from dmd2.training.methods.muon import Muon
+from dmd2.training.ranges import Stages, Weight, Width
 from dmd2.training.run.card import model_card
 from dmd2.training.sources import EmojiSource, Inputs
 from dmd2.weights.folders import whole_folder
@@ -27,13 +28,28 @@ class AutoencoderRecipe(Recipe):
     """The embedded model's autoencoder. See `dmd2/training/methods/autoencoder.py`."""
 
     channels: Width
-    encoder_blocks: tuple[Blocks, Blocks, Blocks]
-    decoder_blocks: tuple[Blocks, Blocks, Blocks]
-    latent_noise: Weight
+    encoder_blocks: Stages
+    decoder_blocks: Stages
+    """blocks at each resolution, from pixels to latents and from latents to pixels: each stage but an encoder's first
+    halves the side, each but a decoder's first doubles it"""
+    latent_channels: Literal[4, 8]
+    optimizer: Literal["adam", "muon"] = "adam"
+    latent_noise: Weight = 0.05
     """standard deviation of the noise on the latents while training"""
     kind = "autoencoder"
     shared = False
     data = "emoji"
+
+    def conflict(self) -> str | None:
+        if len(self.decoder_blocks) != len(self.encoder_blocks):
+            found, wanted = len(self.decoder_blocks), len(self.encoder_blocks)
+            return f"decoder_blocks: {found} stages; expected {wanted}, as encoder_blocks has"
+        return None
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a latent's side."""
+        return int(2 ** (len(self.encoder_blocks) - 1))
 
     def method(self, inputs: Inputs) -> Method:
         return train_autoencoder(
@@ -42,7 +58,7 @@ class AutoencoderRecipe(Recipe):
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
-    """An untrained f4 autoencoder with 4 latent channels, initialised from `recipe.loop.seed`."""
+    """An untrained autoencoder, initialised from `recipe.loop.seed`."""
     torch.manual_seed(recipe.loop.seed)
     stages = len(recipe.encoder_blocks)
     return AutoencoderTiny(
@@ -50,7 +66,7 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
         decoder_block_out_channels=(recipe.channels,) * stages,
         num_encoder_blocks=recipe.encoder_blocks,
         num_decoder_blocks=recipe.decoder_blocks,
-        latent_channels=4,
+        latent_channels=recipe.latent_channels,
     )
 
 
@@ -61,13 +77,18 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
     mean and unit variance per channel makes `scaling_factor` 1.
     """
     model = build_autoencoder(recipe).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    autocast = autocast_dtype(recipe.precision, device)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "muon":
+        optimizer = Muon(model, recipe.lr, weight_decay=0.0, dtype=training_dtype(recipe.precision, device))
+    else:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
 
     def images(data: Tensor) -> Tensor:
         x = data.to(device).float() / 127.5 - 1
         return x.contiguous(memory_format=torch.channels_last)
-
-    autocast = autocast_dtype(recipe.precision, device)
 
     def reconstruct(net: Any, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -77,8 +98,8 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
         x = images(batch.data.images)
-        side = x.shape[-1] // 4
-        noise = torch.randn(len(x), 4, side, side, generator=batch.generator).to(device)
+        shape = len(x), recipe.latent_channels, *(side // recipe.factor for side in x.shape[2:])
+        noise = torch.randn(shape, generator=batch.generator).to(device)
         y, z = reconstruct(model, x, noise)
         error = y - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -104,9 +125,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
         assert isinstance(net, AutoencoderTiny)
         with whole_folder(out / "model") as new:
             save_vae(net, new / "vae", asdict(recipe))
-            text = (
-                "The autoencoder of the embedded model: 64×64 pixels to 16×16×4 latents, in AutoencoderTiny's layout."
-            )
+            side, channels = scenes.size, recipe.latent_channels
+            latents = f"{side // recipe.factor}×{side // recipe.factor}×{channels} latents"
+            text = f"The embedded model's autoencoder, an AutoencoderTiny: {side}×{side} pixels to {latents}."
             atomic_text(new / "README.md", model_card("VAE", LICENCE, text, recipe))
 
     return Method(

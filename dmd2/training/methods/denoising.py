@@ -18,6 +18,7 @@ from dmd2.emoji.scenes import EmojiScenes, vocabulary
 from dmd2.models.edm.family import EdmFamily
 from dmd2.models.edm.network import PUBLISHED, EdmConfig
 from dmd2.models.family import Family, Labels, open_family
+from dmd2.models.stable_diffusion.configs import read_vae_config
 from dmd2.models.stable_diffusion.family import StableDiffusionFamily
 from dmd2.models.stable_diffusion.unet import PredictionType
 from dmd2.runtime.errors import shown
@@ -107,7 +108,8 @@ class DenoisingRecipe(Recipe):
         if self.network != EMOJI_NETWORK:
             return EdmFamily.new(NETWORKS[self.network], self.network, self.class_names, device, self.precision)
         scenes, init = EmojiScenes(inputs.need("data")), inputs.need("init")
-        tokenizer, models = build_models(vocabulary(scenes), self.loop.seed)
+        latents = read_vae_config(init / "vae")["latent_channels"]
+        tokenizer, models = build_models(vocabulary(scenes), self.loop.seed, latents)
         if self.warm_start:
             _take_weights(models, init, device)
         text = (tokenizer, models["text_encoder"], models["text_encoder_2"])
