@@ -67,6 +67,18 @@ def r1(logits: Tensor, images: Tensor) -> Tensor:
     return gradient.square().flatten(1).sum(1).mean()
 
 
+def approximate_r1(logits: Tensor, moved: Tensor, noise: float) -> Tensor:
+    """R1 by a finite difference (Lin et al. 2025, 2501.08316, eq. 4): E (D(x + s·n) − D(x))² / s².
+
+    For small s that is E ‖∇ₓ D(x)‖², since n is unit noise. Divided by s² it has R1's size, whatever s is.
+
+    Args:
+        logits, moved: (B, …) of images, and of the same with noise of standard deviation `noise` on them; summed up
+            for each.
+    """
+    return ((moved - logits).flatten(1).sum(1) / noise).square().mean()
+
+
 def l2(x: Tensor, y: Tensor) -> Tensor:
     """DMD's regression loss (eq. 9) without a perceptual network: the mean squared difference."""
     return F.mse_loss(x, y)

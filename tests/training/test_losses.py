@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.noise import add_noise, karras_sigmas
-from dmd2.training.discriminators.head import ClassifierHead, critic_loss, noised_logits
+from dmd2.training.discriminators.head import ClassifierHead, GanJudge, noised_logits
 from dmd2.training.losses import (
     denoising,
     distribution_matching,
@@ -18,6 +18,7 @@ from dmd2.training.losses import (
     gan_critic,
     gan_generator,
 )
+from dmd2.training.methods.common import Networks
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def test_critic_loss_is_denoising_and_classification_in_two_passes() -> None:
     head = ClassifierHead(128, 4)
     fake, real = (randn(3, 4, 4, 4, seed=seed, dtype=torch.float32) for seed in range(2))
     seeded = torch.Generator().manual_seed
-    loss, logs = critic_loss(net, head, fake, None, real, None, 0.25, seeded(0))
+    loss, logs = GanJudge().critic_loss(Networks(net, net, net, head), fake, None, real, None, 0.25, seeded(0))
     assert len(net.seen) == 2  # the generated samples' pass serves both
     (x, sigma), (x_real, sigma_real) = net.seen
     noise = (x - fake) / sigma[:, None, None, None]
@@ -234,7 +235,7 @@ def test_critic_loss_is_denoising_and_classification_in_two_passes() -> None:
     assert 0 <= float(logs["gan_accuracy"]) <= 1
     assert not torch.equal(sigma, sigma_real)
 
-    without, logs = critic_loss(net, None, fake, None, None, None, 0.25, seeded(0))
+    without, logs = GanJudge().critic_loss(Networks(net, net, net), fake, None, None, None, 0.25, seeded(0))
     assert set(logs) == {"fake_score"}
     assert float(without.detach()) == pytest.approx(float(denoised.detach()), rel=1e-4)
 

@@ -36,6 +36,9 @@ from dmd2.training.methods.denoising import DenoisingRecipe, train_teacher
 from dmd2.training.methods.dmd import DmdRecipe
 from dmd2.training.methods.dmd2 import Dmd2Recipe
 from dmd2.training.methods.gdd import GddRecipe
+from dmd2.training.methods.matching.decoupled import DecoupledRecipe
+from dmd2.training.methods.matching.f_distill import FDistillRecipe
+from dmd2.training.methods.matching.sid import SidRecipe
 from dmd2.training.preview import CaptionPreview
 from dmd2.training.recipes import RECIPES, resolve
 from dmd2.training.sources import Examples, Inputs
@@ -45,11 +48,19 @@ from tests.training.pixels import CONFIG, write_set, write_teacher
 
 CPU = torch.device("cpu")
 LOOP = LoopSettings(iterations=3, batch_size=4, decay=False, sample_every=100, log_every=1)
+GAN: Any = {"gan_generator": 0.1, "gan_critic": 0.1}
 METHODS: dict[str, Recipe] = {
     "denoising": DenoisingRecipe(LOOP, lr=1e-3, sample_steps=2),
     "dmd": DmdRecipe(LOOP, lr=1e-3, lr_critic=1e-3, regression_weight=0.25, pairs_batch=2),
     "dmd2": Dmd2Recipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2),
-    "dmd2-gan": Dmd2Recipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2, gan_generator=0.1, gan_critic=0.1),
+    "dmd2-gan": Dmd2Recipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2, **GAN),
+    "dmd2-teacher-head": Dmd2Recipe(
+        LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2, **GAN, gan_features="teacher", r1=1.0
+    ),
+    "f-distill": FDistillRecipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2, **GAN),
+    "decoupled-dmd": DecoupledRecipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2, guidance_scale=2.0),
+    "sid": SidRecipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2),
+    "sida": SidRecipe(LOOP, lr=1e-3, lr_critic=1e-3, generator_every=2, **GAN),
     "gdd": GddRecipe(LOOP, lr=1e-3, lr_critic=1e-3, freeze=False, r1_every=2, boundary=0),
     "gdd-i": GddRecipe(LOOP, lr=1e-3, lr_critic=1e-3, freeze=True, r1_every=2, boundary=0),
 }
@@ -94,7 +105,23 @@ def sd15(folder: Path, text_models: tuple[Any, Any, Any]) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd15", "edm", "edm-unconditional"])
+FAMILIES = ("sdxl", "sd15", "edm", "edm-unconditional")
+BASIC = ("denoising", "dmd", "dmd2", "dmd2-gan", "gdd", "gdd-i")
+
+
+def quick(family: str, method: str) -> bool:
+    """What builds on DMD2 has much in common with it: on most families it is left to the slow tests."""
+    return method in BASIC or family == "edm" or (family, method) == ("sdxl", "sida")
+
+
+PRODUCT = [
+    pytest.param(family, method, marks=[] if quick(family, method) else pytest.mark.slow)
+    for family in FAMILIES
+    for method in METHODS
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -132,7 +159,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(("case", "method"), PRODUCT, indirect=["case"])
 def test_trains_resumes_to_the_bit_and_exports_what_generates(
     method: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

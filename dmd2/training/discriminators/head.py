@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +17,10 @@ from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
 from dmd2.runtime.errors import InvalidInput, shown
 from dmd2.training.loop import Logs
-from dmd2.training.losses import denoising, gan_critic
+from dmd2.training.losses import approximate_r1, denoising, gan_critic
+
+if TYPE_CHECKING:
+    from dmd2.training.methods.common import Networks
 
 GROUPS = 32
 HEAD_FILE = "head.safetensors"
@@ -68,42 +73,73 @@ def noised_logits(denoiser: Denoiser, head: nn.Module, x0: Tensor, cond: Cond, g
     """The classifier on a noisy version of x0 (B, C, H, W), σ drawn uniformly from the whole table."""
     sigma = sample_sigma(denoiser.sigmas, len(x0), generator)
     noise = draws.randn(x0.shape, generator).to(x0.device)
-    noisy = add_noise(x0, sigma, noise)
-    half = getattr(denoiser, "bottleneck", None)  # EDM's networks; diffusers' UNet runs as a whole or not at all
-    logits: Tensor = head(half(noisy, sigma, cond) if half else denoiser.features(noisy, sigma, cond)[1])
+    logits: Tensor = head(activations(denoiser, add_noise(x0, sigma, noise), sigma, cond))
     return logits
 
 
-def critic_loss(
-    denoiser: Denoiser,
-    head: nn.Module | None,
-    fake: Tensor,
-    cond_fake: Cond,
-    real: Tensor | None,
-    cond_real: Cond,
-    gan_weight: float,
-    generator: torch.Generator,
-) -> tuple[Tensor, Logs]:
-    """Denoising on generated samples, plus the classification of noised real and generated ones.
+def activations(denoiser: Denoiser, noisy: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    """(B, C', h, w) in the middle of the network."""
+    half = getattr(denoiser, "bottleneck", None)  # EDM's networks; diffusers' UNet runs as a whole or not at all
+    found: Tensor = half(noisy, sigma, cond) if half else denoiser.features(noisy, sigma, cond)[1]
+    return found
 
-    The generated samples' denoising pass also gives their logits: same noise, one forward pass less.
 
-    Args:
-        denoiser: the fake score.
-        head: None for no GAN; then `real` is not used.
-        fake, real: (B, C, H, W) clean generated samples (detached) and data.
-        gan_weight: of the classification loss.
+@dataclass(frozen=True)
+class GanJudge:
+    """Where the head gets its activations, and what keeps it smooth.
+
+    `by_teacher`: of the frozen teacher, as NVIDIA's FastGen has it, instead of the fake score. `r1`: weight of an
+    approximate R1 (Lin et al. 2025, 2501.08316, eq. 4): how much the logits of noised real images move where noise of
+    standard deviation `noise` is added, squared; as R1 to first order, but without a second derivative. The penalty
+    is divided by the variance of that noise, so that its size is R1's whatever the noise.
     """
-    sigma = sample_sigma(denoiser.sigmas, len(fake), generator)
-    noise = draws.randn(fake.shape, generator).to(fake.device)
-    loss, bottleneck = denoising(denoiser, fake, sigma, noise, cond_fake)
-    logs: Logs = {"fake_score": loss.detach()}
-    if head is not None:
+
+    by_teacher: bool = False
+    r1: float = 0.0
+    noise: float = 0.1
+
+    def logits(self, n: Networks, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
+        assert n.head is not None
+        return noised_logits(n.teacher if self.by_teacher else n.fake_score, n.head, x0, cond, generator)
+
+    def critic_loss(
+        self,
+        n: Networks,
+        fake: Tensor,
+        cond_fake: Cond,
+        real: Tensor | None,
+        cond_real: Cond,
+        gan_weight: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Logs]:
+        """Denoising on generated samples, plus the classification of noised real and generated ones.
+
+        The fake score's denoising pass also gives the generated samples' logits: same noise, one forward pass less.
+
+        Args:
+            n: with a head, or without a GAN; then `real` is not used.
+            fake, real: (B, C, H, W) clean generated samples (detached) and data.
+            gan_weight: of the classification loss.
+        """
+        sigma = sample_sigma(n.fake_score.sigmas, len(fake), generator)
+        noise = draws.randn(fake.shape, generator).to(fake.device)
+        loss, bottleneck = denoising(n.fake_score, fake, sigma, noise, cond_fake)
+        logs: Logs = {"fake_score": loss.detach()}
+        if n.head is None:
+            return loss, logs
         assert real is not None, "a classifier needs real samples"
-        logits_fake = head(bottleneck)
-        logits_real = noised_logits(denoiser, head, real, cond_real, generator)
+        by = n.teacher if self.by_teacher else n.fake_score
+        logits_fake = n.head(bottleneck) if not self.by_teacher else self.logits(n, fake, cond_fake, generator)
+        sigma = sample_sigma(by.sigmas, len(real), generator)
+        noisy = add_noise(real, sigma, draws.randn(real.shape, generator).to(real.device))
+        logits_real = n.head(activations(by, noisy, sigma, cond_real))
         classification = gan_critic(logits_real, logits_fake)
         accuracy = ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
         logs |= {"gan_critic": classification.detach(), "gan_accuracy": accuracy}
         loss = loss + gan_weight * classification
-    return loss, logs
+        if self.r1 > 0:
+            step = self.noise * draws.randn(real.shape, generator).to(real.device)
+            penalty = approximate_r1(logits_real, n.head(activations(by, noisy + step, sigma, cond_real)), self.noise)
+            logs["r1"] = penalty.detach()
+            loss = loss + self.r1 / 2 * penalty
+        return loss, logs

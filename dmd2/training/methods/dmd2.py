@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion import draws
-from dmd2.diffusion.denoiser import cfg_denoise
+from dmd2.diffusion.denoiser import Denoiser, cfg_denoise
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
 from dmd2.runtime.errors import InvalidInput
-from dmd2.training.discriminators.head import HEAD_FILE, critic_loss, load_head, new_head, noised_logits
+from dmd2.training.discriminators.head import HEAD_FILE, GanJudge, load_head, new_head
 from dmd2.training.distil import FAKE_SCORE, Distillation
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import distribution_matching, distribution_matching_gradient, gan_generator
 from dmd2.training.methods.common import Kit, Networks, OptimizerName, Samples, SharedImages
-from dmd2.training.ranges import Count, Decay, Folder, Rate, Weight
+from dmd2.training.ranges import Count, Decay, Folder, Part, Rate, Weight
 from dmd2.training.sources import Inputs
+
+Objective = Callable[[Tensor, Batch], tuple[Tensor, Logs]]
+"""(x (B, C, h, w) with gradient, the step) → a loss that leads the student, and what to log"""
 
 DM_RANGE = 0.02, 0.98
 """the part of the σ table that the distribution-matching gradient draws from"""
@@ -36,6 +39,12 @@ class Dmd2Recipe(Distillation):
     gan_generator: Weight = 0.0
     gan_critic: Weight = 0.0
     """weights of the GAN losses; 0 and 0 is no GAN"""
+    gan_features: Literal["fake_score", "teacher"] = "fake_score"
+    """whose activations the GAN's head sees: the fake score's, which learns with it; or the frozen teacher's"""
+    r1: Weight = 0.0
+    """weight of the approximate R1"""
+    r1_noise: Part = 0.1
+    """standard deviation of its step, in units of x0"""
     backward_simulation: bool = True
     """whether later steps learn from the student's own rollout, as they sample; or from noised real images"""
     resumed: bool = False
@@ -72,6 +81,8 @@ class Dmd2Recipe(Distillation):
             return "pretrained=true with resumed or student_init: expected one of the three"
         if not problem and self.resumed_head and not (self.resumed and self.gan_critic > 0):
             return "resumed_head=true: expected resumed=true and a GAN with it"
+        if not problem and self.gan_critic == 0 and (self.r1 > 0 or self.gan_features == "teacher"):
+            return "gan_critic=0 with r1 or gan_features=teacher: expected gan_generator and gan_critic above 0"
         if problem or (self.gan_generator > 0) == (self.gan_critic > 0):
             return problem
         given = f"gan_generator={self.gan_generator:g} with gan_critic={self.gan_critic:g}"
@@ -92,15 +103,24 @@ class Dmd2Recipe(Distillation):
             raise InvalidInput("student", f"has no fake score beside it ({fake}); {expected}", given)
         return student, self.new_fake_score(family, fake)
 
+    def new_head(self, family: Family) -> nn.Module:
+        """What tells real from fake, by activations (B, C, h, w) → logits (B, 1, …)."""
+        return new_head(family)
+
+    def objective(self, networks: Networks) -> Objective | None:
+        """What the generator minimises beside the GAN's loss; None is DMD's matching."""
+        return None
+
     def phases(self, kit: Kit) -> list[Phase]:
-        head = new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
+        head = self.new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
         if head is not None and self.resumed_head:
             load_head(head, kit.inputs.need("student").parent / FAKE_SCORE / HEAD_FILE)
         if head is not None:
             kit.inputs.parallel.prepare(head)
         critic = nn.ModuleDict({"network": kit.fake_score} | ({"head": head} if head else {}))
+        networks = replace(kit.networks, head=head)
         return dmd2_phases(
-            replace(kit.networks, head=head),
+            networks,
             (kit.student, critic),
             (
                 kit.optimizer(self.optimizer, kit.student, self.lr, self.beta2),
@@ -111,6 +131,8 @@ class Dmd2Recipe(Distillation):
             generator_every=self.generator_every,
             gan_weights=(self.gan_generator, self.gan_critic),
             simulated=self.backward_simulation,
+            objective=self.objective(networks),
+            judge=GanJudge(self.gan_features == "teacher", self.r1, self.r1_noise),
         )
 
 
@@ -125,6 +147,8 @@ def dmd2_phases(
     gan_weights: tuple[float, float] = (0.0, 0.0),
     dm_range: Callable[[int], tuple[float, float]] = lambda step: DM_RANGE,
     simulated: bool = True,
+    objective: Objective | None = None,
+    judge: GanJudge = GanJudge(),  # noqa: B008
 ) -> list[Phase]:
     """Generator and critic phases.
 
@@ -138,23 +162,19 @@ def dmd2_phases(
         gan_weights: of the generator's GAN loss and of the critic's.
         dm_range: step → the part of the σ table that the generator's levels are drawn from.
         simulated: see `generate`.
+        objective: what the generator minimises beside the GAN's loss; None: DMD's matching with these two.
+        judge: how the GAN judges.
     """
     n, shared = networks, SharedImages(networks.student, sigmas, simulated)
     gan_of_generator, gan_of_critic = gan_weights
 
+    minimised = objective or matching(n, guidance_scale, dm_range)
+
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        samples: Samples = batch.data
         x = shared.for_generator(batch)
-        with torch.no_grad():
-            sigma = sample_sigma(n.teacher.sigmas, len(x), batch.generator, *dm_range(batch.step))
-            noisy = add_noise(x, sigma, draws.randn(x.shape, batch.generator).to(x.device))
-            mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, guidance_scale)
-            mu_fake = n.fake_score(noisy, sigma, samples.cond)
-            gradient = distribution_matching_gradient(x, mu_real, mu_fake)
-        loss = distribution_matching(x, gradient)
-        logs: Logs = {"dm_gradient": gradient.square().mean((1, 2, 3)).sqrt().mean()}
+        loss, logs = minimised(x, batch)
         if n.head is not None and gan_of_generator > 0:
-            adversarial = gan_generator(noised_logits(n.fake_score, n.head, x, samples.cond, batch.generator))
+            adversarial = gan_generator(judge.logits(n, x, batch.data.cond, batch.generator))
             logs["gan_generator"] = adversarial.detach()
             loss = loss + gan_of_generator * adversarial
         return loss, logs
@@ -162,9 +182,39 @@ def dmd2_phases(
     def critic(batch: Batch) -> tuple[Tensor, Logs]:
         s: Samples = batch.data
         fake = shared.for_critic(batch)
-        return critic_loss(n.fake_score, n.head, fake, s.cond, s.real, s.real_cond, gan_of_critic, batch.generator)
+        return judge.critic_loss(n, fake, s.cond, s.real, s.real_cond, gan_of_critic, batch.generator)
 
     return [
         Phase("generator", generator_every, modules[0], optimizers[0], generator_loss),
         Phase("critic", 1, modules[1], optimizers[1], critic),
     ]
+
+
+def matching(
+    n: Networks, guidance_scale: float, dm_range: Callable[[int], tuple[float, float]] = lambda step: DM_RANGE
+) -> Objective:
+    """DMD's distribution matching: teacher, guided, and fake score at one noisy version of x."""
+
+    def objective(x: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+        samples: Samples = batch.data
+        with torch.no_grad():
+            noisy, sigma = noised(n.teacher, x, batch.generator, dm_range(batch.step))
+            mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, guidance_scale)
+            mu_fake = n.fake_score(noisy, sigma, samples.cond)
+            gradient = distribution_matching_gradient(x, mu_real, mu_fake)
+        return follow(x, gradient)
+
+    return objective
+
+
+def noised(
+    denoiser: Denoiser, x: Tensor, generator: torch.Generator, part: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """x (B, C, h, w) with noise, and its σ (B,) from that part of the denoiser's table."""
+    sigma = sample_sigma(denoiser.sigmas, len(x), generator, *part)
+    return add_noise(x, sigma, draws.randn(x.shape, generator).to(x.device)), sigma
+
+
+def follow(x: Tensor, gradient: Tensor) -> tuple[Tensor, Logs]:
+    """The loss whose gradient at x is `gradient`, and how large that is."""
+    return distribution_matching(x, gradient), {"dm_gradient": gradient.square().mean((1, 2, 3)).sqrt().mean()}

@@ -20,10 +20,17 @@ from dmd2.training.ranges import checked, field_types
 from dmd2.training.recipes.edm import EDM_RECIPES
 from dmd2.training.recipes.emoji import EMOJI_RECIPES
 from dmd2.training.recipes.lora import LORA_RECIPES
+from dmd2.training.recipes.matching import MATCHING_RECIPES
 from dmd2.training.recipes.stable_diffusion import STABLE_DIFFUSION_RECIPES
 from dmd2.training.sources import SOURCES, Inputs
 
-RECIPES: dict[str, Recipe] = {**EMOJI_RECIPES, **EDM_RECIPES, **LORA_RECIPES, **STABLE_DIFFUSION_RECIPES}
+RECIPES: dict[str, Recipe] = {
+    **EMOJI_RECIPES,
+    **EDM_RECIPES,
+    **LORA_RECIPES,
+    **STABLE_DIFFUSION_RECIPES,
+    **MATCHING_RECIPES,
+}
 
 
 def resolve(name: str, overrides: list[str]) -> Recipe:

@@ -38,6 +38,16 @@ _IMAGES = "prompts, and real images with captions"
 _CARD = "one card: one frozen network and two LoRAs on it; ours"
 _OF_DMD, _OF_DMD2 = "(DMD, 2311.18828)", "(DMD2, 2405.14867)"
 
+AFTER_DMD2 = {
+    "f-distill": "f-distill (2502.15681)",
+    "dmd2-teacher-head": "DMD2, GAN on the teacher's activations, approximate R1",
+    "decoupled": "Decoupled DMD (2511.22677)",
+    "sid": "SiD (2404.04057)",
+    "sida": "SiDA (2410.14919)",
+    "gdd": "GDD (2405.20750)",
+    "gdd-i": "GDD-I (2405.20750)",
+}
+
 STABLE_DIFFUSION: dict[str, Note] = {
     "sd15-dmd": Note(
         "DMD", _SD15, _PROMPTS, "500,000 --pairs by pndm 50 at guidance 3; --lpips", f"COCO-30k FID 11.49 {_OF_DMD}"
@@ -151,6 +161,16 @@ NOTES: dict[str, Note] = {
         "DMD2 as a LoRA, 4 steps", "sdxl or sd15", "`dmd2 data prompts`, `latents`", "any teacher as --init"
     ),
     **STABLE_DIFFUSION,
+    **{
+        f"{model}-{name}": Note(f"{method}, {steps}", family, data, takes)
+        for model, family, data, takes, steps_of in (
+            ("emoji", EMOJI, SCENES, "the embedded teacher", {"sid": 1, "sida": 1, "gdd": 1, "gdd-i": 1}),
+            ("cifar10-small", EDM, CIFAR, f"{_TEACHER}; as long as cifar10-small-dmd2-gan", {}),
+        )
+        for name, method in AFTER_DMD2.items()
+        if model == "emoji" or name not in ("decoupled", "gdd", "gdd-i")
+        for steps in ("4 steps" if model == "emoji" and name not in steps_of else "1 step",)
+    },
 }
 
 
