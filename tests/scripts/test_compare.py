@@ -121,6 +121,16 @@ def test_the_page_is_written_from_what_is_there(
     assert "| the teacher | 1.000 |" in text and "| 1.0 min (1 of 2) |" in text and "FD at most 2.50" in text
 
 
+def test_a_table_whose_teacher_is_not_there_is_left_out(
+    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_page(tmp_path)
+    (tmp_path / "teacher").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(os, "nice", lambda n: n)
+    compare.main(path, tmp_path / "runs", 1, "cpu", only_page=False)
+    assert f"(Not run: {tmp_path}/teacher is not there.)" in (tmp_path / "page.md").read_text()
+
+
 def test_minutes_become_iterations_once_for_all_seeds(
     compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +222,7 @@ def test_a_page_that_cannot_be_is_refused_in_one_line(
         compare.read_page(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("name", ["ablations"])
+@pytest.mark.parametrize("name", ["ablations", "leaderboard"])
 def test_the_committed_tables_are_valid(compare: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SCRIPTS.parent)
     page = compare.read_page(SCRIPTS / f"{name}.toml")
