@@ -9,7 +9,7 @@ import typer
 
 from dmd2.cli.generate import asks, option
 from dmd2.inference.request import ImageRequest
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.paths import EMOJI
 
 WORK, ROWS = "The work", "Defaults of rows that do not say otherwise"
@@ -43,6 +43,9 @@ def batch(
     ] = None,
     retry: Annotated[bool, option(WORK, "Make files again that hold rows with errors.", "--retry")] = False,
     device: Annotated[str, option(WORK, "Device: auto, cpu or cuda.")] = "auto",
+    ray: Annotated[
+        bool, option(WORK, "Share the work among the workers of a Ray cluster; they see the same files.", "--ray")
+    ] = False,
     **asked: Any,
 ) -> None:
     """Generate an image for each row of a file. Killed, it goes on; a row that fails is kept with its error."""
@@ -51,12 +54,15 @@ def batch(
     from dmd2.models.locate import locate
     from dmd2.runtime.terminal import say
     from dmd2.service.batch import Requests, bulk_index, make_images
+    from dmd2.service.cluster import batch_on_ray
     from dmd2.service.images import ImageService
     from dmd2.weights.manifest import read_manifest
 
     which, requests, folder = Part.parse(part), Requests(prompts, asked), locate(weights)
     sums = {name: sum for name, sum in read_manifest(folder).files.items() if name.endswith(".safetensors")}
     index = bulk_index(requests, {"weights": sums}, format, shard)
+    if ray and part is not None:
+        raise InvalidInput("part", "given beside --ray, which shares the work itself; expected one or the other")
     services: list[ImageService] = []
 
     def generate(rows: Any) -> Any:
@@ -65,7 +71,10 @@ def batch(
         return services[0].generate_all(rows)
 
     try:
-        there = make_images(requests, out, index, generate, part=which, retry=retry)
+        if ray:
+            which, there = Part(), batch_on_ray(prompts, requests.defaults, folder, device, out, index, retry)
+        else:
+            there = make_images(requests, out, index, generate, part=which, retry=retry)
     except Stopped as error:
         raise UserError(f"{error}; the same command goes on with what is left") from error
     finally:

@@ -118,7 +118,8 @@ class Scenario:
     repair: float = 60.0
     """seconds until it is back, empty"""
     detect: float = 5.0
-    """seconds for which the router goes on sending it requests, whose connections break"""
+    """seconds for which the router goes on sending it requests, whose connections break; those that see connections
+    break (all but "random", which is how Kubernetes' own services route) take it out at the first that does"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -250,6 +251,7 @@ class Fleet:
         request.attempts += 1
         i = self._route(request)
         if i is None or not self.replicas[i].alive:
+            self._broke(i)
             self._retry(request, RETRY, broken=True)
             return
         replica = self.replicas[i]
@@ -383,6 +385,8 @@ class Fleet:
         lost = list(replica.holds.values())
         replica.start()
         self._load[i] = 0
+        if lost:
+            self._broke(i)
         for request in lost:
             request.ticket = None
             self._retry(request, RETRY, broken=True)
@@ -390,6 +394,11 @@ class Fleet:
         if scenario.detect < scenario.repair:
             self.at(self.now + scenario.detect, self._unlist, i)
         self.at(self.now + scenario.repair, self._repair, i)
+
+    def _broke(self, i: int | None) -> None:
+        """A connection to a replica, which its router sees. Else a dead one, that is idle, attracts requests."""
+        if i is not None and self.scenario.routing != "random":
+            self._unlist(i)
 
     def _unlist(self, i: int) -> None:
         self._listed = [j for j in self._listed if j != i]

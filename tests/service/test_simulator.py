@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -161,9 +162,18 @@ def test_what_dies_with_a_replica_is_asked_for_again() -> None:
 
 
 def test_a_dead_replica_that_is_still_listed_breaks_connections() -> None:
-    scenario = replace(SMALL, repair=10.0, detect=20.0, patience=3.0)
+    scenario = replace(SMALL, repair=10.0, detect=20.0, patience=3.0, routing="random")
     outcome = FailsOnce(TABLE, scenario, [wish(0.0), wish(1.0)]).run()
     assert [(request.ending, request.attempts) for request in outcome.requests] == [("lost", 3), ("lost", 3)]
+
+
+@pytest.mark.parametrize("routing", ["least-loaded", "two-choices", "affine"])
+def test_a_dead_replica_that_looks_idle_attracts_nobody(routing: Any) -> None:
+    """The router takes it out at the first connection that breaks, long before anything else tells it."""
+    scenario = replace(SMALL, replicas=2, repair=1000.0, detect=900.0, routing=routing)
+    outcome = FailsOnce(TABLE, scenario, [wish(0.5 * i) for i in range(20)]).run()
+    assert all(request.ending == "served" for request in outcome.requests)
+    assert sum(request.attempts - 1 for request in outcome.requests) == 1  # the one that it broke with
 
 
 def test_affine_routing_keeps_a_lora_where_it_is() -> None:

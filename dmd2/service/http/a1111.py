@@ -41,6 +41,7 @@ LISTS: dict[str, list[str]] = {
     "upscalers": ["None"],
     "latent-upscale-modes": [],
     "sd-vae": [],
+    "sd-modules": [],
 }
 """what there is one of, or nothing, but is asked for"""
 LORA = re.compile(r"<lora:([^\s,:<>]{1,1000})(?::(-?\d{1,2}(?:\.\d{1,6})?))?>")

@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -67,6 +68,18 @@ def named(weights: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
+def loaders(weights: Sequence[Path]) -> dict[str, Callable[[], Any]]:
+    """As `named`: what loads each of these weights, for one device."""
+    turn = threading.Lock()  # the models share it
+
+    def load(folder: Path) -> object:
+        from dmd2.service.images import ImageService  # torch: /healthz answers while it is imported
+
+        return ImageService(folder, files=False, turn=turn)
+
+    return {name: partial(load, folder) for name, folder in named(weights).items()}
+
+
 def serve(
     weights: Sequence[Path], host: str, port: int, rules: Rules, *, waiting: int = 64, keep_seconds: float = 3600.0
 ) -> int:
@@ -75,21 +88,15 @@ def serve(
     Raises:
         UserError: it cannot listen there, or weights cannot be loaded.
     """
-    _log()
+    log()
     failures: list[BaseException] = []
-    turn = threading.Lock()  # the models share a device
-
-    def load(folder: Path) -> object:
-        from dmd2.service.images import ImageService  # torch: /healthz answers while it is imported
-
-        return ImageService(folder, files=False, turn=turn)
 
     def failed(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
     app = create_app(
-        {name: partial(load, folder) for name, folder in named(weights).items()},
+        loaders(weights),
         rules,
         waiting=waiting,
         kept=Kept(keep_seconds),
@@ -129,7 +136,7 @@ def is_loopback(host: str) -> bool:
     return host in LOOPBACK
 
 
-def _log() -> None:
+def log() -> None:
     """Everything to stderr, the access log as bare JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(BriefFormatter("%(levelname)s %(message)s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dmd2.service.http.app import create_app
+from dmd2.service.http.guard import Rules
 from tests.service.http.fake import FakeService, client_of, fake_app, until
 
 OPEN_WEBUI = {
@@ -49,6 +51,8 @@ SILLYTAVERN = {
     "send_images": True,
     "do_not_save_grid": False,
     "do_not_save_samples": False,
+    "url": "http://localhost:8000",
+    "auth": "",
 }
 LIBRECHAT = {
     "prompt": "an owl",
@@ -125,11 +129,62 @@ def test_sillytavern_finds_all_that_it_looks_for() -> None:
             for path in ("samplers", "schedulers", "upscalers", "latent-upscale-modes"):
                 names = (await client.get(f"{API}/{path}")).json()
                 assert isinstance(names, list) and all(isinstance(each["name"], str) for each in names)
-            assert (await client.get(f"{API}/sd-vae")).json() == []
+            for path in ("sd-vae", "sd-modules"):  # it takes the first that answers: AUTOMATIC1111's, Forge's
+                assert (await client.get(f"{API}/{path}")).json() == []
             assert "forge_preset" not in (await client.get(f"{API}/options")).json()
             await client.post(f"{API}/options", json={"sd_model_checkpoint": "fake"})
             progress = (await client.get(f"{API}/progress")).json()  # it waits until nothing is loaded any more
             assert progress["progress"] == 0.0 and progress["state"]["job_count"] == 0
+
+    asyncio.run(run())
+
+
+def test_open_webui_asks_without_a_key_by_an_empty_header_and_edits_through_openais_door() -> None:
+    async def run() -> None:
+        service = FakeService()
+        async with client_of(fake_app(service), headers={"Authorization": ""}) as client:
+            assert (await client.get(f"{API}/options")).status_code == 200
+            assert (await client.post(f"{API}/txt2img", json=OPEN_WEBUI)).status_code == 200
+            body = {
+                "model": "gpt-image-1",
+                "prompt": "an owl",
+                "n": 1,
+                "size": "64x64",
+                "response_format": "b64_json",
+            }
+            made = await client.post("/v1/images/generations?api-version=2025-04-01", json=body)
+            assert made.status_code == 200 and len(made.json()["data"]) == 1
+            image = base64.b64decode(coded(Image.new("RGB", (64, 64), "red")))
+            for name in ("image", "image[]"):  # of one image, and of a list of them
+                fields = {"model": "", "prompt": "a cat", "n": "1", "size": "64x64", "response_format": "b64_json"}
+                edited = await client.post(
+                    "/v1/images/edits?api-version=2025-04-01",
+                    data=fields,
+                    files={name: ("a.png", image, "image/png")},
+                )
+                assert edited.status_code == 200, edited.text
+                assert png(edited.json()["data"][0]["b64_json"]).size == (64, 64)
+        assert [request.image for request in service.asked[2:]] == [image, image]
+
+    asyncio.run(run())
+
+
+def test_sillytavern_brings_a_password_and_interrupts_when_its_user_leaves() -> None:
+    """It asks for the options before each image, and posts an interrupt as it closes the connection."""
+
+    async def run() -> None:
+        service = FakeService(held=True)
+        key = "a-key-of-enough-characters"
+        rules = Rules(keys=(hashlib.sha256(key.encode()).digest(),), loopback=False)
+        basic = base64.b64encode(f"user:{key}".encode()).decode()
+        async with client_of(fake_app(service, rules), headers={"Authorization": f"Basic {basic}"}) as client:
+            assert (await client.get(f"{API}/options")).status_code == 200
+            mine = asyncio.create_task(client.post(f"{API}/txt2img", json=SILLYTAVERN))
+            await until(lambda: service.asked)
+            assert (await client.post(f"{API}/interrupt")).json() == {}
+            assert (await mine).json()["images"] == [] and len(service.cancelled) == 1
+            stranger = await client.get(f"{API}/options", headers={"Authorization": "Basic Og=="})  # its empty one
+            assert stranger.status_code == 401
 
     asyncio.run(run())
 

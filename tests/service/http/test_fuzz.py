@@ -28,7 +28,7 @@ from dmd2.service.cog.supervisor import listen
 from tests.service.cog.cog_server import wait_for
 from tests.service.http.fake import FakeService, fake_app
 
-CASES = int(os.environ.get("DMD2_FUZZ_CASES", "100"))
+CASES = int(os.environ.get("DMD2_FUZZ_CASES", "2000"))
 CHECKS = [
     schemathesis.checks.not_a_server_error,
     status_code_conformance,

@@ -264,7 +264,7 @@ def test_weights_that_cannot_be_loaded_end_it_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "dmd2.json").write_text("{}")
-    monkeypatch.setattr(served, "_log", lambda: None)
+    monkeypatch.setattr(served, "log", lambda: None)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -298,7 +298,7 @@ def test_a_device_that_is_gone_ends_the_process_after_its_last_answer(monkeypatc
             assert service.closed
 
     monkeypatch.setattr(served, "create_app", app)
-    monkeypatch.setattr(served, "_log", lambda: None)
+    monkeypatch.setattr(served, "log", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # not the main thread
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
