@@ -67,6 +67,7 @@ converters.command(cls=Verb, epilog="Example: dmd2 convert sdxl checkpoint.safet
 converters.command(cls=Verb, epilog="Example: dmd2 convert student dmd2_sdxl_4step_unet_fp16.bin sdxl student")(
     convert.student
 )
+converters.command(cls=Verb, epilog="Example: dmd2 convert ema runs/mine student --width 0.08")(convert.ema)
 converters.command(cls=Verb, epilog="Example: dmd2 convert export runs/mine/model unet_fp16.safetensors")(
     convert.export
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dmd2.runtime.errors import UserError
+from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.paths import ROOT
 
 
@@ -53,6 +53,39 @@ def export(
 
     export_weights(weights, out, steps)
     print(out)
+
+
+def ema(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with --set post_hoc_ema=true.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder of weights.")],
+    width: Annotated[float, typer.Option(help="Of the average, as a part of the run: 0.01 to 0.28.")] = 0.1,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Make the averaged weights of a run at any width (EDM2's post-hoc EMA), from what its checkpoints left."""
+    import tempfile
+    from copy import deepcopy
+
+    from dmd2.inference.engine import resolve_device
+    from dmd2.training.methods.post_hoc_ema import FOLDER, reconstruct
+    from dmd2.training.recipes import build_method
+    from dmd2.training.run.inputs import continued, read_record
+
+    if out.exists():
+        raise InvalidInput("out", "exists; expected a new folder", out)
+    averages, record = reconstruct(run / FOLDER, width), read_record(run)
+    paths = {name: Path(path) for name, path in record.paths.items()}
+    method = build_method(continued(record, [])[0], paths, resolve_device(device))
+    network = deepcopy(method.ema_model)
+    if network is None or method.export is None or set(averages) - network.state_dict().keys():
+        raise InvalidInput("run", "its averages are of another network", run)
+    network.load_state_dict(averages, strict=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".ema.") as folder:
+        method.export(network, Path(folder))  # with the fake score as it began, which is of no use
+        if not (Path(folder) / "model").is_dir():
+            raise InvalidInput("run", "makes no folder of weights", run)
+        (Path(folder) / "model").rename(out)
+    print(f"{out}: width {width:g}")
 
 
 def sdxl(

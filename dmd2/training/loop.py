@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from dmd2.runtime.errors import TrainingDiverged, UserError, shown
 from dmd2.runtime.files import atomic_text
 from dmd2.runtime.terminal import say
+from dmd2.training.methods.post_hoc_ema import FOLDER as AVERAGES
+from dmd2.training.methods.post_hoc_ema import PowerAverages
 from dmd2.training.parallel.group import ALONE, Parallel, full, local
 from dmd2.training.ranges import Amount, Count, Decay, Seed, Steps
 from dmd2.training.run.belonging import check_inputs, check_recipe, first_not_finite
@@ -99,6 +101,8 @@ class LoopSettings:
     ema_decay: Decay = 0.999
     ema_half_life: Amount = 0.0
     """in images, instead of `ema_decay` if not 0; at most 5 % of the images so far"""
+    post_hoc_ema: bool = False
+    """whether each checkpoint leaves what averages of any width are made of afterwards (`dmd2 convert ema`)"""
     seed: Seed = 0
     log_every: Count = 20
     sample_every: Count = 500
@@ -179,6 +183,11 @@ class _Run:
         self.average = Ema(ema_model, settings.ema_decay, half_life, parallel) if ema_model is not None else None
         self.ema_model = self.average.module if self.average else None
         self.networks = [p.module for p in method.phases] + ([ema_model] if ema_model is not None else [])
+        self.power = None
+        if settings.post_hoc_ema and ema_model is not None:
+            if parallel.collective:
+                raise UserError("post_hoc_ema=true: expected `parallel` ddp; shards are not averaged so")
+            self.power = PowerAverages(ema_model, checkpoints.folder.parent / AVERAGES)
 
     def go(self, out: Path) -> bool:
         """All steps that are left. False if a signal stopped it early."""
@@ -217,6 +226,8 @@ class _Run:
         figures = training_step(phases, first, settings, rest, self.networks, self.parallel)
         if self.average:
             self.average.update(step)
+        if self.power:
+            self.power.update(step)
         self.guard.note(step + 1, {name: figures.get(f"{name}/skipped") for name in self._names()})
         self.guard.check(step + 1)
         return figures
@@ -247,6 +258,8 @@ class _Run:
             raise TrainingDiverged(
                 f"step {done}: weights are no longer finite ({where}); the checkpoint before is kept"
             )
+        if self.power and self.parallel.leads:
+            self.power.save(done)
         phases, tensors = pack(self._parts(), self.ema_model)
         about = {"step": done, **self.about, "phases": phases, "guard": self.guard.state(), "log": logs.sums}
         self.checkpoints.save(about, tensors)
@@ -272,6 +285,8 @@ class _Run:
         self.first, self.guard = int(about["step"]), Guard.of(about["guard"])
         self.sums = {name: [float(value) for value in values] for name, values in about["log"].items()}
         unpack(stored, self._parts(), self.ema_model, self.parallel)
+        if self.power:
+            self.power.restore(self.first)
         self._check_length(stored)
 
     def _check_length(self, stored: Stored) -> None:
