@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -118,14 +119,14 @@ def train(
         recorded = recorded_precision(folder) if resume else None
         precision = group.told(resolve_precision(settled.precision, where, recorded))
         settled = replace(settled, precision=precision)
-        method = build_method(settled, paths, where, group)
+        method = partial(build_method, settled, paths, where, group)
         if dry_run:
             from dmd2.training.run.memory import predict, predictable
             from dmd2.training.run.rehearsal import rehearse
 
             if group is not ALONE:
                 raise InvalidInput("dry_run", "expected one process, without torchrun")
-            said = rehearse(method, settled.loop)
+            said = rehearse(method(), settled.loop)
             if predictable(settled):
                 said["predicted"] = predict(settled, paths, where).as_json()
             print(json.dumps({"name": recipe, "recipe": asdict(settled), **said}, indent=2))

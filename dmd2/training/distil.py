@@ -56,6 +56,8 @@ class Distillation(Recipe):
     paired = False
     """whether images are generated with the labels of the real ones"""
     keeps_fake_score = False
+    whole_teacher = False
+    """whether every process has all of the teacher, also where networks are sharded"""
     only_pairs = False
     """whether noise-image pairs are all that it learns from"""
 
@@ -155,17 +157,17 @@ def wire(
             half=half, checkpoints=[n for n in (student, fake_score) if n is not None and recipe.checkpointing]
         )
     parallel = inputs.parallel
-    if parallel.collective and recipe.adapter != "full":
-        raise InvalidInput("parallel", "expected ddp, or adapter=full: adapters are small, and not sharded", "fsdp2")
-    for network in (student, fake_score, family.teacher_network):
+    for network in (student, fake_score, family.teacher_network):  # first the adapters, which stay whole
         if network is not None:
-            parallel.prepare(network, family.blocks(network), family.gathered)
+            whole = network is family.teacher_network and recipe.whole_teacher
+            parallel.prepare(network, [] if whole else family.blocks(network), family.gathered, recipe.compile)
+    compile = recipe.compile and not parallel.collective
     data = data or _data(recipe, family, source, inputs)
     preview = source.preview()
     networks = Networks(
-        family.denoiser(student, recipe.compile),
-        family.denoiser(family.teacher_network, recipe.compile),
-        family.denoiser(family.teacher_network if fake_score is None else fake_score, recipe.compile),
+        family.denoiser(student, compile),
+        family.denoiser(family.teacher_network, compile),
+        family.denoiser(family.teacher_network if fake_score is None else fake_score, compile),
     )
     dtype = training_dtype(recipe.precision, inputs.device)
     kit = Kit(family, student, fake_score, networks, sigmas, inputs, dtype)

@@ -110,7 +110,7 @@ class LoopSettings:
 
 
 def train(
-    method: Method,
+    method: Method | Callable[[], Method],
     settings: LoopSettings,
     out: Path,
     *,
@@ -127,6 +127,7 @@ def train(
     whatever `method.export` writes.
 
     Args:
+        method: or what makes it, which is asked once `out` is this run's alone.
         recipe: the numbers. A run goes on with the same ones only, but for how long it is and what it shows.
         inputs: hashes of the files that the results depend on, by option; a run goes on with the same ones only.
         origin: what else `recipe.json` is to say: where the run came from.
@@ -140,6 +141,7 @@ def train(
     """
     with open_run(out, resume) if parallel.leads else nullcontext():
         parallel.told(None)  # that it is open
+        method = method if isinstance(method, Method) else method()
         checkpoints = Checkpoints(out, keep, parallel)
         try:
             run = _Run(method, settings, checkpoints, {"recipe": recipe, "inputs": inputs}, parallel)
@@ -330,8 +332,8 @@ def training_step(
         buffers = _buffers([*(p.module for p in phases), *networks])
         losses, told = [], []
         for part in (batch, *rest):
-            # What is drawn without `part.generator`, dropout above all: from (seed, step, part, phase), too.
-            torch.manual_seed(_mix(part.generator.initial_seed(), 1 + index + len(phases) * parallel.ranks.rank))
+            # What is drawn without `part.generator`, dropout's keys above all: from (seed, step, part, phase), too.
+            torch.manual_seed(_mix(part.generator.initial_seed(), 1 + index))
             loss, logs = phase.loss(part)
             (loss / (1 + len(rest))).backward()
             losses.append(loss.detach())

@@ -163,7 +163,7 @@ class Block(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.adm, self.residual_scale, self.dropout = style.adm, style.residual_scale, dropout
+        self.adm, self.residual_scale, self.dropout = style.adm, style.residual_scale, nn.Dropout(dropout)
         last_gain = 0.0 if style.adm else 1e-5  # a new block does next to nothing
         self.norm0 = Norm(inputs, style.eps)
         self.conv0 = Conv(style, inputs, outputs, 3, resample=resample)
@@ -188,7 +188,7 @@ class Block(nn.Module):
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = F.silu(self.norm1(h + parameters))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        h = self.conv1(self.dropout(h))
         x = self._sum(h, x if self.skip is None else self.skip(x))
         return self._sum(self._attend(x), x) if self.heads else x
 

@@ -67,9 +67,11 @@ class Kit:
     def optimizer(self, name: OptimizerName, module: nn.Module, lr: float, beta2: float) -> Optimizer:
         if name == "adamw":
             return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01, fused=True)
-        expect_whole(self.inputs, name)
         if name == "muon":
             return Muon(module, lr, dtype=self.dtype)
+        if self.inputs.parallel.collective:
+            expected = "expected adamw or muon, or `parallel` ddp: its states cannot be sharded"
+            raise InvalidInput("set", expected, f"optimizer={name}")
         try:
             import bitsandbytes
         except ImportError as error:
@@ -113,14 +115,6 @@ class Recipe:
     def method(self, inputs: Inputs) -> Method:
         """Raises UserError: something that it needs is not given, or is not what it should be."""
         raise NotImplementedError
-
-
-def expect_whole(inputs: Inputs, optimizer: OptimizerName) -> None:
-    """Raises UserError where parameters are in shards: these optimizers look at whole ones."""
-    if inputs.parallel.collective:
-        raise InvalidInput(
-            "set", "expected adamw, or `parallel` ddp: it needs whole matrices", f"optimizer={optimizer}"
-        )
 
 
 def generate(

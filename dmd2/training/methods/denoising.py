@@ -25,7 +25,7 @@ from dmd2.runtime.errors import shown
 from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.losses import denoising
-from dmd2.training.methods.common import Recipe, expect_whole
+from dmd2.training.methods.common import Recipe
 from dmd2.training.methods.muon import Muon
 from dmd2.training.ranges import DataName, Name, Part, SamplerSteps, Steps, Weight
 from dmd2.training.run.card import model_card
@@ -133,11 +133,12 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     which means "nothing was done", so that augmentation never shows in them.
     """
     module: Any = family.trainable()
-    inputs.parallel.prepare(module, family.blocks(module), family.gathered)
-    denoiser, dtype = family.denoiser(module, recipe.compile), training_dtype(recipe.precision, inputs.device)
+    parallel = inputs.parallel
+    parallel.prepare(module, family.blocks(module), family.gathered, recipe.compile)
+    denoiser = family.denoiser(module, recipe.compile and not parallel.collective)
+    dtype = training_dtype(recipe.precision, inputs.device)
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "muon":
-        expect_whole(inputs, "muon")
         optimizer = Muon(module, recipe.lr, recipe.weight_decay, dtype=dtype)
     else:
         optimizer = torch.optim.Adam(module.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)

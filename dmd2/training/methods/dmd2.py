@@ -116,7 +116,7 @@ class Dmd2Recipe(Distillation):
         if head is not None and self.resumed_head:
             load_head(head, kit.inputs.need("student").parent / FAKE_SCORE / HEAD_FILE)
         if head is not None:
-            kit.inputs.parallel.prepare(head)
+            kit.inputs.parallel.prepare(head, [head] if self.networks == "separate" else [])  # as the fake score
         critic = nn.ModuleDict({"network": kit.fake_score} | ({"head": head} if head else {}))
         networks = replace(kit.networks, head=head)
         return dmd2_phases(

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.models.family import Family
-from dmd2.runtime.errors import InvalidInput
 from dmd2.training.discriminators.projected import Backbone, DenoiserFeatures, ProjectedDiscriminator, TimmFeatures
 from dmd2.training.discriminators.published import PublishedDiscriminator, class_embeddings
 from dmd2.training.distil import Distillation
@@ -46,6 +45,8 @@ class GddRecipe(Distillation):
     """ε of the preconditioning (GDD, app. C), for EDM's networks alone; 0 is EDM's own"""
     needs_images = True
     paired = True
+    whole_teacher = True
+    """shards do not bear that R1 differentiates the discriminator twice, whose features are the teacher's"""
 
     @property
     def kind(self) -> str:
@@ -69,9 +70,6 @@ class GddRecipe(Distillation):
 
     def phases(self, kit: Kit) -> list[Phase]:
         student, family, parallel = kit.student, kit.family, kit.inputs.parallel
-        if parallel.collective:
-            expected = f"expected ddp; {self.kind} differentiates its discriminator twice, which shards do not bear"
-            raise InvalidInput("parallel", expected, "fsdp2")
         trained = freeze_for_gdd_i(student, family.frozen_in_gdd_i) if self.freeze else student
         discriminator = self._discriminator(family, kit.inputs.device)
         parallel.prepare(discriminator)

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd2.training.parallel.group import fitted, local, whole_of
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by five Newton-Schulz steps.
 
     The update is scaled to the size that Adam's would have (0.2·√max(rows, columns), Liu et al. 2025, eq. 4),
-    so that a learning rate for AdamW does for both. Convolutions count as matrices of (out, in·h·w).
+    so that a learning rate for AdamW does for both. Convolutions count as matrices of (out, in·h·w). Of parameters in
+    shards only the momentum is: every process orthogonalises whole matrices, one by one.
 
     Args:
         module: whose parameters to train; embeddings, biases, norms and gains are left to AdamW.
@@ -54,14 +57,16 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
-            buffer = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # Nesterov
+            gradient = local(p.grad)
+            buffer = local(state["momentum"]).lerp_(gradient, 1 - group["momentum"])
+            update = whole_of(gradient.lerp(buffer, group["momentum"]), p).flatten(1)  # Nesterov
             shapes[(update.shape[0], update.shape[1])].append((p, update))
         for (rows, columns), entries in shapes.items():  # equal shapes in one batch of matrix products
             updates = orthogonalised(torch.stack([update for _, update in entries]).to(self._dtype)).float()
             scale = group["lr"] * 0.2 * max(rows, columns) ** 0.5
             for (p, _), update in zip(entries, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(scale * update.view(p.shape))
+                step = local(fitted(scale * update.view(p.shape), p))
+                local(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(step)
 
     def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
@@ -71,10 +76,12 @@ class Muon(torch.optim.Optimizer):
                 state |= {"step": torch.tensor(0.0), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
             state["step"] += 1
             step = float(state["step"])
-            mean = state["mean"].lerp_(p.grad, 0.1)
-            square = state["square"].lerp_(p.grad.square(), 0.01)
+            gradient = local(p.grad)
+            mean = local(state["mean"]).lerp_(gradient, 0.1)
+            square = local(state["square"]).lerp_(gradient.square(), 0.01)
             root = (square / (1 - 0.99**step)).sqrt_().add_(1e-8)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean / (1 - 0.9**step), root, value=-group["lr"])
+            corrected, decay = mean / (1 - 0.9**step), 1 - group["lr"] * group["weight_decay"]
+            local(p).mul_(decay).addcdiv_(corrected, root, value=-group["lr"])
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:

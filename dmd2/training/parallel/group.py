@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmd2.diffusion.draws import Ranks
 from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.training.parallel.dropout import share_dropout
 from dmd2.training.parallel.norm import share_batch_norms
 
 Strategy = Literal["ddp", "fsdp2"]
@@ -46,13 +47,23 @@ class Parallel:
         """Whether this process prints, writes logs and exports."""
         return self.ranks.rank == 0
 
-    def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+    def prepare(
+        self,
+        network: nn.Module,
+        blocks: Sequence[nn.Module] = (),
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
         """Makes a network that every process has built alike ready for this run, in place.
 
         Args:
-            blocks: its parts that are gathered one at a time, where it is sharded.
+            blocks: its parts that are gathered one at a time, where it is sharded. Without any it stays whole, as
+                adapters and heads do.
             dtype: what they are gathered in; None for their own.
+            compile: whether they are compiled one by one, where it is sharded; what is whole is compiled as a whole,
+                by who runs it.
         """
+        share_dropout(network, self.ranks)
 
     def copy(self, network: nn.Module) -> nn.Module:
         """Another network of the same weights."""
@@ -109,7 +120,14 @@ class Replicated(Parallel):
         self.device, self.store = device, store
         self.writers = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+    def prepare(
+        self,
+        network: nn.Module,
+        blocks: Sequence[nn.Module] = (),
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().prepare(network)
         share_batch_norms(network, self.ranks.world)
         # CPUs of two kinds need not initialise alike to the last bit
         for tensor in (*network.parameters(), *network.buffers()):
@@ -227,6 +245,14 @@ def local(tensor: Any) -> Any:
 def full(tensor: Any) -> Any:
     """All of a tensor, gathered by all processes if it is in shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_of(part: Tensor, like: Any) -> Tensor:
+    """All of a tensor of which every process has the part that it has of `like`."""
+    if not isinstance(like, DTensor):
+        return part
+    where = like.device_mesh, like.placements
+    return DTensor.from_local(part, *where, shape=like.shape, stride=like.stride()).full_tensor()
 
 
 def fitted(value: Tensor, like: Tensor) -> Tensor:

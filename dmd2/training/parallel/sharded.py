@@ -25,27 +25,48 @@ class Sharded(Replicated):
         super().__init__(ranks, device, store)
         self.mesh = init_device_mesh(device.type, (ranks.world,))
         self.hosts = init_device_mesh("cpu", (ranks.world,))
+        self._whole = set[nn.Parameter]()
         self._prepared: dict[int, tuple[nn.Module, nn.Module, tuple[list[str], torch.dtype | None]]] = {}
 
-    def prepare(self, network: nn.Module, blocks: Sequence[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
+    def prepare(
+        self,
+        network: nn.Module,
+        blocks: Sequence[nn.Module] = (),
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
         super().prepare(network)
+        if not blocks:
+            self._whole.update(network.parameters())
+            return
         names = {id(module): name for name, module in network.named_modules()}
-        self._shard(network, [names[id(block)] for block in blocks], dtype)
+        self._shard(network, [names[id(block)] for block in blocks if block is not network], dtype, compile)
 
-    def _shard(self, network: nn.Module, blocks: list[str], dtype: torch.dtype | None) -> None:
+    def _shard(self, network: nn.Module, blocks: list[str], dtype: torch.dtype | None, compile: bool = False) -> None:
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout
         self._prepared[id(network)] = network, _bare(network), (blocks, dtype)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        how: dict[str, Any] = {"mesh": self.mesh, "mp_policy": policy}
+        how["ignored_params"] = self._whole.intersection(network.parameters())  # of the adapters on it
+        if compile:  # blocks of one class share what is compiled: a graph for each shape of weights and each adapter
+            torch._dynamo.config.recompile_limit = 256
         for name in blocks:
-            fully_shard(network.get_submodule(name), mesh=self.mesh, mp_policy=policy)
+            block = network.get_submodule(name)
+            if compile:  # between gathering and freeing, through which the compiler cannot look
+                block.forward = torch.compile(block.forward)
+            fully_shard(block, **how)
         # A container is never called, so its members are sharded.
         for root in network.values() if isinstance(network, nn.ModuleDict) else [network]:
-            fully_shard(root, mesh=self.mesh, mp_policy=policy)
+            fully_shard(root, **how)
             for entry in getattr(root, "entry_points", ()):
                 register_fsdp_forward_method(root, entry)
+            # Else it is at the first run that FSDP2 looks which type gradients have, and then all may be frozen.
+            fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]
 
     def copy(self, network: nn.Module) -> nn.Module:
+        if id(network) not in self._prepared:
+            return super().copy(network)
         _, bare, how = self._prepared[id(network)]
         twin = _filled(bare, self.device)
         self._shard(twin, *how)
@@ -57,6 +78,8 @@ class Sharded(Replicated):
         return twin
 
     def whole(self, network: nn.Module) -> nn.Module | None:
+        if id(network) not in self._prepared:
+            return super().whole(network)
         _, bare, _ = self._prepared[id(network)]
         state: dict[str, Tensor] = {}
         for name, value in network.state_dict().items():  # each is gathered by all
@@ -83,7 +106,8 @@ class Sharded(Replicated):
                     module.reshard()
 
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
-        """FSDP2 has done it in the backward pass."""
+        """Of what is in shards FSDP2 has done it in the backward pass."""
+        super().reduce(p for p in parameters if not isinstance(p, DTensor))
 
 
 def _bare(network: nn.Module) -> nn.Module:

@@ -12,7 +12,8 @@ import torch
 from dmd2.data.pairs import make_pairs
 from dmd2.diffusion.draws import Ranks
 from dmd2.training.loop import Batch, LoopSettings
-from dmd2.training.methods.denoising import DenoisingRecipe
+from dmd2.training.methods.common import Samples, generate
+from dmd2.training.methods.denoising import NETWORKS, DenoisingRecipe
 from dmd2.training.methods.dmd import DmdRecipe
 from dmd2.training.methods.dmd2 import Dmd2Recipe
 from dmd2.training.methods.gdd import GddRecipe
@@ -28,7 +29,9 @@ RECIPES_OF_PIXELS: dict[str, Any] = {
     "dmd2": Dmd2Recipe(LOOP, 1e-3, 1e-3, 2, gan_generator=0.1, gan_critic=0.1, sigmas=(80.0, 5.0)),
     "gdd": GddRecipe(LOOP, 1e-3, 1e-3, freeze=False, r1_every=2),
     "denoising": DenoisingRecipe(LOOP, 1e-3, augment=0.5),
+    "dropout": DenoisingRecipe(LOOP, 1e-3, network="dropping"),
 }
+DROPPING = CONFIG.model_copy(update={"dropout": 0.3})
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.mark.parametrize("name", list(RECIPES_OF_PIXELS))
-def test_the_mean_over_ranks_is_the_loss_of_one(name: str, sources: Inputs) -> None:
+def test_the_mean_over_ranks_is_the_loss_of_one(name: str, sources: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "dropping", DROPPING)
     recipe = replace(RECIPES_OF_PIXELS[name], precision="fp32")
 
     def losses(ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -50,6 +54,7 @@ def test_the_mean_over_ranks_is_the_loss_of_one(name: str, sources: Inputs) -> N
             batch = Batch(step, method.data(step), ranks.generator(step))
             for phase in method.phases:
                 if step % phase.every == 0:
+                    torch.manual_seed(step)  # as the loop does, in all processes alike
                     loss, figures = phase.loss(batch)
                     loss.backward()
                     found |= {f"{step} {phase.name}": loss.detach()}
@@ -62,6 +67,39 @@ def test_the_mean_over_ranks_is_the_loss_of_one(name: str, sources: Inputs) -> N
     for key, value in one.items():
         mean = torch.stack([part[key] for part in parts]).mean(0)
         assert float((mean - value).norm()) <= 1e-4 * float(value.norm()) + 1e-6, key
+
+
+class Recording:
+    """A denoiser that notes the levels it is called at."""
+
+    sigmas = torch.ones(1)
+
+    def __init__(self) -> None:
+        self.calls: list[list[float]] = []
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, cond: object) -> torch.Tensor:
+        self.calls.append(sigma.tolist())
+        return x / (1 + sigma[:, None, None, None])
+
+    def scale_initial_noise(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return noise * sigma[:, None, None, None]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_processes_leave_the_backward_simulation_at_the_same_step(world: int) -> None:
+    levels, exits = (80.0, 20.0, 5.0, 1.0), set[float]()
+    for seed in range(24):
+        students, images = [], []
+        for ranks in [Ranks(), *(Ranks(rank, world) for rank in range(world))]:
+            student = Recording()
+            samples = Samples((8 // ranks.world, 3, 2, 2), None, None)
+            images.append(generate(student, samples, levels, ranks.generator(seed)))  # type: ignore[arg-type]
+            students.append(student)
+        one, *others = ([sorted(set(call)) for call in student.calls] for student in students)
+        assert all(calls == one for calls in others)
+        assert torch.equal(images[0], torch.cat(images[1:]))
+        exits.add(one[-1][0])
+    assert exits == set(levels)
 
 
 def test_emoji_are_shared_by_their_place_in_the_batch(tmp_path: Path) -> None:

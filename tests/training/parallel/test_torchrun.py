@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from dmd2.training.recipes import build_method, resolve
 from dmd2.training.run.checkpoints import Checkpoints
 from tests.training.parallel.worker import CPU, run
 from tests.training.test_loop import checkpoint
+from tests.training.test_product import sd15
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {
@@ -42,7 +44,7 @@ SETTINGS = {
     "compile": "false",
 }
 pytestmark = pytest.mark.slow
-LONG = 600  # seconds; far more than anything here takes
+LONG = 1800  # seconds; far more than anything here takes
 Paths = dict[str, str]
 
 
@@ -98,18 +100,31 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
 
 
+CHANGES = [("one", "ddp"), ("one", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")]
+"""from one process to two, and between the two ways; from two to one elsewhere in this file"""
+
+
 @pytest.fixture(scope="module")
 def runs(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    jobs = [
-        job(paths, folder / "ddp", strategy="ddp"),
-        job(paths, folder / "fsdp2", strategy="fsdp2"),
-        job(paths, folder / "resumed", strategy="fsdp2", resume=True, **{"from": str(folder / "fsdp2")}),
-    ]
+    run(job(paths, folder / "one"))
+    begun = {"resumed": "fsdp2", **{f"{one}-to-{other}": one for one, other in CHANGES}}
+    goes_on = {"resumed": "fsdp2", **{f"{one}-to-{other}": other for one, other in CHANGES}}
+    jobs = [job(paths, folder / name, strategy=name) for name in ("ddp", "fsdp2")]
+    for name, one in begun.items():
+        jobs.append(job(paths, folder / name, strategy=goes_on[name], resume=True, **{"from": str(folder / one)}))
     text = finish(torchrun("-m", "tests.training.parallel.worker", json.dumps(jobs)))
     assert text.count("step 0: ") == 2, text  # one process speaks
-    run(job(paths, folder / "one"))
     return folder
+
+
+@pytest.mark.parametrize(("one", "other"), CHANGES)
+def test_a_run_goes_on_by_other_processes(one: str, other: str, runs: Path) -> None:
+    first, second = log(runs / one), log(runs / f"{one}-to-{other}")
+    assert [line["step"] for line in second] == list(range(1, 21))
+    for a, b in zip(first, second, strict=True):
+        assert all(abs(a[k] - b[k]) <= 1e-5 * max(1, abs(a[k])) for k in a if "norm" not in k), (a, b)
+    assert largest_difference(weights_of(runs / one), weights_of(runs / f"{one}-to-{other}")) <= 1e-5
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -130,6 +145,64 @@ def test_two_processes_train_what_one_does(strategy: str, runs: Path, paths: Pat
         [(before[f"generator/module/{k}"] - after[f"generator/module/{k}"]).norm() for k in trained]
     ).norm()
     assert apart < 0.05 * moved
+
+
+# What goes together with shards
+
+SHORT = {"iterations": 3, "checkpoint_every": 2, "batch_size": 2, "log_every": 1, "sample_every": 1000}
+LORA: dict[str, Any] = {"adapter": "lora", "networks": "adapters", "rank": 4, "checkpointing": "true"}
+GAN = {"gan_generator": 0.1, "gan_critic": 0.1}
+OURS = {k: v for k, v in SETTINGS.items() if k in ("timesteps", "optimizer", "lr", "lr_critic", "warmup", "compile")}
+DMD2 = SHORT | OURS | {"generator_every": 2, "precision": "fp32"}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "lora-beside-a-fake-score-bf16": DMD2 | LORA | {"networks": "separate", "precision": "bf16"},
+    "full-checkpointing-bf16": DMD2 | GAN | {"precision": "bf16", "checkpointing": "true"},
+    "muon": DMD2 | {"optimizer": "muon"},
+    "tiny-gdd": SHORT | {"precision": "fp32"},
+    "tiny-gdd-i": SHORT | {"precision": "fp32"},
+    "sd15-lora-compile-checkpointing": DMD2 | LORA | GAN | {"compile": "true"},
+}
+
+
+@pytest.fixture(scope="module")
+def together(paths: Paths, text_models: tuple[Any, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each of these by two processes with shards, by one alone, and the former's checkpoint gone on with by one."""
+    folder = tmp_path_factory.mktemp("together")
+    small = paths | {"init": str(sd15(folder / "teacher", text_models))}
+    jobs = []
+    for name, values in TOGETHER.items():
+        recipe = {"recipe": name} if name.startswith("tiny") else {}
+        where = small if name.startswith("sd15") else paths
+        jobs.append({"out": str(folder / name), "paths": where, "set": sets(values), **recipe})
+    finish(torchrun("-m", "tests.training.parallel.worker", json.dumps([j | {"strategy": "fsdp2"} for j in jobs])))
+    for each in jobs:
+        run(each | {"out": each["out"] + "-one"})
+        run(each | {"out": each["out"] + "-resumed", "from": each["out"], "resume": True})
+    return folder
+
+
+def sets(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize("name", list(TOGETHER))
+def test_what_goes_together_with_shards_is_what_one_process_does(name: str, together: Path) -> None:
+    half = "bf16" in name
+    for other in (f"{name}-one", f"{name}-resumed"):
+        one, two = log(together / other), log(together / name)
+        assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 3]
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            most = 0.05 if half else 1e-5
+            assert all(abs(a[k] - b[k]) <= most * max(1, abs(a[k])) for k in a if "norm" not in k), (a, b)
+            assert all(b[k] == 0 for k in b if k.endswith("/skipped"))
+        a, b = (checkpoint(together / run)["tensors"] for run in (other, name))
+        assert largest_difference(a, b) <= 1e-5 or half
+        # The weights have moved by little; the averages of their gradients say that it was the same way.
+        moments = [k for k in a if k.endswith(("/exp_avg", "/momentum", "/mean"))]
+        size = torch.stack([a[k].norm() for k in moments]).norm()
+        apart = torch.stack([(a[k] - b[k]).norm() for k in moments]).norm()
+        assert len(moments) > 20 and size > 0 and apart <= (0.2 if half else 1e-3) * size
 
 
 def test_shards_go_on_where_they_were(runs: Path) -> None:
@@ -179,14 +252,27 @@ def test_what_goes_wrong_is_told_once(paths: Paths, tmp_path: Path) -> None:
     assert text.count("--set batch_size=3: expected a multiple of the 2 processes") == 1, text
 
 
+def test_a_second_run_is_refused_before_any_network_is_loaded(paths: Paths, tmp_path: Path) -> None:
+    """Its teacher could not even be read."""
+    out, teacher = tmp_path / "run", Path(shutil.copytree(paths["init"], tmp_path / "teacher"))
+    (teacher / "unet_teacher" / "diffusion_pytorch_model.safetensors").unlink()
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = torchrun(*command(job(paths | {"init": str(teacher)}, out)))
+        text, _ = second.communicate(timeout=LONG)
+    assert second.returncode != 0 and text.count("is at work there; wait for it") == 1, text
+    assert [path.name for path in out.iterdir()] == [".lock"] and "Traceback" not in text.split("torch/dist")[0]
+
+
 def test_what_cannot_be_shared_is_refused(paths: Paths) -> None:
     two = Parallel(Ranks(0, 2))
     for name, expected in (("emoji-vae", "whole batch"), ("emoji-classifier", "whole batch")):
         with pytest.raises(UserError, match=expected):
             build_method(resolve(name, []), {}, CPU, two)
     two.collective = True
-    recipe = resolve("emoji-dmd2-4step", ["optimizer=muon"])
-    with pytest.raises(UserError, match="expected adamw, or `parallel` ddp"):
+    recipe = resolve("emoji-dmd2-4step", ["optimizer=adamw8bit"])
+    with pytest.raises(UserError, match="expected adamw or muon, or `parallel` ddp"):
         build_method(recipe, {name: Path(path) for name, path in paths.items()}, CPU, two)
 
 

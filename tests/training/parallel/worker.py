@@ -5,33 +5,57 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmd2.runtime.terminal import hush
-from dmd2.training.loop import train
+from dmd2.training.loop import LoopSettings, train
+from dmd2.training.methods.gdd import GddRecipe
 from dmd2.training.parallel.group import ALONE, Parallel, Replicated, joined
-from dmd2.training.recipes import build_method, resolve
+from dmd2.training.recipes import RECIPES, build_method, resolve
 from dmd2.training.run.checkpoints import Checkpoints
 
 CPU = torch.device("cpu")
 
 
 def run(job: dict[str, Any], group: Parallel = ALONE) -> None:
-    """One run; `from` is a run whose newest checkpoint is lost first."""
+    """One run; `from` is a run whose newest checkpoint is lost first, or of which all is there with `whole`."""
     out = Path(job["out"])
     if "from" in job and group.leads:
         shutil.copytree(job["from"], out)
-        shutil.rmtree(out / "model")
-        shutil.rmtree(Checkpoints(out).all()[0])
+        if not job.get("whole"):
+            shutil.rmtree(out / "model")
+            shutil.rmtree(Checkpoints(out).all()[0])
     group.told(None)
-    recipe = resolve("emoji-dmd2-4step", job["set"])
+    recipe = resolve(job.get("recipe", "emoji-dmd2-4step"), job["set"])
     paths = {name: Path(path) for name, path in job["paths"].items()}
     method = build_method(recipe, paths, CPU, group)
     assert train(method, recipe.loop, out, resume=job.get("resume", False), parallel=group)
 
+
+LOOP = LoopSettings(1, 2, warmup=0, log_every=1, sample_every=1000)
+FREEZE = {"tiny-gdd": False, "tiny-gdd-i": True}
+RECIPES.update(
+    {
+        name: GddRecipe(
+            LOOP,
+            2e-6,
+            2e-6,
+            freeze,
+            sigmas=(),
+            timesteps=(399,),
+            data="emoji",
+            boundary=0.0,
+            r1_every=2,
+            r1_gamma=1.0,
+        )
+        for name, freeze in FREEZE.items()
+    }
+)
+torch.compile = partial(torch.compile, backend="eager")  # type: ignore[assignment]  # Inductor takes minutes
 
 if __name__ == "__main__":
     with joined("fsdp2", CPU) as sharded:

@@ -478,7 +478,7 @@ def test_a_second_trainer_is_told_so(tmp_path: Path) -> None:
     with (out / ".lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=rf"out .*: process {os.getpid()} is at work there") as error:
-            resume(out)
+            train(lambda: pytest.fail("networks were loaded"), SHORT, out, resume=True, recipe=RECIPE)
     one_line(error)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert resume(out)  # the lock is gone with its owner
