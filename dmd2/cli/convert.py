@@ -58,7 +58,7 @@ def export(
 def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with --set post_hoc_ema=true.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder of weights.")],
-    width: Annotated[float, typer.Option(help="Of the average, as a part of the run: 0.01 to 0.28.")] = 0.1,
+    width: Annotated[float, typer.Option(help="Width of the average, as a part of the run: 0.01 to 0.28.")] = 0.1,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Make the averaged weights of a run at any width (EDM2's post-hoc EMA), from what its checkpoints left."""
