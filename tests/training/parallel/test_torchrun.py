@@ -160,7 +160,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "muon": DMD2 | {"optimizer": "muon"},
     "tiny-gdd": SHORT | {"precision": "fp32"},
     "tiny-gdd-i": SHORT | {"precision": "fp32"},
-    "sd15-lora-compile-checkpointing": DMD2 | LORA | GAN | {"compile": "true"},
+    "sd15-lora-checkpointing": DMD2 | LORA | GAN,
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,6 @@ RECIPES.update(
         for name, freeze in FREEZE.items()
     }
 )
-torch.compile = partial(torch.compile, backend="eager")  # type: ignore[assignment]  # Inductor takes minutes
 
 if __name__ == "__main__":
     with joined("fsdp2", CPU) as sharded:
