@@ -160,7 +160,6 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "muon": DMD2 | {"optimizer": "muon"},
     "tiny-gdd": SHORT | {"precision": "fp32"},
     "tiny-gdd-i": SHORT | {"precision": "fp32"},
-    "sd15-lora-checkpointing": DMD2 | LORA | GAN,
 }
 
 
