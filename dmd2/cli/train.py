@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -67,6 +68,12 @@ def train(
             min=1, max=4096, help="With --dry-run: only predict a process's memory, of so many; nothing is loaded."
         ),
     ] = None,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="First count a step's arithmetic; the log then says how much is used.")
+    ] = False,
+    wandb: Annotated[
+        str | None, typer.Option(metavar="PROJECT", help="Log to Weights & Biases, too (pip install wandb).")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train one of the named recipes. Ctrl-C stops it after a checkpoint; --resume continues it exactly."""
@@ -75,6 +82,9 @@ def train(
 
     if cards is not None and (not dry_run or resume):
         raise InvalidInput("cards", "expected it with --dry-run, without --resume", cards)
+
+    if wandb is not None and find_spec("wandb") is None:
+        raise InvalidInput("wandb", "needs Weights & Biases' package: pip install wandb", wandb)
 
     from dmd2.training.recipes import build_method, inputs_of, resolve
 
@@ -88,6 +98,7 @@ def train(
     from dmd2.training.parallel.group import ALONE, joined
     from dmd2.training.run.folder import check_out
     from dmd2.training.run.inputs import begun, continued, hashes, origin
+    from dmd2.training.run.logs import Watch
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dmd2").setLevel(logging.INFO)
@@ -131,6 +142,15 @@ def train(
                 said["predicted"] = predict(settled, paths, where).as_json()
             print(json.dumps({"name": recipe, "recipe": asdict(settled), **said}, indent=2))
             return
+        watch = Watch(device=where, wandb=wandb)
+        if flops:
+            from dmd2.runtime.precision import peak_flops, training_dtype
+            from dmd2.training.run.memory import predict
+
+            step = predict(settled, paths, where).flops
+            peak, told = peak_flops(where, training_dtype(precision, where))
+            say(f"a step: {step / 1e12:.3g} TFLOP; at most {peak / 1e12:.3g} TFLOP/s a device ({told})")
+            watch = replace(watch, flops=step, peak=peak * group.ranks.world)
         finished = run(
             method,
             settled.loop,
@@ -141,6 +161,7 @@ def train(
             origin=origin(settings, paths),
             parallel=group,
             keep=keep,
+            watch=watch,
         )
         if finished:
             say(f"done: {folder}")

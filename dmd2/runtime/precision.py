@@ -25,6 +25,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDS = 3
 SIDE = 384  # of the matrices
 CHANNELS, PIXELS = 64, 32  # of the convolution
+LARGE = 4096  # side of the matrices that a GPU without an entry is measured by
+PEAKS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "A10": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+"""dense bf16 TFLOP/s with fp32 sums, by makers' data sheets; the first name that a device's contains counts"""
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +57,26 @@ class Throughput:
 
     def __str__(self) -> str:
         return f"bf16 {self.bf16:.3g} GFLOP/s, fp32 {self.fp32:.3g}"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Operations a second that a device has at most in a type, and where that is from."""
+    if device.type == "cpu":
+        found = measure_cpu()
+        return 1e9 * (found.bf16 if dtype == torch.bfloat16 else found.fp32), "a convolution and a product, measured"
+    name = torch.cuda.get_device_name(device)
+    known = next((peak for part, peak in PEAKS.items() if part in name), None)
+    if known is not None and dtype == torch.bfloat16:
+        return 1e12 * known, f"the data sheet's {known} TFLOP/s of {name}"
+    a = torch.ones(LARGE, LARGE, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(ROUNDS + 1):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        a @ a
+        torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * LARGE**3 / best, f"a matrix product, measured on {name}"
 
 
 @lru_cache(maxsize=1)

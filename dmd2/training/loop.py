@@ -29,7 +29,7 @@ from dmd2.training.run.belonging import check_inputs, check_recipe, first_not_fi
 from dmd2.training.run.checkpoints import KEEP, Checkpoints, Stored
 from dmd2.training.run.divergence import Guard
 from dmd2.training.run.folder import open_run
-from dmd2.training.run.logs import NoLogs, RunLogs
+from dmd2.training.run.logs import WATCH, NoLogs, RunLogs, Watch
 from dmd2.training.run.packing import Part, pack, unpack
 from dmd2.training.run.signals import stop_signals
 
@@ -120,6 +120,7 @@ def train(
     origin: dict[str, Any] | None = None,
     parallel: Parallel = ALONE,
     keep: int = KEEP,
+    watch: Watch = WATCH,
 ) -> bool:
     """Runs `method` to `settings.iterations`. Returns False if a signal stopped it early (after a checkpoint).
 
@@ -132,6 +133,7 @@ def train(
         inputs: hashes of the files that the results depend on, by option; a run goes on with the same ones only.
         origin: what else `recipe.json` is to say: where the run came from.
         parallel: the processes that share the run; `out` is one folder for all.
+        watch: what else the log is to say, and where.
         keep: how many checkpoints stay, the newest.
 
     Raises:
@@ -151,7 +153,7 @@ def train(
                 known = (recipe or {}) | (origin or {}) | ({"inputs": inputs} if inputs is not None else {})
                 atomic_text(out / "recipe.json", json.dumps(known, indent=2) + "\n")
             with checkpoints:
-                finished = run.go(out)
+                finished = run.go(out, watch)
             if finished and method.export and (parallel.leads or parallel.collective):
                 method.export(run.ema_model, out)
             return finished
@@ -191,11 +193,11 @@ class _Run:
                 raise UserError("post_hoc_ema=true: expected `parallel` ddp; shards are not averaged so")
             self.power = PowerAverages(ema_model, checkpoints.folder.parent / AVERAGES)
 
-    def go(self, out: Path) -> bool:
+    def go(self, out: Path, watch: Watch) -> bool:
         """All steps that are left. False if a signal stopped it early."""
         settings, images = self.settings, self.settings.batch_size * self.settings.grad_accum_steps
         kind = RunLogs if self.parallel.leads else NoLogs
-        logs = kind(out, self.first, settings.iterations, settings.log_every, images, self.sums)
+        logs = kind(out, self.first, settings.iterations, settings.log_every, images, self.sums, watch)
         last_saved = time.monotonic()
         with stop_signals() as stopped, logs:
             self._show(logs, self.first)

@@ -26,6 +26,7 @@ from dmd2.inference.inputs import fitted
 from dmd2.inference.request import ImageRequest
 from dmd2.models.stable_diffusion.folder import UNET_FILE
 from dmd2.runtime.files import sha256_file
+from dmd2.training.preview import CaptionPreview
 from dmd2.training.recipes import RECIPES
 from dmd2.weights.manifest import read_manifest
 from tests.models.adapters.test_lora import ATTENTION, kohya_style
@@ -408,6 +409,26 @@ def test_a_dry_run_of_many_cards_needs_neither_them_nor_weights(
     assert "--cards 2: expected it with --dry-run" in refused(monkeypatch, capsys, *begin, "2")
     assert "multiple of the 3" in refused(monkeypatch, capsys, *begin, "3", "--dry-run")
     assert "makes a student" in refused(monkeypatch, capsys, "train", "emoji-vae", "--cards", "2", "--dry-run")
+
+
+def test_a_run_that_counts_its_arithmetic_logs_how_much_of_the_device_it_uses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    emoji_zip: Path,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(CaptionPreview, "grid", lambda self, generate: generate(self.captions[:2], [0, 1])[0])
+    sets = ["generator_every=1", "timesteps=[999]", "batch_size=2", "precision=fp32", "iterations=1"]
+    options = [word for each in [*sets, "gan_generator=0", "gan_critic=0"] for word in ("--set", each)]
+    paths = ("--init", weights, "--data", emoji_zip, "--classifier", tmp_path / "none", "--out", tmp_path / "run")
+    begin = ("train", "emoji-dmd2-4step", "--device", "cpu", *paths, *options)
+    monkeypatch.setattr("dmd2.cli.train.find_spec", lambda name: None)
+    assert "pip install wandb" in refused(monkeypatch, capsys, *begin, "--wandb", "students")
+    assert run(monkeypatch, *begin, "--flops") == 0
+    assert "TFLOP/s a device" in capsys.readouterr().out
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert 0 < line["flop_utilisation"] < 2 and line["peak_memory_gb"] > 0 and line["images_per_second"] > 0
 
 
 @pytest.mark.parametrize(

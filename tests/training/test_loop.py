@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dmd2.runtime.errors import UserError
 from dmd2.training.loop import Batch, Ema, Logs, LoopSettings, Method, Phase, schedule, train, training_step
 from dmd2.training.run.checkpoints import Checkpoints, read
+from dmd2.training.run.logs import SPEED
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = LoopSettings(
@@ -118,7 +119,7 @@ def log(out: Path) -> list[dict[str, float]]:
 
 
 def without_rate(line: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name != "images_per_second"}
+    return {name: value for name, value in line.items() if name not in SPEED}
 
 
 # One step

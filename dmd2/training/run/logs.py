@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,38 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dmd2.runtime.files import atomic_path
+from dmd2.runtime.files import atomic_path, atomic_text
+from dmd2.runtime.offload import peak_memory
 from dmd2.runtime.terminal import Terminal, say
 
 Logs = dict[str, float | Tensor]
+SPEED = ("images_per_second", "flop_utilisation", "peak_memory_gb")
+"""figures of the log that no two runs have in common"""
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the log is to say beside figures, and where else."""
+
+    flops: float = 0.0
+    """of a mean step, all processes together; 0 where it was not counted"""
+    peak: float = 0.0
+    """operations a second of all devices together, at most"""
+    device: torch.device = CPU
+    """whose memory is looked at"""
+    wandb: str | None = None
+    """Weights & Biases' project; the mode is by its own variables, such as WANDB_MODE=offline"""
+
+    def per_step(self, seconds: float) -> dict[str, float]:
+        """Of a mean step of so many seconds: model FLOP utilisation in [0, 1], and this process's peak memory."""
+        used = {"flop_utilisation": self.flops / self.peak / max(seconds, 1e-9)} if self.flops and self.peak else {}
+        return used | {"peak_memory_gb": peak_memory(self.device) / 1e9}
+
+
+WATCH = Watch()
 
 
 class RunLogs:
@@ -35,15 +65,25 @@ class RunLogs:
         every: steps between two lines.
         images: of one step.
         sums: figures since the last line, as the checkpoint has them.
+        watch: what else there is to say.
     """
 
     def __init__(
-        self, out: Path, first: int, iterations: int, every: int, images: int, sums: dict[str, list[float]]
+        self,
+        out: Path,
+        first: int,
+        iterations: int,
+        every: int,
+        images: int,
+        sums: dict[str, list[float]],
+        watch: Watch = WATCH,
     ) -> None:
+        self.watch = watch
         self.out, self.first, self.iterations, self.every, self.images = out, first, iterations, every, images
         self.sums = {name: list(values) for name, values in sums.items()}
         self._there: set[str] = set()  # names of figures that the log holds of step `first`
         self.board: Any = None
+        self.wandb: Any = None
 
     def __enter__(self) -> RunLogs:
         path = self.out / "log.jsonl"
@@ -62,6 +102,12 @@ class RunLogs:
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.first + 1)
         except ImportError:
             say("no TensorBoard log: pip install 'dmd2[train]' brings it")
+        if self.watch.wandb is not None:
+            import wandb  # `dmd2 train` has looked whether there is one
+
+            self.wandb = wandb.init(
+                project=self.watch.wandb, name=self.out.name, id=wandb_id(self.out), dir=self.out, resume="allow"
+            )
         terminal = os.isatty(2)
         self.bar = tqdm(
             total=self.iterations,
@@ -81,6 +127,8 @@ class RunLogs:
         finally:
             if self.board:
                 self.board.close()
+            if self.wandb:
+                self.wandb.finish()
 
     def add(self, figures: Logs) -> None:
         """Remembers the figures of a step, all brought over from the device at once: each copy would wait for it.
@@ -106,9 +154,12 @@ class RunLogs:
             means = {name: _mean(values) for name, values in self.sums.items()}
             now, steps = time.monotonic(), done - self._clock_step
             rate = steps * self.images / max(now - self._clock, 1e-9)
-            self._write(done, means | ({"images_per_second": rate} if steps else {}))
-            short = {k: f"{v:.3g}" for k, v in means.items() if "/" not in k}
-            self.bar.set_postfix(short | {"img/s": f"{rate:.0f}"}, refresh=False)
+            speed = self.watch.per_step((now - self._clock) / steps) if steps else {}
+            self._write(done, means | ({"images_per_second": rate} if steps else {}) | speed)
+            short = {k: f"{v:.3g}" for k, v in means.items() if "/" not in k} | {"img/s": f"{rate:.3g}"}
+            named = {"flop_utilisation": ("MFU", ".1%"), "peak_memory_gb": ("GB", ".3g")}
+            short |= {name: f"{speed[key]:{form}}" for key, (name, form) in named.items() if key in speed}
+            self.bar.set_postfix(short, refresh=False)
             self._clock, self._clock_step = now, done
         if due:
             self.sums = {}
@@ -130,6 +181,10 @@ class RunLogs:
             Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
         if self.board:
             self.board.add_image("samples", image, done)
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(str(path))}, step=done)
         say(f"step {done}: {path}")
 
     def _write(self, done: int, figures: dict[str, float]) -> None:
@@ -140,6 +195,8 @@ class RunLogs:
             for name, value in figures.items():
                 if math.isfinite(value):
                     self.board.add_scalar(name, value, done)
+        if self.wandb:
+            self.wandb.log({name: value for name, value in figures.items() if math.isfinite(value)}, step=done)
 
 
 class NoLogs(RunLogs):
@@ -160,6 +217,14 @@ class NoLogs(RunLogs):
 
     def image(self, done: int, image: Tensor) -> None:
         pass
+
+
+def wandb_id(out: Path) -> str:
+    """The same for a run whenever it goes on; kept beside its log."""
+    path = out / "wandb-id.txt"
+    if not path.is_file():
+        atomic_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
 
 
 def _mean(values: list[float]) -> float:

@@ -23,6 +23,7 @@ from dmd2.runtime.errors import UserError
 from dmd2.training.parallel.group import Parallel
 from dmd2.training.recipes import build_method, resolve
 from dmd2.training.run.checkpoints import Checkpoints
+from dmd2.training.run.logs import SPEED
 from tests.training.parallel.worker import CPU, run
 from tests.training.test_loop import checkpoint
 from tests.training.test_product import sd15
@@ -80,7 +81,7 @@ def finish(run: subprocess.Popen[str]) -> str:
 
 def log(out: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
 
 
 def results(out: Path) -> dict[str, torch.Tensor]:

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg
 from torch.profiler import ProfilerActivity, profile
 
+from dmd2.diffusion.draws import Ranks
 from dmd2.runtime.errors import UserError
 from dmd2.training.loop import Batch, Ema, training_step
 from dmd2.training.parallel.group import ALONE, Parallel
+from dmd2.training.parallel.sharded import Sharded
 from dmd2.training.recipes import build_method, resolve
 from dmd2.training.run.memory import Tracker, predict
 
@@ -66,6 +70,18 @@ def test_predicts_the_low_memory_mode(weights: Path, emoji_zip: Path) -> None:
     settings = [*SMALL, "adapter=lora", "networks=adapters", "checkpointing=true", "grad_accum_steps=2"]
     said = predict(resolve("emoji-dmd2-4step", settings), {"init": weights}, CPU, count_flops=False)
     assert said.peak == pytest.approx(peak_of_real_steps(settings, inputs(weights, emoji_zip)), rel=0.1)
+
+
+def test_predicts_a_shard_of_four_processes(weights: Path, emoji_zip: Path) -> None:
+    """Measured on real tensors in the first of four processes, whose others only seem to answer."""
+    settings = [*SMALL]
+    said = predict(resolve("emoji-dmd2-4step", settings), {"init": weights}, CPU, 4, "fsdp2", count_flops=False)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=4)
+    try:
+        found = peak_of_real_steps(settings, inputs(weights, emoji_zip), Sharded(Ranks(0, 4), CPU, None))
+    finally:
+        dist.destroy_process_group()
+    assert said.peak == pytest.approx(found, rel=0.1)
 
 
 def test_counts_a_tensor_while_it_lives() -> None:
