@@ -123,13 +123,16 @@ def score_emoji(
     seed: int = 0,
     *,
     real: Generate | None = None,
+    second: EmojiClassifier | None = None,
 ) -> dict[str, int | float | dict[str, float]]:
     """Every score of a generator of emoji images. Asks it for n + 200 images.
 
     Half of the n captions name an (emoji, background) pair that training has seen, half one that was held
     out. The first three scores are shares in [0, 1], of "all" captions, the "seen" and the "held_out":
 
-    - `top1`, `top5`: the classifier names the right emoji, first or among its five best guesses.
+    - `top1`, `top5`: the classifier names the right emoji, first or among its five best guesses. For one that may
+      answer "none of them", that is a guess like any other.
+    - `accepted`: it does not answer "none of them" first; only of a classifier that may.
     - `background`: the classifier names the right background.
     - `fd`: Fréchet distance between the classifier's features of the n images and of n real scenes of the same
       captions. `fd_real`: the same of n other real scenes, the floor.
@@ -144,6 +147,8 @@ def score_emoji(
         n: at least 4; `fd` of different n must not be compared.
         seed: of the captions and of the images' seeds.
         real: what to compare the images with, `RealScenes(scenes)` unless given.
+        second: another classifier, which nothing was trained or chosen by. Its `fd` is called `second_fd`, and
+            `second_fd_real` is its floor.
 
     Raises:
         UserError: the classifier knows other emoji than `scenes`.
@@ -156,15 +161,28 @@ def score_emoji(
     references = [_features(real, captions, _seeds(f"real {i}", seed, n), classifier) for i in range(2)]
 
     emoji_logits, background_logits = classifier.answers(found)
+    none = {}
+    if emoji_logits.shape[1] > len(classifier.names):
+        none = {"accepted": _shares(emoji_logits.argmax(1) < len(classifier.names), held_out)}
+    opinion = {}
+    if second is not None:
+        drawn = _features(generate, captions, _seeds("drawn", seed, n), second)
+        shown = [_features(real, captions, _seeds(f"real {i}", seed, n), second) for i in range(2)]
+        opinion = {
+            "second_fd": frechet_distance_of(drawn, shown[0]),
+            "second_fd_real": frechet_distance_of(shown[1], shown[0]),
+        }
     shares = prdc(references[0], found) if n > max(NEIGHBOURS) else {}
     best = emoji_logits.topk(min(5, len(classifier.names)), dim=1).indices == emoji[:, None]
     return {
         "n": n,
         "top1": _shares(best[:, 0], held_out),
         "top5": _shares(best.any(1), held_out),
+        **none,
         "background": _shares(background_logits.argmax(1) == background, held_out),
         "fd": frechet_distance_of(found, references[0]),
         "fd_real": frechet_distance_of(references[1], references[0]),
+        **opinion,
         **{name: shares[name] for name in ("precision", "recall") if name in shares},
         "diversity": _diversity(generate, real, scenes, classifier, seed),
     }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dmd2.models.stable_diffusion.folder import save_text_to_image
+from dmd2.runtime.errors import InvalidInput
 from dmd2.weights.manifest import Student, read_manifest, verify
 from tests.conftest import tiny_unet
 
@@ -51,7 +52,10 @@ def export(folder: Path, init: Path, steps: int) -> Path:
 
 def test_students_of_two_runs_are_packed_together(pack: Any, weights: Path, tmp_path: Path) -> None:
     four, one = export(tmp_path / "4", weights, 4), export(tmp_path / "1", tmp_path / "4", 1)
-    pack.main([four, one])
+    extra = tmp_path / "emoji.zip"
+    extra.write_bytes(b"data")
+    pack.main([four, one], pack.DEFAULT, [extra])
+    assert (pack.DEFAULT / "emoji.zip").read_bytes() == b"data"
     manifest = read_manifest(pack.DEFAULT)
     verify(pack.DEFAULT, manifest)
     assert set(manifest.students) == {4, 1} and manifest.teacher == read_manifest(weights).teacher
@@ -61,5 +65,7 @@ def test_students_of_two_runs_are_packed_together(pack: Any, weights: Path, tmp_
     text = (other / "dmd2.json").read_text()
     key = read_manifest(other).files["vae/config.json"]
     (other / "dmd2.json").write_text(text.replace(key, "0" * 64))
-    with pytest.raises(SystemExit, match=r"vae/config\.json differs"):
-        pack.main([four, other])
+    with pytest.raises(InvalidInput, match=r"vae/config\.json differs"):
+        pack.main([four, other], pack.DEFAULT)
+    pack.main([four], tmp_path / "elsewhere")
+    assert set(read_manifest(tmp_path / "elsewhere").students) == {4}, "a folder of its own, made anew"
