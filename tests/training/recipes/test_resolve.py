@@ -80,7 +80,7 @@ def types_of(name: str) -> dict[str, Any]:
         ("emoji-vae", ["encoder_blocks=[1, 2]"], "decoder_blocks: 4 stages; expected 2, as encoder_blocks has"),
         ("emoji-vae", ["latent_channels=5"], "latent_channels=5: expected 4 or 8"),
         ("emoji-teacher", ["sample_steps=0"], "sample_steps=0: expected a whole number from 2"),
-        ("emoji-teacher", ["still_until=3000"], "free_from=2500: expected still_until=3000 or more"),
+        ("emoji-teacher", ["still_until=5000"], "free_from=4000: expected still_until=5000 or more"),
         ("cifar10-small-dmd2", ["sigmas=[NaN]"], "sigmas=.*NaN.*: expected a list of 0 to 64, each a number above 0"),
         ("cifar10-small-dmd2", ["gan_generator=1"], "gan_generator=1 with gan_critic=0"),
         ("cifar10-small-dmd", ["sigmas=[80, 1]"], "expected a single level"),
