@@ -1,4 +1,4 @@
-"""For bench-server and soak-server: `dmd2 cog` with the embedded model, in processes of its own."""
+"""For bench-server, soak-server and load-api: a service with the embedded model, in processes of its own."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ PATIENCE = 600.0  # seconds until it is ready, at most
 
 
 class Server:
-    """Listens at `url`. Its temporary files are in `folder`/temporary."""
+    """`dmd2 cog`. Listens at `url`. Its temporary files are in `folder`/temporary."""
+
+    words: tuple[str, ...] = ("cog",)
 
     def __init__(self, folder: Path, **environment: str) -> None:
         port = free_port("127.0.0.1")
         self.url, self.temporary, self._log = f"http://127.0.0.1:{port}", folder / "temporary", folder / "log"
-        self.temporary.mkdir()
+        self.temporary.mkdir(exist_ok=True)
         with self._log.open("wb") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "dmd2.cli", "cog", "--port", str(port)],
+                [sys.executable, "-m", "dmd2.cli", *self.words, "--port", str(port)],
                 cwd=ROOT,
                 env=os.environ | {"TMPDIR": str(self.temporary)} | environment,
                 stdin=subprocess.DEVNULL,
@@ -83,6 +85,18 @@ class Server:
     def files(self) -> list[Path]:
         """Its temporary files."""
         return [path for path in self.temporary.rglob("*") if path.is_file()]
+
+
+class ApiServer(Server):
+    """`dmd2 serve`."""
+
+    words = ("serve",)
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200
+        except httpx.TransportError:
+            return False
 
 
 @contextmanager
