@@ -113,12 +113,15 @@ ALONE = Parallel()
 
 
 class Replicated(Parallel):
-    """Every process has all networks, and the same weights in them."""
+    """Every process has all networks, and the same weights in them.
+
+    Without a `store` the other processes are imagined (`run/memory.py`), and no checkpoint is written.
+    """
 
     def __init__(self, ranks: Ranks, device: torch.device, store: Any) -> None:
         super().__init__(ranks)
         self.device, self.store = device, store
-        self.writers = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.writers = None if store is None else dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def prepare(
         self,
