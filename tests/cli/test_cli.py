@@ -150,7 +150,7 @@ def test_generate_refuses_an_out_that_is_a_file(
         (["emoji-dmd2-4step", "--set", "timesteps=[1000]"], "--set timesteps=[1000]: expected a list of"),
         (["emoji-dmd2-4step", "--device", "tpu"], "--device tpu: "),
         (["emoji-dmd2-4step", "--data", "nowhere.zip"], "nowhere.zip: "),
-        (["emoji-dmd2-4step", "--init", "nowhere"], "nowhere: no such folder"),
+        (["emoji-dmd2-4step", "--init", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_train_refuses(

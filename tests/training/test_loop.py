@@ -538,6 +538,8 @@ def test_dmd2_train_killed_and_resumed_is_bit_identical(weights: Path, emoji_zip
 
     killed = start(*command(tmp_path / "killed"))
     wait_for_line(killed, tmp_path / "killed" / "log.jsonl", random.randint(2, 4))
+    while killed.poll() is None and not Checkpoints(tmp_path / "killed").exist():  # written beside the steps
+        time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     status, text = finish(killed)
     assert status == -signal.SIGKILL, text

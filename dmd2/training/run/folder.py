@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dmd2.runtime.errors import InvalidInput, UserError
-from dmd2.runtime.locks import locked
+from dmd2.runtime.locks import LOCK, locked
 from dmd2.training.run.checkpoints import Checkpoints
 
 EXPORTS = ("model", "fake_score", "classifier.safetensors")
@@ -48,10 +48,22 @@ def check_out(out: Path, resume: bool) -> None:
 def open_run(out: Path, resume: bool) -> Iterator[None]:
     """`out`, made if need be, checked, locked against other trainers, and freed of what killed ones left half done.
 
+    Where nothing came of it, and `out` was not there before, it goes again.
+
     Raises:
         UserError: see `check_out` and `locked`.
     """
     check_out(out, resume)
-    with locked(out, STALE):
-        check_out(out, resume)  # another trainer may have written there until now
-        yield
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with locked(out, STALE):
+            check_out(out, resume)  # another trainer may have written there until now
+            yield
+    except BaseException:
+        if new and os.listdir(out) == [LOCK]:
+            (out / LOCK).unlink()
+            for folder in new:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+        raise

@@ -115,7 +115,8 @@ def test_a_process_serves_openais_client_and_finishes_what_it_took(tmp_path: Pat
         assert server.process.wait(120) == 0
         assert "Traceback" not in server.log and "an owl" not in server.log
         access = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
-        assert [line["status"] for line in access if line.get("n") == 10] == [200] * len(done)
+        statuses = [line["status"] for line in access if line.get("n") == 10]
+        assert statuses.count(200) == len(done) and set(statuses) <= {200, 503}
         assert list(server.temporary.iterdir()) == []
     finally:
         lines.close()

@@ -124,7 +124,7 @@ def test_a_recipe_that_changed_or_gained_keys_since_goes_on_as_it_began(
     monkeypatch.setitem(recipes.RECIPES, "emoji-vae", changed)
     settled, settings = continued(read_record(out), ["seed=5"])
     assert settled.loop.warmup == vae.loop.warmup and settled.loop.seed == 5
-    assert {"channels=48", "warmup=100", "seed=5"} <= set(settings)
+    assert {"channels=32", "warmup=100", "seed=5"} <= set(settings)
     assert continued(Record(name="emoji-vae"), [])[0] == changed
     status, text = command("--resume", "--out", out)
     assert status == 0, text
