@@ -60,7 +60,7 @@ def open_run(out: Path, resume: bool) -> Iterator[None]:
             check_out(out, resume)  # another trainer may have written there until now
             yield
     except BaseException:
-        if new and os.listdir(out) == [LOCK]:
+        if new and out.is_dir() and [path.name for path in out.iterdir()] == [LOCK]:
             (out / LOCK).unlink()
             for folder in new:
                 if any(folder.iterdir()):
