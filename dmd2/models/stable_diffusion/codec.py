@@ -39,7 +39,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
-        """uint8 (B, 3, H, W) → fp32 (B, 4, H/f, W/f), scaled to about unit variance.
+        """uint8 (B, 3, H, W) → fp32 (B, C, H/f, W/f), scaled to about unit variance.
 
         Where bool (H, W) `shown` is false, images are taken to be mid-grey.
         """
@@ -53,7 +53,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """fp32 (B, 4, h, w) → uint8 (B, 3, h·f, w·f).
+        """fp32 (B, C, h, w) → uint8 (B, 3, h·f, w·f).
 
         Raises:
             ArithmeticError: the images, or the latents, are not finite; in bytes they would be black.
@@ -64,6 +64,6 @@ class LatentCodec:
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
     def decoded(self, x: Tensor) -> Tensor:
-        """fp32 (B, 4, h, w) → fp32 (B, 3, h·f, w·f) in about [−1, 1], differentiable."""
+        """fp32 (B, C, h, w) → fp32 (B, 3, h·f, w·f) in about [−1, 1], differentiable."""
         z = (x.to(self.device) * self._std / self.vae.config.scaling_factor + self._mean).to(self.dtype)
         return self._decode(z.contiguous(memory_format=torch.channels_last)).float()

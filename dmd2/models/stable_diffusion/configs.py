@@ -135,8 +135,8 @@ def read_unet_config(folder: Path, *, sdxl: bool = True) -> dict[str, Any]:
     if not (fits or (given == made == MORE_CHANNELS)):
         known = {5: " (depth)", 7: " (upscaling)", 8: " (InstructPix2Pix)"}.get(given if _is_number(given) else 0, "")
         raise UserError(
-            f"{path}: {shown(given)} input{known} and {shown(made)} output channels; expected 4 and 4, or 9 and 4 "
-            "(inpainting)"
+            f"{path}: {shown(given)} input{known} and {shown(made)} output channels; expected 4 and 4, 8 and 8, or 9 "
+            "and 4 (inpainting)"
         )
     for key in OTHER_INPUTS:
         if config.get(key) is not None:
@@ -179,8 +179,11 @@ def check_configs(
         encoders.append(folder / "text_encoder_2" / "config.json")
     texts = [read_object(path) for path in encoders]
     widths = [_number(path, text, "hidden_size") for path, text in zip(encoders, texts, strict=True)]
+    latents = read_vae_config(vae).get("latent_channels", LATENT_CHANNELS)
     for name in unets:
         unet, path = read_unet_config(folder / name, sdxl=sdxl), folder / name / "config.json"
+        if (made := unet.get("out_channels", LATENT_CHANNELS)) != latents:
+            raise UserError(f"{path}: {made} output channels; the latents of {vae.name} have {latents}")
         if unet.get("cross_attention_dim") != sum(widths):
             told, width = " + ".join(map(str, widths)), shown(unet.get("cross_attention_dim"))
             raise UserError(f"{path}: cross_attention_dim: {width}; the text encoders give {told}")
@@ -193,7 +196,6 @@ def check_configs(
                     f"{path}: {key}: {unet[key]}; expected {wanted}, for SDXL's pooled text and six numbers (a "
                     "refiner has five)"
                 )
-    read_vae_config(vae)
     return schedule or read_schedule(folder / "scheduler")
 
 

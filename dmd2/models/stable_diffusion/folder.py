@@ -104,9 +104,6 @@ def load_text_to_image(
         denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, schedule, check)
     encode_text = TextEncoder(words, encoders, compiler=placement.compiler, device=device)
     codec = LatentCodec(decoder, compiler=placement.compiler, device=device)
-    for name, denoiser in denoisers.items():
-        if (made := denoiser.unet.config.out_channels) != codec.channels:
-            raise UserError(f"{folder}: {name} makes latents of {made} channels; {vae} takes {codec.channels}")
     return TextToImage(manifest, encode_text, codec, denoisers)
 
 

@@ -23,7 +23,7 @@ INPAINTING_CHANNELS = 9
 PredictionType = Literal["epsilon", "v_prediction"]
 
 Control = Callable[[Tensor, Tensor, TextCondition], dict[str, Any]]
-"""What the UNet is given besides in a step: (its input (B, 4, h, w), timesteps (B,), condition) in its own dtype →
+"""What the UNet is given besides in a step: (its input (B, C, h, w), timesteps (B,), condition) in its own dtype →
 keyword arguments of its `forward`. See `dmd2.models.adapters.control`."""
 
 

@@ -94,7 +94,7 @@ NOTES: dict[str, Note] = {
     "emoji-vae": Note("autoencoder", EMOJI, SCENES, "0.8 core hours"),
     "emoji-classifier": Note("classifier", EMOJI, SCENES, "0.8 core hours"),
     "emoji-second-opinion": Note("classifier", EMOJI, SCENES, "0.8 core hours"),
-    "emoji-teacher": Note("denoising", EMOJI, SCENES, "12 core hours"),
+    "emoji-teacher": Note("denoising", EMOJI, SCENES, "12 core hours (estimated)"),
     "emoji-dmd2-4step": Note("DMD2 with GAN, 4 steps", EMOJI, SCENES, "2.3 core hours"),
     "emoji-dmd2-1step": Note("DMD2 with GAN, 1 step", EMOJI, SCENES, "1.7 core hours"),
     "cifar10-classifier": Note("classifier", EDM, CIFAR, "16 epochs"),

@@ -55,15 +55,15 @@ def open_run(out: Path, resume: bool) -> Iterator[None]:
     """
     check_out(out, resume)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        with locked(out, STALE):
+    with locked(out, STALE):
+        try:
             check_out(out, resume)  # another trainer may have written there until now
             yield
-    except BaseException:
-        if new and out.is_dir() and [path.name for path in out.iterdir()] == [LOCK]:
-            (out / LOCK).unlink()
-            for folder in new:
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
-        raise
+        except BaseException:
+            if new and [path.name for path in out.iterdir()] == [LOCK]:  # ours: whoever waits for it is refused
+                (out / LOCK).unlink()
+                for folder in new:
+                    if any(folder.iterdir()):
+                        break
+                    folder.rmdir()
+            raise

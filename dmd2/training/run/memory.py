@@ -11,7 +11,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
@@ -117,15 +116,6 @@ class _Fake(FakeTensorMode):
         return self
 
 
-class Cuda(TorchFunctionMode):
-    """Has a CPU's autocast do what CUDA's does beside: normalisations in fp32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (nn.functional.layer_norm, nn.functional.group_norm) and torch.is_autocast_enabled("cpu"):
-            args = [args[0].float(), *args[1:]]
-        return func(*args, **(kwargs or {}))
-
-
 @dataclass(frozen=True)
 class Prediction:
     """Bytes of tensors of one process, and operations of one step of all processes."""
@@ -153,7 +143,6 @@ def predict(
     cards: int = 1,
     strategy: Strategy = "ddp",
     *,
-    as_cuda: bool = False,
     count_flops: bool = True,
 ) -> Prediction:
     """What a process of a run would take.
@@ -162,7 +151,6 @@ def predict(
         paths: `init`, as on the command line. Of its folder the configurations alone are read.
         device: whose operations are counted; "cuda" needs one.
         cards: processes that share each batch.
-        as_cuda: count what CUDA's autocast would do, though `device` is a CPU.
 
     Raises:
         UserError: the recipe trains no student; its batch cannot be shared by so many.
@@ -179,7 +167,6 @@ def predict(
         _Fake(allow_non_fake_inputs=True),
         patch("torch.utils.swap_tensors", _set),
         tracker,
-        Cuda() if as_cuda else nullcontext(),
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own copying does so
         check_shares(parallel, recipe.shared, sizes)

@@ -274,6 +274,7 @@ def folder(inpainting: Engine, tmp_path: Path) -> Path:
         ("unet", {"projection_class_embeddings_input_dim": 288}, "288; expected 320, .*a refiner has five"),
         ("vae", {"_class_name": "AutoencoderKLWan"}, "describes a AutoencoderKLWan; expected one of AutoencoderKL"),
         ("vae", {"latent_channels": 16}, "16 latent channels; expected 4"),
+        ("unet", {"in_channels": 8, "out_channels": 8}, "8 output channels; the latents of vae have 4"),
         ("vae", {"shift_factor": 0.1159}, "shift_factor: 0.1159; expected none"),
         ("vae", {"scaling_factor": 0}, "scaling_factor: 0; expected a number above 0"),
         ("vae", {"scaling_factor": float("nan")}, "scaling_factor: nan"),
