@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -29,7 +30,8 @@ def run(job: dict[str, Any], group: Parallel = ALONE) -> None:
             shutil.rmtree(out / "model")
             shutil.rmtree(Checkpoints(out).all()[0])
     group.told(None)
-    recipe = resolve(job.get("recipe", "emoji-dmd2-4step"), job["set"])
+    with patch.dict(RECIPES, TINY):
+        recipe = resolve(job.get("recipe", "emoji-dmd2-4step"), job["set"])
     paths = {name: Path(path) for name, path in job["paths"].items()}
     method = build_method(recipe, paths, CPU, group)
     assert train(method, recipe.loop, out, resume=job.get("resume", False), parallel=group)
@@ -37,23 +39,12 @@ def run(job: dict[str, Any], group: Parallel = ALONE) -> None:
 
 LOOP = LoopSettings(1, 2, warmup=0, log_every=1, sample_every=1000)
 FREEZE = {"tiny-gdd": False, "tiny-gdd-i": True}
-RECIPES.update(
-    {
-        name: GddRecipe(
-            LOOP,
-            2e-6,
-            2e-6,
-            freeze,
-            sigmas=(),
-            timesteps=(399,),
-            data="emoji",
-            boundary=0.0,
-            r1_every=2,
-            r1_gamma=1.0,
-        )
-        for name, freeze in FREEZE.items()
-    }
-)
+TINY = {
+    name: GddRecipe(
+        LOOP, 2e-6, 2e-6, freeze, sigmas=(), timesteps=(399,), data="emoji", boundary=0.0, r1_every=2, r1_gamma=1.0
+    )
+    for name, freeze in FREEZE.items()
+}
 
 if __name__ == "__main__":
     with joined("fsdp2", CPU) as sharded:
