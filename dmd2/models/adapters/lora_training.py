@@ -6,6 +6,7 @@ and no other call ever sees it: without one, the UNet is the bare one.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -185,7 +186,9 @@ def _twice(switch: Switch, names: list[str]) -> tuple[AbstractContextManager[Non
 
 
 def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers by name."""
+    """PEFT's layers by name. Without adapters there is no need of PEFT, which not every installation has."""
+    if sys.modules.get("peft") is None:
+        return iter(())
     from peft.tuners.lora import LoraLayer
 
     return ((name, module) for name, module in unet.named_modules() if isinstance(module, LoraLayer))

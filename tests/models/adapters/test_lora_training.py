@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,14 @@ def test_names_are_those_that_a1111_and_comfyui_map(build: Any, tmp_path: Path) 
     names = list(load_file(tmp_path / "a.safetensors"))
     assert len(names) % 3 == 0 and all(re.fullmatch(A1111, name) for name in names)
     assert {name.partition(".")[0].removeprefix("lora_unet_") for name in names} <= layers
+
+
+def test_what_has_no_adapter_needs_no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    unet = build_sdxl_unet()
+    assert bare(unet).state_dict().keys() == unet.state_dict().keys()
+    with pytest.raises(UserError, match="needs PEFT"):
+        Adapted(unet, "student", LoraShape(2, 2.0))
 
 
 def test_another_shape_is_one_line(tmp_path: Path) -> None:
