@@ -26,7 +26,6 @@ from dmd2.training.run.checkpoints import Checkpoints
 from dmd2.training.run.logs import SPEED
 from tests.training.parallel.worker import CPU, run
 from tests.training.test_loop import checkpoint
-from tests.training.test_product import sd15
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {
@@ -160,20 +159,17 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "full-checkpointing-bf16": DMD2 | GAN | {"precision": "bf16", "checkpointing": "true"},
     "muon": DMD2 | {"optimizer": "muon"},
     "tiny-gdd": SHORT | {"precision": "fp32"},
-    "tiny-gdd-i": SHORT | {"precision": "fp32"},
 }
 
 
 @pytest.fixture(scope="module")
-def together(paths: Paths, text_models: tuple[Any, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each of these by two processes with shards, by one alone, and the former's checkpoint gone on with by one."""
     folder = tmp_path_factory.mktemp("together")
-    small = paths | {"init": str(sd15(folder / "teacher", text_models))}
     jobs = []
     for name, values in TOGETHER.items():
         recipe = {"recipe": name} if name.startswith("tiny") else {}
-        where = small if name.startswith("sd15") else paths
-        jobs.append({"out": str(folder / name), "paths": where, "set": sets(values), **recipe})
+        jobs.append({"out": str(folder / name), "paths": paths, "set": sets(values), **recipe})
     finish(torchrun("-m", "tests.training.parallel.worker", json.dumps([j | {"strategy": "fsdp2"} for j in jobs])))
     for each in jobs:
         run(each | {"out": each["out"] + "-one"})

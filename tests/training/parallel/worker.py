@@ -38,12 +38,10 @@ def run(job: dict[str, Any], group: Parallel = ALONE) -> None:
 
 
 LOOP = LoopSettings(1, 2, warmup=0, log_every=1, sample_every=1000)
-FREEZE = {"tiny-gdd": False, "tiny-gdd-i": True}
 TINY = {
-    name: GddRecipe(
-        LOOP, 2e-6, 2e-6, freeze, sigmas=(), timesteps=(399,), data="emoji", boundary=0.0, r1_every=2, r1_gamma=1.0
+    "tiny-gdd": GddRecipe(
+        LOOP, 2e-6, 2e-6, False, sigmas=(), timesteps=(399,), data="emoji", boundary=0.0, r1_every=2, r1_gamma=1.0
     )
-    for name, freeze in FREEZE.items()
 }
 
 if __name__ == "__main__":
