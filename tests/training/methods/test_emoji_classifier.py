@@ -27,7 +27,7 @@ def recipe() -> EmojiClassifierRecipe:
     """The named recipe with a small network."""
     named = RECIPES["emoji-classifier"]
     assert isinstance(named, EmojiClassifierRecipe)
-    loop = replace(named.loop, iterations=60, batch_size=16, warmup=5)
+    loop = replace(named.loop, iterations=100, batch_size=16, warmup=5)
     return replace(named, loop=loop, widths=(8, 16, 32, 32), features=32, lr=5e-3)
 
 
