@@ -5,8 +5,9 @@ This is the only file that knows integer timesteps, ᾱ, eps- and v-prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,8 @@ class StableDiffusion:
         self.sigmas = self.table.float().to(self.device)
         self._log_sigmas = self.table.log()
         self._plain = _WithBottleneck(unet)
+        self._half: Any = None
+        self._compile = compile
         self._traced = Traced(self._plain) if trace and compiler is None else None
         self._recorder = compiler or self._traced
         self._network: Any = self._traced or self._plain
@@ -118,10 +121,8 @@ class StableDiffusion:
         """
         if self.inpaints and known is None:
             raise UserError("an inpainting UNet (9 channels), and no mask: it can only be sampled, not trained")
-        variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
-        scaled = (x / variance.sqrt()).to(self.dtype)
-        condition = cond if self.autocast else cond.map(lambda value: value.to(self.dtype))
-        with self._adapter(), torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        scaled, variance, condition = self._scaled(x, sigma, cond)
+        with self._running(x):
             timestep = self.timestep(sigma)
             full = scaled
             if known is not None:
@@ -134,6 +135,27 @@ class StableDiffusion:
             else:
                 output, bottleneck = self._network(*inputs)
         return self._x0(x, per_image(sigma, x), variance, output.float()), bottleneck.float()
+
+    def bottleneck(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
+        """The second of `features` alone, (B, C', h, w): the way up is not run."""
+        if self._half is None:  # not before: adapters replace modules of the UNet
+            self._half = torch.compile(_half(self.unet)) if self._compile else _half(self.unet)
+        scaled, _, condition = self._scaled(x, sigma, cond)
+        given = condition.context, condition.pooled, condition.time_ids
+        with self._running(x):
+            middle: Tensor = _call(self._half, scaled, self.timestep(sigma), *given)
+        return middle.float()
+
+    def _scaled(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> tuple[Tensor, Tensor, TextCondition]:
+        """x as the UNet sees it, its variance (B, 1, 1, 1) before that, and the condition in the UNet's dtype."""
+        variance = 1 + per_image(sigma, x) ** 2  # of x, for latents of unit variance
+        condition = cond if self.autocast else cond.map(lambda value: value.to(self.dtype))
+        return (x / variance.sqrt()).to(self.dtype), variance, condition
+
+    @contextmanager
+    def _running(self, x: Tensor) -> Iterator[None]:
+        with self._adapter(), torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            yield
 
     def _x0(self, x: Tensor, sigma: Tensor, variance: Tensor, output: Tensor) -> Tensor:
         # With ᾱ = 1/(1+σ²) and x_t = √ᾱ·x, DDPM's x0 = (x_t − √(1−ᾱ)·eps)/√ᾱ becomes x − σ·eps, and
@@ -176,12 +198,32 @@ class _WithBottleneck(nn.Module):
         time_ids: Tensor | None = None,
         **residuals: Any,
     ) -> tuple[Tensor, Tensor]:
-        added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
         self._runs = True
         try:
-            output = self.unet(x, timestep, context, added_cond_kwargs=added, return_dict=False, **residuals)[0]
+            output = _call(self.unet, x, timestep, context, pooled, time_ids, **residuals)
             caught = self._caught
         finally:
             self._runs, self._caught = False, None
         assert caught is not None, "the UNet's mid_block was not run"
         return output, caught
+
+
+def _call(
+    unet: Any,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    pooled: Tensor | None = None,
+    time_ids: Tensor | None = None,
+    **residuals: Any,
+) -> Tensor:
+    added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+    output: Tensor = unet(x, timestep, context, added_cond_kwargs=added, return_dict=False, **residuals)[0]
+    return output
+
+
+def _half(unet: Any) -> Any:
+    """The same UNet, not a copy, up to its middle: nothing of the way up is left in it."""
+    half = copy(unet)
+    half._modules = {**unet._modules, "up_blocks": nn.ModuleList(), "conv_norm_out": None, "conv_out": nn.Identity()}
+    return half

@@ -79,7 +79,7 @@ def noised_logits(denoiser: Denoiser, head: nn.Module, x0: Tensor, cond: Cond, g
 
 def activations(denoiser: Denoiser, noisy: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
     """(B, C', h, w) in the middle of the network."""
-    half = getattr(denoiser, "bottleneck", None)  # EDM's networks; diffusers' UNet runs as a whole or not at all
+    half = getattr(denoiser, "bottleneck", None)  # only half of the network is run
     found: Tensor = half(noisy, sigma, cond) if half else denoiser.features(noisy, sigma, cond)[1]
     return found
 

@@ -131,6 +131,30 @@ def test_features_are_the_mid_block_s_output_of_the_same_pass(unet: Any) -> None
     assert torch.equal(x0, denoiser(x, sigma, cond))
 
 
+def test_the_bottleneck_alone_is_that_of_the_whole_pass_and_runs_no_way_up(unet: Any) -> None:
+    denoiser = StableDiffusion(unet)
+    x, sigma, cond = generate(2, 4, 16, 16).requires_grad_(), torch.tensor([0.7, 9.0]), condition(2)
+    ran: list[str] = []
+    handles = [
+        block.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, block in (("middle", unet.mid_block), ("up", unet.up_blocks[0]), ("out", unet.conv_out))
+    ]
+    try:
+        whole = denoiser.features(x, sigma, cond)[1]
+        assert ran == ["middle", "up", "out"]
+        ran.clear()
+        half = denoiser.bottleneck(x, sigma, cond)
+        assert ran == ["middle"]
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(half, whole, rtol=1e-5, atol=1e-6)
+    expected, found = (torch.autograd.grad(value.square().mean(), x)[0] for value in (whole, half))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    assert len(unet.up_blocks) == 3  # the UNet itself is as it was
+    torch.testing.assert_close(denoiser(x, sigma, cond), denoiser.features(x, sigma, cond)[0])
+
+
 def test_gradients_reach_the_input_through_x0_and_features(unet: Any) -> None:
     denoiser = StableDiffusion(unet)
     x = generate(1, 4, 16, 16).requires_grad_()
