@@ -42,7 +42,7 @@ def batch(
         str | None, option(WORK, "Every N-th file, from the I-th; torchrun's RANK unless given.", metavar="I/N")
     ] = None,
     retry: Annotated[bool, option(WORK, "Make files again that hold rows with errors.", "--retry")] = False,
-    device: Annotated[str, option(WORK, "Device: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, option(WORK, "Device: auto, cpu, cuda or cuda:1.")] = "auto",
     ray: Annotated[
         bool, option(WORK, "Share the work among the workers of a Ray cluster; they see the same files.", "--ray")
     ] = False,

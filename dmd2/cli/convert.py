@@ -59,7 +59,7 @@ def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with --set post_hoc_ema=true.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder of weights.")],
     width: Annotated[float, typer.Option(help="Width of the average, as a part of the run: 0.01 to 0.28.")] = 0.1,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
     """Make the averaged weights of a run at any width (EDM2's post-hoc EMA), from what its checkpoints left."""
     import tempfile

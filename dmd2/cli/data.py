@@ -14,7 +14,7 @@ SHARD = Annotated[int, typer.Option(min=1, help="Rows in a file.")]
 PART = Annotated[
     str | None, typer.Option(metavar="I/N", help="Every N-th file, from the I-th; torchrun's RANK unless given.")
 ]
-DEVICE = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
+DEVICE = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")]
 
 
 def prompts(
@@ -78,7 +78,7 @@ def pairs(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; that of the teacher's samples unless given.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
     part: PART = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
 ) -> None:

@@ -31,7 +31,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the first image; image i uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(help="Images at once.")] = 64,
     resize: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to first.")] = None,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
     churn: Annotated[
         str | None,
         typer.Option(metavar="S_CHURN[,S_TMIN,S_TMAX,S_NOISE]", help="Noise that an EDM teacher's sampler adds."),
@@ -69,7 +69,7 @@ def ref_stats(
     ] = None,
     resize: Annotated[int | None, typer.Option(help="Side in pixels that images are brought to first.")] = None,
     batch: Annotated[int, typer.Option(help="Images at once.")] = 64,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
     """Mean and covariance of images' features, for --ref, as EDM's .npz. Only fid can do without the images."""
     from dmd2.evaluation.evaluate import CLASSIFIER, INCEPTION, reference_statistics

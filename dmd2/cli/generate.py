@@ -104,7 +104,7 @@ def generate(
     vae: Annotated[str, option(OUTPUT, "VAE: kl; or tiny (TAESDXL): faster, less sharp.")] = "kl",
     churn: Annotated[str | None, option(WHAT, "Noise that an EDM teacher's sampler adds.", metavar=CHURN)] = None,
     out: Annotated[Path, option(OUTPUT, "Folder for the PNG files.")] = Path("outputs"),
-    device: Annotated[str, option(OUTPUT, "Device: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, option(OUTPUT, "Device: auto, cpu, cuda or cuda:1.")] = "auto",
     as_json: Annotated[bool, option(OUTPUT, "Print one JSON object for each image.", "--json")] = False,
     **asked: Any,
 ) -> None:

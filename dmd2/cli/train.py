@@ -50,7 +50,7 @@ def train(
         Path | None, typer.Option(help="TorchScript VGG16 (vgg16.pt) for DMD's regression; L2 without it.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE unless given.")] = None,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
     parallel: Annotated[
         Literal["ddp", "fsdp2"] | None,
         typer.Option(help="Under torchrun: copies of the networks that average gradients (the default), or shards."),

@@ -49,7 +49,10 @@ class Denoiser(Protocol):
     """A network seen as x0(x, σ, cond), with x = x0 + σ·n."""
 
     sigmas: Tensor
-    """(T,) ascending training noise levels."""
+    """(T,) ascending training noise levels, fp32, on the network's device."""
+
+    table: Tensor
+    """`sigmas` on the CPU, fp64: reading a level there makes no GPU wait."""
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x (B, C, H, W) fp32, sigma (B,) → x0 (B, C, H, W), fp32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from dmd2.inference.mode import Mode
 from dmd2.models.model import Model, family_of
 from dmd2.runtime.compiled import save_kernels
 from dmd2.runtime.errors import InvalidInput
-from dmd2.runtime.offload import peak_memory
+from dmd2.runtime.offload import download, peak_memory, upload
 from dmd2.runtime.placement import prefers_gpu
 from dmd2.weights.manifest import DEFAULT, read_manifest
 
@@ -55,7 +56,7 @@ class Engine:
 
     Args:
         folder: weights in diffusers' layout with a `dmd2.json`.
-        device: "cpu", "cuda" or "auto" (cuda where there is one).
+        device: "cpu", "cuda", one of several GPUs ("cuda:1") or "auto" (cuda where there is one).
         dtype: of networks; by default see `dmd2.runtime.placement.default_dtype`.
         modes: to load at once, so that a broken file is an error now and the first image is fast.
         trace: `warm_up` records networks for repeated calls: on a GPU they are compiled (see `dmd2.runtime.placement`
@@ -147,12 +148,12 @@ class Engine:
             def after_step(done: int, x0: Tensor, rows: list[int] = rows) -> None:
                 check()
                 if preview is not None and done < len(sigmas):
-                    preview(done, rows, self.model.preview_codec.decode(x0).cpu())
+                    preview(done, rows, download(self.model.preview_codec.decode(x0)))
 
             x0 = self._sample(mode, cond, uncond, noise, sigmas, size, edit, after_step)
             sampled = self._clock()
             # Decode
-            images[rows] = edit.finish(self.model.codec.decode(x0).cpu())
+            images[rows] = edit.finish(download(self.model.codec.decode(x0)))
             denoise, decode = denoise + sampled - began, decode + self._clock() - sampled
         return images, Timings(text, denoise, decode)
 
@@ -201,7 +202,7 @@ class Engine:
         codec = self.model.codec
         count = self.model.teacher_noises(steps) if mode.levels is None else steps
         shape = (count, codec.channels, size[1] // codec.factor, size[0] // codec.factor)
-        return seeded_noise(seeds, shape, self.device)
+        return upload(seeded_noise(seeds, shape), self.model.device)
 
     def _sample(
         self,
@@ -285,15 +286,22 @@ def _bytes(prompt: str, cond: Cond) -> int:
 
 
 def resolve_device(name: torch.device | str) -> torch.device:
-    """ "auto" is cuda where there is one (unless DMD2_MEMORY=cpu), else the CPU.
+    """ "auto" is cuda where there is one (unless DMD2_MEMORY=cpu), else the CPU. "cuda:1" is this thread's GPU from
+    now on.
 
     Raises:
         UserError: the device is not there.
     """
     if isinstance(name, torch.device):
         return name
-    if name not in ("auto", "cpu", "cuda"):
-        raise InvalidInput("device", "expected auto, cpu or cuda", name)
-    if name == "cuda" and not torch.cuda.is_available():
+    found = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name)
+    if found is None:
+        raise InvalidInput("device", "expected auto, cpu or cuda (of several GPUs such as cuda:1)", name)
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidInput("device", "this machine has none that torch can use; expected cpu", name)
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and prefers_gpu()) else "cpu")
+    device = torch.device(("cuda" if prefers_gpu() else "cpu") if name == "auto" else name)
+    if device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            raise InvalidInput("device", f"this machine has {count}; expected cuda:0 to cuda:{count - 1}", name)
+        torch.cuda.set_device(device)  # what streams, graphs and kernels are made for where none is named
+    return device

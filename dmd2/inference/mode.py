@@ -62,7 +62,7 @@ class Mode:
         """The noise levels of the steps, descending."""
         if self.levels is None:
             return teacher_sigmas(denoiser, self.steps)
-        return self.levels.sigmas or [float(denoiser.sigmas[t]) for t in self.timesteps(strength)]
+        return self.levels.sigmas or denoiser.table[self.timesteps(strength)].float().tolist()
 
 
 def modes_of(manifest: Manifest) -> list[str]:

@@ -38,10 +38,21 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Calls in here prepare for their shapes; it may take minutes."""
         self.recording_now = True
-        try:
-            yield
-        finally:
-            self.recording_now = False
+        with searching():
+            try:
+                yield
+            finally:
+                self.recording_now = False
+
+
+@contextmanager
+def searching() -> Iterator[None]:
+    """cuDNN times its algorithms for each new shape, which takes seconds, and keeps to the fastest afterwards."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class Compiler(Recorder):
@@ -150,16 +161,17 @@ def cuda_graphs(pool: Any) -> Callable[[Function, tuple[Tensor | None, ...]], Fu
     outside the pool, and outputs are copied out of it at once (or the next call would overwrite them).
     """
 
+    side = torch.cuda.Stream()  # one for all: libraries keep a workspace for each stream that they have seen
+
     def capture(function: Function, inputs: tuple[Tensor | None, ...]) -> Function:
         main = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):  # compiles, chooses algorithms, makes workspaces: none may be captured
             for _ in range(3):
                 function(*inputs)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             outputs = function(*inputs)
         return replaying(graph.replay, inputs, outputs)
 

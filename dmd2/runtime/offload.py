@@ -146,6 +146,23 @@ def save_memory(vae: Any, tiles: bool) -> None:
         vae.tile_latent_min_size = 512 // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device. The host does not wait: work that is queued there goes on meanwhile."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # from other memory a copy waits for the whole queue
+
+
+def download(tensor: Tensor) -> Tensor:
+    """A tensor of the device's in the host's memory, into pages that a GPU writes to by itself."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
 def host_memory() -> int:
     """Bytes of memory that this machine, or the container it is, has for processes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

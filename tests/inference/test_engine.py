@@ -279,11 +279,23 @@ def test_resolve_device_takes_auto_cpu_cuda_and_refuses_others() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(UserError, match="device tpu: expected auto, cpu or cuda"):
-        resolve_device("tpu")
+    for name in ("tpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0"):
+        with pytest.raises(UserError, match=f"device {name}: expected auto, cpu or cuda"):
+            resolve_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device cuda: this machine has none"):
             resolve_device("cuda")
+
+
+def test_of_several_gpus_one_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert resolve_device("cuda") == torch.device("cuda") and not chosen
+    assert resolve_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
+    with pytest.raises(UserError, match="device cuda:2: this machine has 2; expected cuda:0 to cuda:1"):
+        resolve_device("cuda:2")
 
 
 def test_a_warm_up_says_how_far_it_is(weights: Path, caplog: pytest.LogCaptureFixture) -> None:

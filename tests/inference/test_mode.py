@@ -51,6 +51,7 @@ def test_the_default_is_the_student_with_the_most_steps_else_the_teacher() -> No
 def test_levels_are_those_of_the_student_and_a_strength_leaves_the_last() -> None:
     class Table:
         sigmas = torch.arange(1, 11) / 4
+        table = sigmas.double()
 
     weights = manifest([4], teacher=True)
     assert Mode.parse("4", weights).sigmas(Table()) == [1.0, 0.75, 0.5, 0.25]  # type: ignore[arg-type]

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from dmd2.diffusion.noise import per_image
 from dmd2.models.stable_diffusion.codec import LATENT_CHANNELS
 from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.models.stable_diffusion.unet import Control
@@ -81,7 +83,7 @@ class ControlModel:
             timesteps: of the steps, descending.
             scale: 0 is no guidance.
             part: the first ⌊part · steps⌋ steps are guided, at least one. By default all with a ControlNet, half of
-                them with a T2I-Adapter, as in DMD2's example.
+                them with a T2I-Adapter, as in DMD2's example. In the others what it adds is 0.
 
         Raises:
             UserError: the sides are no multiples of `unit`.
@@ -93,15 +95,21 @@ class ControlModel:
             )
         if part is None:
             part = 0.5 if self.is_adapter else 1.0
-        last = timesteps[max(1, int(part * len(timesteps))) - 1]
+        count = max(1, int(part * len(timesteps)))
         if self.channels == 1:
             image = grey(image)
         values = (image[None].to(self.device).float() / 255).to(next(self.network.parameters()).dtype)
         residuals = self._adapter(values, scale) if self.is_adapter else self._control_net(values, scale)
 
+        if count >= len(timesteps):
+            return residuals
+
         def control(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:
-            # The steps of a batch are those of each of its images.
-            return residuals(x, timestep, cond) if int(timestep[0]) >= last else {}
+            # Whether this step is guided is decided where the timestep is: asking for it would make the host wait.
+            guided = timestep >= timesteps[count - 1]
+            return tree_map(
+                lambda added: added * per_image(guided, added).to(added.dtype), residuals(x, timestep, cond)
+            )
 
         return control
 

@@ -353,8 +353,8 @@ class Edm:
     def __init__(self, network: EdmNetwork, *, compile: bool = False) -> None:
         self.network, self.config = network, network.config
         self.device = next(network.parameters()).device
-        table = karras_sigmas(1000, self.config.sigma_min, self.config.sigma_max)
-        self.sigmas = table.float().to(self.device)
+        self.table = karras_sigmas(1000, self.config.sigma_min, self.config.sigma_max)
+        self.sigmas = self.table.float().to(self.device)
         self._network: Any = torch.compile(network) if compile else network
         self._encoder: Any = torch.compile(network.bottleneck) if compile else network.bottleneck
 

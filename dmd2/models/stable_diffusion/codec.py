@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmd2.runtime.compiled import Compiler
+from dmd2.runtime.offload import upload
 
 LATENT_CHANNELS = 4
 """of SD 1.5 and SDXL"""
@@ -43,7 +44,7 @@ class LatentCodec:
 
         Where bool (H, W) `shown` is false, images are taken to be mid-grey.
         """
-        x = images.to(self.device).float() / 127.5 - 1
+        x = upload(images, self.device).float() / 127.5 - 1
         if shown is not None:
             x = x * shown.to(x)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -59,9 +60,10 @@ class LatentCodec:
             ArithmeticError: the images, or the latents, are not finite; in bytes they would be black.
         """
         images = self.decoded(x)
-        if not images.isfinite().all():
+        finite, pixels = images.isfinite().all(), ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+        if not finite:  # asked for when all of the work is queued
             raise ArithmeticError(f"the decoded image is not finite ({self.dtype}): a number was too large for it")
-        return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+        return pixels
 
     def decoded(self, x: Tensor) -> Tensor:
         """fp32 (B, C, h, w) → fp32 (B, 3, h·f, w·f) in about [−1, 1], differentiable."""

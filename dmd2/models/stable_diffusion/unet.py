@@ -67,7 +67,7 @@ class StableDiffusion:
         self.table = sd_sigmas() if sigmas is None else sigmas.double()
         """`sigmas` in float64, on the CPU"""
         self.sigmas = self.table.float().to(self.device)
-        self._log_sigmas = self.table.log()
+        self._log_sigmas = self.table.log().to(self.device)
         self._plain = _WithBottleneck(unet)
         self._half: Any = None
         self._compile = compile
@@ -92,15 +92,18 @@ class StableDiffusion:
         return nullcontext() if self._recorder is None else self._recorder.recording()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The (fractional) index in the σ table of each (B,) σ: exactly an integer at the table's own entries."""
+        """The (fractional) index in the σ table of each (B,) σ: exactly an integer at the table's own entries.
+
+        All of it happens where the table is: a host that asked for a value would wait for all that a GPU has to do.
+        """
         table = self._log_sigmas
-        log_sigma = sigma.detach().cpu().double().log().clamp(table[0], table[-1])
+        log_sigma = sigma.detach().to(table.device).double().log().clamp(table[0], table[-1])
         low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, len(table) - 2)
         fraction = (log_sigma - table[low]) / (table[low + 1] - table[low])
         index = low + fraction
         nearest = index.round()
         # σ arrives in float32: what is within its rounding of a table entry is that entry.
-        return torch.where((index - nearest).abs() < 1e-3, nearest, index).float().to(sigma.device)
+        return torch.where((index - nearest).abs() < 1e-3, nearest, index).float()
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: TextCondition, *given: Any, **named: Any) -> Tensor:
         """The first of `features`, of the same arguments."""
@@ -154,7 +157,7 @@ class StableDiffusion:
 
     @contextmanager
     def _running(self, x: Tensor) -> Iterator[None]:
-        with self._adapter(), torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+        with self._adapter(), torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext():
             yield
 
     def _x0(self, x: Tensor, sigma: Tensor, variance: Tensor, output: Tensor) -> Tensor:

@@ -8,12 +8,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dmd2.diffusion.noise import add_noise, sd_sigmas
+from dmd2.diffusion.sampling import sample_few_step
 from dmd2.emoji.architecture import build_unet
+from dmd2.models.adapters.control import ControlModel
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
 from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
+from tests.tiny_sdxl import build_adapter, build_sdxl_unet
 
 TEXT = 256  # both encoders' hidden states
 POOLED = 128
@@ -369,3 +374,50 @@ def test_codec_of_a_kl_autoencoder_encodes_to_the_mean() -> None:
     mean = vae.encode(images.float() / 127.5 - 1).latent_dist.mean
     assert z.shape == (1, 4, 2, 2) and torch.allclose(z, mean * 0.13025, atol=1e-5)
     assert codec.decode(z).shape == images.shape
+
+
+# What a GPU would be made to wait for
+
+
+class Crossing(TorchDispatchMode):
+    """Notes operations that read from one device and write to another. "meta" stands for a GPU: the host can ask it
+    for no value at all, so whatever would make a GPU wait fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.ndim]
+        if len({t.device for t in tensors}) > 1:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+@torch.no_grad()
+def test_no_step_copies_between_host_and_device_or_waits(controlled: bool) -> None:
+    network = build_sdxl_unet().to("meta")
+    denoiser = StableDiffusion(network)
+    adapter = ControlModel(build_adapter().to("meta"), torch.device("meta"))
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    control = adapter.guide(image, [999, 749, 499, 249]) if controlled else None
+    cond = condition(2).to("meta")
+    noise = torch.empty(2, 4, 4, 8, 8, device="meta")
+    sigmas = denoiser.table[[999, 749, 499, 249]].tolist()
+    with Crossing() as crossing:
+        x0 = sample_few_step(
+            lambda x, s: denoiser(x, s, cond, control), denoiser.scale_initial_noise, noise.unbind(1), sigmas
+        )
+    assert x0.shape == (2, 4, 8, 8) and x0.is_meta
+    assert crossing.found == []
+
+
+def test_a_wait_would_be_found() -> None:
+    x = torch.ones(2, device="meta")
+    with pytest.raises(RuntimeError), Crossing():
+        float(x.sum())
+    with Crossing() as crossing:
+        torch.ones(2).to("meta")
+    assert len(crossing.found) == 1
