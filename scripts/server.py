@@ -1,4 +1,4 @@
-"""For bench-server, soak-server and load-api: a service with the embedded model, in processes of its own."""
+"""The service with the embedded model in processes of its own: for bench-server and -doors, soak-server, load-api."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Server:
 
     words: tuple[str, ...] = ("cog",)
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
         port = free_port("127.0.0.1")
         self.url, self.temporary, self._log = f"http://127.0.0.1:{port}", folder / "temporary", folder / "log"
         self.temporary.mkdir(exist_ok=True)
         with self._log.open("wb") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "dmd2.cli", *self.words, "--port", str(port)],
+                [sys.executable, "-m", "dmd2.cli", *self.words, "--port", str(port), *options],
                 cwd=ROOT,
                 env=os.environ | {"TMPDIR": str(self.temporary)} | environment,
                 stdin=subprocess.DEVNULL,
@@ -100,9 +100,9 @@ class ApiServer(Server):
 
 
 @contextmanager
-def running(folder: Path, **environment: str) -> Iterator[Server]:
+def running(folder: Path, kind: type[Server] = Server, **environment: str) -> Iterator[Server]:
     """A server that is ready, until the end of the block."""
-    server = Server(folder, **environment)
+    server = kind(folder, **environment)
     try:
         server.wait_until_ready()
         yield server

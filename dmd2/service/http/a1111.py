@@ -20,15 +20,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from PIL import ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from dmd2.inference.image_input import MOST_BYTES, Role, read_image
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
-from dmd2.service.http.models import Models, Run, Served, request_of
-from dmd2.service.http.openai import ERRORS, MOST_IMAGES
+from dmd2.service.http.models import Models, Run, Served, request_of, timing
+from dmd2.service.http.openai import ERRORS, MOST_IMAGES, Timeout
 from dmd2.service.http.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def router(models: Models) -> APIRouter:
         """The model that a caller names now, or has chosen before; titles are names."""
         return models.find(str(name or callers.checkpoint(request.state.caller) or "") or None)
 
-    async def made(request: Request, body: TextToImage) -> Images:
+    async def made(request: Request, response: Response, body: TextToImage, timeout: float | None) -> Images:
         n = (body.batch_size or 1) * (body.n_iter or 1)
         if n > MOST_IMAGES:
             raise Refusal(
@@ -245,7 +245,7 @@ def router(models: Models) -> APIRouter:
             asked = await asyncio.to_thread(asked_by, body, served)
         except UserError as error:
             raise Refusal.of(error) from None
-        job = _Job(served.offer_for(request.state, asked, n, body.prompt))
+        job = _Job(served.offer_for(request.state, asked, n, body.prompt, timeout=timeout or 600.0))
         callers.jobs.setdefault(caller, []).append(job)
         try:
             await job.run.unless_gone(request.receive, asyncio.wait({job.task}))
@@ -256,15 +256,20 @@ def router(models: Models) -> APIRouter:
             callers.jobs[caller].remove(job)
             if not callers.jobs[caller]:
                 del callers.jobs[caller]
+        response.headers.update({"X-Queue-Position": str(job.run.position)} | timing(job.images))
         return answered(body, job)
 
     @routes.post("/txt2img", responses=errors)
-    async def txt2img(request: Request, body: TextToImage) -> Images:
-        return await made(request, body)
+    async def txt2img(
+        request: Request, response: Response, body: TextToImage, x_request_timeout: Timeout = None
+    ) -> Images:
+        return await made(request, response, body, x_request_timeout)
 
     @routes.post("/img2img", responses=errors)
-    async def img2img(request: Request, body: ImageToImage) -> Images:
-        return await made(request, body)
+    async def img2img(
+        request: Request, response: Response, body: ImageToImage, x_request_timeout: Timeout = None
+    ) -> Images:
+        return await made(request, response, body, x_request_timeout)
 
     @routes.get("/options")
     async def options(request: Request) -> Settings:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -241,6 +241,15 @@ class Models:
         """After the last answer."""
         for served in self.served.values():
             await asyncio.to_thread(served.service.close)
+
+
+def timing(images: Iterable[OutputImage]) -> dict[str, str]:
+    """The header that says how many milliseconds each stage took, of the image that took the longest in it."""
+    longest: dict[str, float] = {}
+    for image in images:
+        longest |= {stage: max(seconds, longest.get(stage, 0.0)) for stage, seconds in image.seconds.items()}
+    text = ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in longest.items())
+    return {"Server-Timing": text} if text else {}
 
 
 def request_of(steps: int | None, **fields: Any) -> ImageRequest:

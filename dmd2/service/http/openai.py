@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 
 from dmd2.inference.request import ImageRequest, parse_size
 from dmd2.runtime.errors import InvalidInput
-from dmd2.service.http.models import Models, Run, Served, request_of
+from dmd2.service.http.models import Models, Run, Served, request_of, timing
 from dmd2.service.http.refusal import ErrorBody, Refusal
 
 if TYPE_CHECKING:
@@ -375,6 +375,7 @@ def router(models: Models, kept: Kept, clock: Callable[[], float] = time.time) -
         if body.stream:
             return Events(made, headers)
         answer = await run.unless_gone(request.receive, made.whole())
+        headers |= timing(made.images)
         return Response(answer.model_dump_json(exclude_none=True), 200, headers, "application/json")
 
     @routes.post(

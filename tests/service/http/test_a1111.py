@@ -83,6 +83,21 @@ def ask(body: Any, service: FakeService | None = None, path: str = "txt2img") ->
     return asyncio.run(run())
 
 
+def test_its_door_has_deadlines_positions_and_timings_as_the_other() -> None:
+    async def run() -> None:
+        service = FakeService()
+        async with client_of(fake_app(service)) as client:
+            made = await client.post(f"{API}/txt2img", json={"prompt": "an owl"})
+            assert made.headers["x-queue-position"] == "0" and "denoise;dur=10.0" in made.headers["server-timing"]
+            service.open.clear()
+            late = await client.post(
+                f"{API}/txt2img", json={"prompt": "an owl"}, headers={"X-Request-Timeout": "0.01"}
+            )
+            assert late.status_code == 408 and late.json()["error"] == "timeout"
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("body", [OPEN_WEBUI, SILLYTAVERN, LIBRECHAT], ids=["Open WebUI", "SillyTavern", "LibreChat"])
 def test_a_clients_own_body_is_answered_in_the_shape_that_it_reads(body: dict[str, Any]) -> None:
     service = FakeService()

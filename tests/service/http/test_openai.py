@@ -71,6 +71,9 @@ def test_every_field_reaches_the_service() -> None:
         "input_tokens_details": details,
     }
     assert answer.headers["x-queue-position"] == "0"
+    stages = dict(each.split(";dur=") for each in answer.headers["server-timing"].split(", "))
+    assert stages.keys() == {"queue", "text", "denoise", "decode", "safety", "encode"}
+    assert float(stages["denoise"]) == 10  # of the slowest image, not of all
 
 
 def test_defaults_are_the_weights_own() -> None:
