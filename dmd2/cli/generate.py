@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from inspect import Parameter, Signature, signature
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from dmd2.models.adapters.lora import Lora
 
 BEGAN = time.perf_counter()
-STEPS = "Steps: 1 or 4; or teacher, teacher-4, teacher-1 to compare. The most that there are unless given."
+STEPS = "Steps: 1 or 4; or teacher, teacher-4, teacher-1 to compare. Repeatable; the most there are unless given."
 CHURN = "S_CHURN[,S_TMIN,S_TMAX,S_NOISE]"
 WHAT, IMAGE, ADAPTERS, OUTPUT = "What to generate", "From an image", "Adapters", "Output"
 PER_PROMPT = 1000
@@ -89,7 +90,7 @@ def generate(
     weights: Annotated[
         Path, option(WHAT, "Folder of weights with a dmd2.json, a tar of one, or a student in one safetensors file.")
     ] = EMOJI,
-    steps: Annotated[str | None, option(WHAT, STEPS, autocompletion=_steps)] = None,
+    steps: Annotated[list[str] | None, option(WHAT, STEPS, autocompletion=_steps)] = None,
     classes: Annotated[
         str | None,
         option(WHAT, "Instead of prompts: classes by number, such as 0,3-5; also writes a grid.", metavar="0-9"),
@@ -121,27 +122,31 @@ def generate(
     pixels = parse_size(size, "size") if size else None
     _check_folder(out)
 
-    from dmd2.diffusion.sampling import Churn
-    from dmd2.inference.engine import Engine
-    from dmd2.inference.image_output import image_metadata, save_grid, save_png
     from dmd2.inference.inputs import InputImages
-    from dmd2.inference.mode import default_mode
-    from dmd2.models.locate import locate
-    from dmd2.models.model import family_of
+    from dmd2.inference.mode import Mode, default_mode
     from dmd2.weights.manifest import read_manifest
 
     if weights.is_file():
+        from dmd2.models.locate import locate
+
         weights = locate(weights)
     manifest = read_manifest(weights)
-    if classes is not None and family_of(weights).takes_prompts:
-        raise InvalidInput("classes", f"{weights} takes prompts; expected a class-conditional model", classes)
-    steps = steps or default_mode(manifest)
-    if request.previews and steps == "teacher":
+    modes = tuple(Mode.parse(name, manifest).name for name in dict.fromkeys(steps or [default_mode(manifest)]))
+    if request.previews and "teacher" in modes:
         raise InvalidInput("previews", "the teacher's own sampler shows none; expected --steps with a student")
     given = InputImages.read(
         request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
     )
-    engine = Engine(weights, device, modes=(steps,), vae=vae, churn=None if churn is None else Churn.parse(churn))
+
+    # Only now torch, which takes a second: what is wrong with the arguments alone is told without it.
+    from dmd2.diffusion.sampling import Churn
+    from dmd2.inference.engine import Engine
+    from dmd2.inference.image_output import image_metadata, save_grid, save_png
+    from dmd2.models.model import family_of
+
+    if classes is not None and family_of(weights).takes_prompts:
+        raise InvalidInput("classes", f"{weights} takes prompts; expected a class-conditional model", classes)
+    engine = Engine(weights, device, modes=modes, vae=vae, churn=None if churn is None else Churn.parse(churn))
     for prompt in prompts:
         engine.model.encode_text.token_chunks(prompt)
     pixels = given.size(pixels, manifest.native_size, engine.model.size_unit)
@@ -150,10 +155,10 @@ def generate(
     loaded = time.perf_counter() - BEGAN
     out.mkdir(parents=True, exist_ok=True)
     first = secrets.randbelow(2**32 - PER_PROMPT) if request.seed is None else request.seed
-    drawn = []
-    for prompt in prompts:
-        for i in range(num_outputs):
-            metadata = image_metadata(engine, prompt, first + i, steps, edit, churn=churn)
+    for mode in modes:
+        drawn = []
+        for prompt, i in product(prompts, range(num_outputs)):
+            metadata = image_metadata(engine, prompt, first + i, mode, edit, churn=churn)
 
             def preview(step: int, _: list[int], images: Tensor, metadata: dict[str, object] = metadata) -> None:
                 save_png(images[0], out, metadata | {"preview_of_step": step})
@@ -161,16 +166,16 @@ def generate(
             # One at a time: an image's bits never depend on its neighbours. The service batches.
             began = time.perf_counter()
             images, timings = engine.generate_timed(
-                [prompt], [first + i], steps, pixels, edit=edit, preview=preview if request.previews else None
+                [prompt], [first + i], mode, pixels, edit=edit, preview=preview if request.previews else None
             )
             total = time.perf_counter() - began
             path = save_png(images[0], out, metadata)
             drawn.append(images[0])
             _tell(path, metadata, asdict(timings), total, loaded, as_json)
-    if classes is not None:
-        names = [manifest.class_names[int(n)] if manifest.class_names else f"class {n}" for n in prompts]
-        grid = save_grid(drawn, names, out / f"classes-{classes}_{steps}_{first}.png")
-        print(json.dumps({"grid": str(grid)}) if as_json else grid)
+        if classes is not None:
+            names = [manifest.class_names[int(n)] if manifest.class_names else f"class {n}" for n in prompts]
+            grid = save_grid(drawn, names, out / f"classes-{classes}_{mode}_{first}.png")
+            print(json.dumps({"grid": str(grid)}) if as_json else grid)
 
 
 def _tell(

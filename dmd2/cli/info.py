@@ -15,6 +15,7 @@ def info(
 ) -> None:
     """Say what a folder of weights is and whether its checksums hold; if they do not, the exit status is 2."""
     from dmd2.models.locate import locate
+    from dmd2.models.openvino.choice import describe
     from dmd2.runtime.errors import WeightsError
     from dmd2.weights.manifest import read_manifest, verify
 
@@ -30,6 +31,7 @@ def info(
         "teacher": None if manifest.teacher is None else manifest.teacher.model_dump(exclude={"subfolder"}),
         "licence": manifest.licence,
         "sources": {name: source.revision for name, source in manifest.sources.items()},
+        "on a CPU": describe(),
         "files": len(manifest.files),
         "megabytes": round(sum(sizes.values()) / 1e6, 1),
     }

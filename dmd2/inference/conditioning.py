@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.diffusion.denoiser import Codec
-from dmd2.diffusion.sampling import Callback, Denoise, check_strength, inpaint, noised, sample_few_step
+from dmd2.diffusion.sampling import Callback, Denoise, inpaint, noised, sample_few_step
+from dmd2.inference.request import check_together
 from dmd2.models.adapters.control import SCALE
 from dmd2.models.adapters.lora import Lora
-from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.runtime.errors import InvalidInput
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +128,6 @@ class ImageConditioning:
         if self.image is None or self.mask is None:
             return images
         return torch.where(self.mask, images, self.image)
-
-
-def check_together(
-    image: object, mask: object, strength: float, control: object = None, control_image: object = None
-) -> None:
-    """Raises UserError unless what is given (or None) goes together."""
-    if mask is not None and image is None:
-        raise InvalidInput("mask", "given without an image; expected the image that it is a mask of")
-    check_strength(strength)
-    if (control is None) != (control_image is None):
-        raise UserError("control, control_image: expected both or neither")
 
 
 def _sha256(pixels: Tensor) -> str:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
-import torch
 from PIL import Image
-from torch import Tensor
 
-from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning, check_together
 from dmd2.inference.image_input import LIGHT, ImageFile, Role, resized
-from dmd2.inference.request import aspect_size
-from dmd2.models.adapters.lora import Lora
+from dmd2.inference.request import aspect_size, check_together
+
+if TYPE_CHECKING:  # torch takes a second: what is wrong with a file is told before
+    from torch import Tensor
+
+    from dmd2.inference.conditioning import ImageConditioning
+    from dmd2.models.adapters.lora import Lora
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """uint8 (3, H, W): scaled to cover `size` (width, height), and what juts out cut off evenly."""
+    import torch
+
     pixels = numpy.array(resized(image.convert("RGB"), size))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def fitted_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """bool (H, W), true where the mask is light: that is generated anew. Fitted as the image it belongs to."""
+    import torch
+
     grey = resized(image.convert("L"), size, method=Image.Resampling.BILINEAR)
     return torch.from_numpy(numpy.array(grey)) >= LIGHT
 
@@ -82,6 +89,8 @@ class InputImages:
         Raises:
             UserError: a file is damaged, or they do not go together.
         """
+        from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
+
         check_together(self.image, self.mask, self.strength, control, self.control_image)
         if self.image is None and self.control_image is None and not loras:
             return TEXT_TO_IMAGE

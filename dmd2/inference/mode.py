@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dmd2.diffusion.denoiser import Denoiser
-from dmd2.diffusion.sampling import teacher_sigmas, timesteps_for_strength
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.weights.manifest import Manifest, Student
+
+if TYPE_CHECKING:  # torch takes a second: a mode that does not exist is told before
+    from dmd2.diffusion.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,14 @@ class Mode:
 
     def timesteps(self, strength: float = 1.0) -> list[int]:
         """The few-step student's, descending, that are left of them at this strength; empty if it has only sigmas."""
+        from dmd2.diffusion.sampling import timesteps_for_strength
+
         return [] if self.levels is None else timesteps_for_strength(self.levels.timesteps, strength)
 
     def sigmas(self, denoiser: Denoiser, strength: float = 1.0) -> list[float]:
         """The noise levels of the steps, descending."""
+        from dmd2.diffusion.sampling import teacher_sigmas
+
         if self.levels is None:
             return teacher_sigmas(denoiser, self.steps)
         return self.levels.sigmas or denoiser.table[self.timesteps(strength)].float().tolist()

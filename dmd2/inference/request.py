@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dmd2.runtime.errors import InvalidInput, first_error, shown
+from dmd2.runtime.errors import InvalidInput, UserError, first_error, shown
 
 if TYPE_CHECKING:
     from dmd2.inference.engine import Engine
@@ -154,6 +154,18 @@ def resolve_request(
     if size[0] * size[1] > most:
         raise InvalidInput("width, height", f"{size[0]}x{size[1]}; expected at most {most} pixels in all")
     return size, steps, secrets.randbelow(2**32) if request.seed is None else request.seed
+
+
+def check_together(
+    image: object, mask: object, strength: float, control: object = None, control_image: object = None
+) -> None:
+    """Raises UserError unless what is given (or None) goes together."""
+    if mask is not None and image is None:
+        raise InvalidInput("mask", "given without an image; expected the image that it is a mask of")
+    if not 0 < strength <= 1:
+        raise InvalidInput("prompt_strength", f"{strength}; expected more than 0, at most 1")
+    if (control is None) != (control_image is None):
+        raise UserError("control, control_image: expected both or neither")
 
 
 def aspect_size(ratio: str, native: tuple[int, int], unit: int) -> tuple[int, int]:

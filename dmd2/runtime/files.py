@@ -9,6 +9,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,22 @@ from dmd2.runtime.errors import InvalidInput, UserError, shown
 
 MOST_JSON = 16_000_000
 """bytes of a JSON file that is read, at most"""
+_SHAPES_ALONE = ContextVar("shapes alone", default=False)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within it networks are what their `config.json` describes, and files of weights need not be there."""
+    token = _SHAPES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ALONE.reset(token)
+
+
+def only_shapes() -> bool:
+    """Whether this is called within `shapes_alone`."""
+    return _SHAPES_ALONE.get()
 
 
 @contextmanager

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import ExitStack, suppress
+from functools import cached_property
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dmd2.runtime.errors import WeightsError, shown
-from dmd2.runtime.files import read_object
+from dmd2.runtime.files import only_shapes, read_object
 
 # diffusers up to 0.16 named the attention of VAEs differently. Files of that time are still about.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -29,22 +28,27 @@ MOST_LAYERS, MOST_CHANNELS = 200, 1_000_000
 """of any number in a config.json, and of the numbers in one list. (CLIP's vocabulary has 49,408 words.)"""
 MOST_SHARDS = 100
 NAMED = 3  # keys in an error message, at most
-_SHAPES_ALONE = ContextVar("shapes alone", default=False)
 
 
-@contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Within it networks are what their `config.json` describes, and files of weights need not be there."""
-    token = _SHAPES_ALONE.set(True)
-    try:
-        yield
-    finally:
-        _SHAPES_ALONE.reset(token)
+class Deferred:
+    """A network that is loaded at its first use; its configuration is known before.
 
+    Args:
+        config: as the network has it.
+        load: the network.
+    """
 
-def only_shapes() -> bool:
-    """Whether this is called within `shapes_alone`."""
-    return _SHAPES_ALONE.get()
+    def __init__(self, config: Any, load: Callable[[], Any]) -> None:
+        self.config, self._load = config, load
+
+    @cached_property
+    def network(self) -> Any:
+        return self._load()
+
+    @classmethod
+    def of(cls, network: Any) -> Deferred:
+        """A network that is loaded already, or one of these."""
+        return network if isinstance(network, Deferred) else cls(network.config, lambda: network)
 
 
 def unfilled(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -163,6 +167,8 @@ def build_network(kind: Any, config: Path, settings: Mapping[str, Any] | None = 
     Raises:
         UserError: it describes none.
     """
+    from accelerate import init_empty_weights
+
     settings = dict(read_object(config) if settings is None else settings)
     parameters = signature(getattr(kind, "config_class", kind)).parameters
     # Others are notes of those who made it: of training, of versions.

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dmd2.runtime.errors import WeightsError
-from dmd2.runtime.files import sha256_file
-from dmd2.runtime.loading import only_shapes
+from dmd2.runtime.files import only_shapes, sha256_file
 
 
 @contextmanager

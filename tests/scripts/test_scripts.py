@@ -29,7 +29,7 @@ case "$*" in
     "-m venv --clear "*) rm -rf "$4"; mkdir -p "$4/bin"; cp -- "$0" "$4/bin/python"
         printf '#!/bin/sh\\necho "dmd2 $*" >> "%s/calls.txt"\\n' "$PWD" > "$4/bin/dmd2"
         chmod +x "$4/bin/dmd2" ;;
-    "-m pip --version") ;;
+    "-m pip --version" | "-m compileall"*) ;;
     "-m pip install"*) echo "$*" >> "$here/../../calls.txt"; exit "$FAKE_PIP_STATUS" ;;
     *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
@@ -154,15 +154,15 @@ def test_torch_index_is_handed_to_pip(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["a red apple on a blue background --steps 4", "a red apple on a blue background --steps 1"]),
-        (["a cat", "--seed", "7"], ["a cat --seed 7 --steps 4", "a cat --seed 7 --steps 1"]),
-        (["a cat", "--steps", "1"], ["a cat --steps 1"]),
-        (["a cat", "--steps=4", "--seed", "7"], ["a cat --steps=4 --seed 7"]),
+        ([], "a red apple on a blue background --steps 4 --steps 1"),
+        (["a cat", "--seed", "7"], "a cat --seed 7 --steps 4 --steps 1"),
+        (["a cat", "--steps", "1"], "a cat --steps 1"),
+        (["a cat", "--steps=4", "--seed", "7"], "a cat --steps=4 --seed 7"),
     ],
 )
-def test_demo_draws_with_four_steps_and_with_one(tree: Tree, arguments: list[str], expected: list[str]) -> None:
+def test_demo_draws_with_four_steps_and_with_one(tree: Tree, arguments: list[str], expected: str) -> None:
     assert tree.run("demo", *arguments).returncode == 0
-    assert tree.calls()[2:] == [f"dmd2 generate {line}" for line in expected]
+    assert tree.calls()[2:] == [f"dmd2 generate {expected}"]
 
 
 class Service(NamedTuple):

@@ -17,8 +17,8 @@ from torch import Tensor
 from dmd2.models.edm.layers import STYLES, resample_filter
 from dmd2.models.edm.network import Edm, EdmConfig, EdmNetwork, channels_last
 from dmd2.runtime.errors import UserError, first_error
-from dmd2.runtime.files import atomic_text
-from dmd2.runtime.loading import only_shapes, unfilled
+from dmd2.runtime.files import atomic_text, only_shapes
+from dmd2.runtime.loading import unfilled
 from dmd2.runtime.tensors import save_tensors
 from dmd2.weights.folders import whole_folder
 from dmd2.weights.manifest import Manifest, Student, Teacher, read_manifest, verify, write_manifest

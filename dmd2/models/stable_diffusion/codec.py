@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmd2.runtime.compiled import Compiler
+from dmd2.runtime.loading import Deferred
 from dmd2.runtime.offload import upload
 
 LATENT_CHANNELS = 4
@@ -18,16 +20,36 @@ MORE_CHANNELS = 8
 
 
 class LatentCodec:
-    """A diffusers VAE (`AutoencoderKL`, `AutoencoderTiny`) as a `Codec`: uint8 images to latents and back."""
+    """A diffusers VAE (`AutoencoderKL`, `AutoencoderTiny`) as a `Codec`: uint8 images to latents and back.
 
-    def __init__(self, vae: Any, *, compiler: Compiler | None = None, device: torch.device | None = None) -> None:
-        self.vae = vae
-        parameter = next(vae.parameters())
-        self.device, self.dtype = device or parameter.device, parameter.dtype
-        self._decode: Callable[[Tensor], Tensor] = lambda z: vae.decode(z).sample
+    Args:
+        vae: itself, or a `Deferred` one, with `runs`, `device` and `dtype`.
+        runs: "encode" and "decode", if something else than torch runs them: tensors to tuples of one.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        *,
+        compiler: Compiler | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        runs: Mapping[str, Callable[..., tuple[Tensor, ...]]] | None = None,
+    ) -> None:
+        self._vae = Deferred.of(vae)
+        if device is None or dtype is None:
+            parameter = next(self.vae.parameters())
+            device, dtype = device or parameter.device, parameter.dtype
+        self.device, self.dtype, config = device, dtype, self._vae.config
+        self._scale: float = config.scaling_factor
+        if runs:
+            encode, decode = runs["encode"], runs["decode"]
+            self._encode: Callable[[Tensor], Tensor] = lambda images: encode(images)[0]
+            self._decode: Callable[[Tensor], Tensor] = lambda z: decode(z)[0]
+        else:
+            self._encode, self._decode = partial(_encoded, self.vae), partial(_decoded, self.vae)
         if compiler is not None:  # one image fills a GPU, and takes gigabytes on the way
             self._decode = compiler(self._decode, most=1)
-        config = vae.config
         channels = config.get("decoder_block_out_channels", config.get("block_out_channels"))
         self.factor: int = 2 ** (len(channels) - 1)
         """pixels per latent, along each side"""
@@ -37,6 +59,11 @@ class LatentCodec:
         normalised = mean is not None and std is not None
         self._mean = torch.tensor(mean if normalised else [0.0], device=self.device).float().view(1, -1, 1, 1)
         self._std = torch.tensor(std if normalised else [1.0], device=self.device).float().view(1, -1, 1, 1)
+
+    @property
+    def vae(self) -> Any:
+        """diffusers' own."""
+        return self._vae.network
 
     @torch.no_grad()
     def encode(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
@@ -48,9 +75,8 @@ class LatentCodec:
         if shown is not None:
             x = x * shown.to(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        encoded = self.vae.encode(x.to(self.dtype))
-        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (z.float() - self._mean) * self.vae.config.scaling_factor / self._std
+        z = self._encode(x.to(self.dtype))
+        return (z.float() - self._mean) * self._scale / self._std
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -67,5 +93,26 @@ class LatentCodec:
 
     def decoded(self, x: Tensor) -> Tensor:
         """fp32 (B, C, h, w) → fp32 (B, 3, h·f, w·f) in about [−1, 1], differentiable."""
-        z = (x.to(self.device) * self._std / self.vae.config.scaling_factor + self._mean).to(self.dtype)
+        z = (x.to(self.device) * self._std / self._scale + self._mean).to(self.dtype)
         return self._decode(z.contiguous(memory_format=torch.channels_last)).float()
+
+
+def _encoded(vae: Any, images: Tensor) -> Tensor:
+    encoded = vae.encode(images)
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+
+
+def _decoded(vae: Any, z: Tensor) -> Tensor:
+    return vae.decode(z).sample
+
+
+class OneWay(nn.Module):
+    """A VAE's "encode" or "decode" as a network of its own, which can be converted."""
+
+    def __init__(self, vae: Any, way: str) -> None:
+        super().__init__()
+        self.vae, self._run = vae, {"encode": _encoded, "decode": _decoded}[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [−1, 1] → (B, C, H/f, W/f), the most likely latents; or back."""
+        return self._run(self.vae, x)

@@ -78,17 +78,15 @@ def read_schedule(folder: Path) -> Schedule:
 
 def network_class(name: str, folder: Path) -> Any:
     """The class of the network of SDXL or SD 1.5 in the subfolder called `name`, which lies at `folder`."""
-    import diffusers
+    if name in ("unet", "vae"):
+        import diffusers
+
+        return getattr(
+            diffusers, "UNet2DConditionModel" if name == "unet" else read_vae_config(folder)["_class_name"]
+        )
     import transformers
 
-    match name:
-        case "unet":
-            return diffusers.UNet2DConditionModel
-        case "vae":
-            return getattr(diffusers, read_vae_config(folder)["_class_name"])
-        case "text_encoder_2":
-            return transformers.CLIPTextModelWithProjection
-    return transformers.CLIPTextModel
+    return transformers.CLIPTextModelWithProjection if name == "text_encoder_2" else transformers.CLIPTextModel
 
 
 def read_vae_config(folder: Path) -> dict[str, Any]:

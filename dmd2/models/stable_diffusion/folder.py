@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 
 from dmd2.diffusion.noise import zero_snr_sigmas
 from dmd2.models.adapters.lora_training import Adapted
-from dmd2.models.stable_diffusion.codec import LatentCodec
+from dmd2.models.openvino.kept import Kept
+from dmd2.models.stable_diffusion.codec import LatentCodec, OneWay
 from dmd2.models.stable_diffusion.configs import (
     SCHEDULER,
     Schedule,
@@ -24,8 +26,8 @@ from dmd2.models.stable_diffusion.configs import (
     read_schedule,
     read_vae_config,
 )
-from dmd2.models.stable_diffusion.text import TextEncoder
-from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion
+from dmd2.models.stable_diffusion.text import KeptTokenizer, States, TextEncoder
+from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion, WithBottleneck
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import atomic_text, read_object
 from dmd2.runtime.loading import load_network
@@ -64,11 +66,12 @@ def load_text_to_image(
     trace: bool = False,
     placement: Placement | None = None,
     vae: str = "vae",
+    kept: Kept | None = None,
 ) -> TextToImage:
     """Text encoders (SDXL's two, or SD 1.5's one), VAE and the UNets in `subfolders`, in `dtype` on `device`, frozen.
 
     `trace` records the UNets for repeated calls (see `StableDiffusion`); `placement` says what else is done to them.
-    `vae` is the VAE's subfolder.
+    `vae` is the VAE's subfolder. With `kept`, networks run by OpenVINO, and torch's are loaded when they are needed.
 
     Raises:
         UserError: a file is missing, damaged or not what the manifest says.
@@ -83,28 +86,84 @@ def load_text_to_image(
     with _checked(folder, manifest, subfolders, [*tokenizers, *names, vae], vae) as (schedule, check):
         for name in tokenizers:
             check(name)
-        words = [load_tokenizer(folder / name) for name in tokenizers]
-        encoders = []
+        words = [_tokenizer(folder, name, kept) for name in tokenizers]
+        encoders: list[Any] = []
+        runs = []
         for name in names:
             check(name)
-            file = folder / name / "model.safetensors"
-            encoders.append(load_network(network_class(name, folder / name), file, placement.host(device), dtype))
+
+            def encoder(name: str = name) -> Any:
+                file = folder / name / "model.safetensors"
+                network = load_network(network_class(name, folder / name), file, placement.host(device), dtype)
+                placement.prepare_module(name, network)
+                return network
+
+            if kept is None:
+                encoders.append(encoder())
+            else:
+                parts = {"states": partial(_states_of, alone=len(names) == 1, window=words[len(encoders)])}
+                one, run = kept.network(name, encoder, parts)
+                encoders.append(one)
+                runs.append(run["states"])
             config, words_of = encoders[-1].config, words[len(encoders) - 1]
             window, most = words_of.model_max_length, config.max_position_embeddings
             if not 3 <= window <= most:
                 raise UserError(f"{folder}: a tokenizer of {shown(window, 20)} tokens; {name} takes 3 to {most}")
             if len(words_of) > config.vocab_size:
                 raise UserError(f"{folder}: a tokenizer of {len(words_of)} words; {name} knows {config.vocab_size}")
-            placement.prepare_module(name, encoders[-1])
         check(vae)
-        decoder = load_vae(folder / vae, placement.host(device), dtype)
-        placement.prepare_module("vae", decoder)
-        if placement.offloader is not None:
-            save_memory(decoder, placement.plan.tiles)
-        denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, schedule, check)
-    encode_text = TextEncoder(words, encoders, compiler=placement.compiler, device=device)
-    codec = LatentCodec(decoder, compiler=placement.compiler, device=device)
+        codec = load_codec(folder, vae, device, dtype, placement, kept)
+        denoisers = _load_denoisers(folder, subfolders, device, dtype, trace, placement, schedule, check, kept)
+    encode_text = TextEncoder(words, encoders, compiler=placement.compiler, device=device, runs=runs)
     return TextToImage(manifest, encode_text, codec, denoisers)
+
+
+def load_codec(
+    folder: Path, name: str, device: torch.device, dtype: torch.dtype, placement: Placement, kept: Kept | None = None
+) -> LatentCodec:
+    """The VAE in a subfolder as a `Codec`. Raises UserError if there is none, or a damaged one."""
+
+    def load() -> Any:
+        vae = load_vae(folder / name, placement.host(device), dtype)
+        placement.prepare_module("vae", vae)
+        if placement.offloader is not None:
+            save_memory(vae, placement.plan.tiles)
+        return vae
+
+    if kept is None:
+        return LatentCodec(load(), compiler=placement.compiler, device=device)
+    vae, runs = kept.network(name, load, {way: partial(_way_of, way=way) for way in ("encode", "decode")})
+    return LatentCodec(vae, device=device, dtype=dtype, runs=runs)
+
+
+# What is converted, and examples of its inputs, of a batch of two.
+
+
+def _states_of(encoder: Any, alone: bool, window: Any) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return States(encoder, alone), (torch.zeros(2, window.model_max_length, dtype=torch.int64),)
+
+
+def _way_of(vae: Any, way: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    codec = LatentCodec(vae)
+    channels, side = (3, 16 * codec.factor) if way == "encode" else (codec.channels, 16)
+    return OneWay(vae, way), (torch.zeros(2, channels, side, side, dtype=codec.dtype),)
+
+
+def _unet_of(unet: Any) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    config, dtype = unet.config, unet.dtype
+    side, tokens = 2 ** (len(config.block_out_channels) + 1), 32
+    zeros = partial(torch.zeros, dtype=dtype)
+    inputs = [zeros(2, config.in_channels, side, side), torch.zeros(2), zeros(2, tokens, config.cross_attention_dim)]
+    if config.addition_embed_type is not None:
+        numbers = 6 * config.addition_time_embed_dim
+        inputs += [zeros(2, config.projection_class_embeddings_input_dim - numbers), zeros(2, 6)]
+    return WithBottleneck(unet), tuple(inputs)
+
+
+def _tokenizer(folder: Path, name: str, kept: Kept | None) -> Any:
+    if kept is None:
+        return load_tokenizer(folder / name)
+    return KeptTokenizer(kept.settings(name, lambda: KeptTokenizer.described(load_tokenizer(folder / name))))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -134,10 +193,12 @@ def load_denoisers(
     *,
     trace: bool = False,
     placement: Placement | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, StableDiffusion]:
     """The UNets in `subfolders`, by these, and nothing else. Otherwise as `load_text_to_image`."""
     with _checked(folder, read_manifest(folder), subfolders) as (schedule, check):
-        return _load_denoisers(folder, subfolders, device, dtype, trace, placement or Placement(), schedule, check)
+        placement = placement or Placement()
+        return _load_denoisers(folder, subfolders, device, dtype, trace, placement, schedule, check, kept)
 
 
 @contextmanager
@@ -169,19 +230,28 @@ def _load_denoisers(
     placement: Placement,
     schedule: Schedule,
     check: Callable[[str], None],
+    kept: Kept | None = None,
 ) -> dict[str, StableDiffusion]:
-    from diffusers import UNet2DConditionModel
-
     check("scheduler")
     sigmas = zero_snr_sigmas() if schedule.zero_snr else None
     denoisers = {}
     for name in subfolders:
         check(name)
-        unet = load_network(UNet2DConditionModel, folder / name / UNET_FILE, placement.host(device), dtype)
-        placement.prepare_module(name, unet)
-        denoisers[name] = StableDiffusion(
-            unet, schedule.prediction_type, sigmas, trace=trace, compiler=placement.compiler, device=device
-        )
+
+        def load(name: str = name) -> Any:
+            unet = load_network(
+                network_class("unet", folder), folder / name / UNET_FILE, placement.host(device), dtype
+            )
+            placement.prepare_module(name, unet)
+            return unet
+
+        how: dict[str, Any] = {"trace": trace, "compiler": placement.compiler}
+        if kept is not None and kept.takes(name):
+            unet, runs = kept.network(name, load, {"x0": _unet_of})
+            how = {"dtype": dtype, "run": runs["x0"]}
+        else:
+            unet = load()
+        denoisers[name] = StableDiffusion(unet, schedule.prediction_type, sigmas, device=device, **how)
     return denoisers
 
 

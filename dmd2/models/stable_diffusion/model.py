@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +13,21 @@ from torch import Tensor, nn
 from dmd2.diffusion.sampling import Callback, Churn, Denoise, sample_dpm_solver_2m
 from dmd2.models.adapters.control import ControlModel, load_control
 from dmd2.models.adapters.lora import Fused, Loras, read_lora
+from dmd2.models.openvino.choice import describe, is_enabled
+from dmd2.models.openvino.kept import Kept
 from dmd2.models.stable_diffusion.codec import LatentCodec
-from dmd2.models.stable_diffusion.folder import load_denoisers, load_text_to_image, load_vae
+from dmd2.models.stable_diffusion.folder import load_codec, load_denoisers, load_text_to_image
 from dmd2.models.stable_diffusion.unet import StableDiffusion
 from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import read_object
 from dmd2.runtime.offload import LARGE_MODEL_PARAMS
-from dmd2.runtime.placement import count_parameters, default_dtype, place
+from dmd2.runtime.paths import cache_folder
+from dmd2.runtime.placement import Placement, count_parameters, default_dtype, place
 from dmd2.weights.manifest import Student, read_manifest, verify
 
 TINY = "vae_tiny"
+
+logger = logging.getLogger(__name__)
 
 
 class StableDiffusionModel:
@@ -49,6 +55,11 @@ class StableDiffusionModel:
         self.placement = place(parameters, device, self.dtype, width * height, fast=fast)
         small = max(parameters.values(), default=0) < LARGE_MODEL_PARAMS
         self._folder, self._trace = folder, fast and small and device.type == "cpu"
+        self._kept: Kept | None = None
+        if device.type == "cpu" and small and self.dtype == torch.float32 and is_enabled():
+            self._kept = Kept(folder, manifest, cache_folder() / "openvino", self.dtype)
+        if device.type == "cpu":
+            logger.info("networks run by %s", "torch" if self._kept is None else describe())
         loaded = load_text_to_image(
             folder,
             subfolders,
@@ -57,6 +68,7 @@ class StableDiffusionModel:
             trace=self._trace,
             placement=self.placement,
             vae=vae_folder(folder, vae),
+            kept=self._kept,
         )
         self.manifest, self.codec, self.encode_text = manifest, loaded.codec, loaded.encode_text
         self.denoisers: dict[str, StableDiffusion] = loaded.denoisers
@@ -73,6 +85,7 @@ class StableDiffusionModel:
                 self.dtype,
                 trace=self._trace,
                 placement=self.placement,
+                kept=self._kept,
             )
         return self.denoisers[subfolder]
 
@@ -81,7 +94,7 @@ class StableDiffusionModel:
     @property
     def size_unit(self) -> int:
         """Pixels. Sides that are multiples of it are halved without remainder on their way down the UNet."""
-        config = next(iter(self.denoisers.values())).unet.config if self.denoisers else None
+        config = next(iter(self.denoisers.values())).config if self.denoisers else None
         halvings = 0 if config is None else len(config.block_out_channels) - 1
         return self.codec.factor * 2**halvings
 
@@ -116,13 +129,15 @@ class StableDiffusionModel:
             return ()
         if loras and self.placement.go_fast:
             raise UserError("LoRA: these networks run in 8-bit floats, which cannot be changed; unset DMD2_GO_FAST")
-        encoders = dict(zip(("text_encoder", "text_encoder_2"), self.encode_text.encoders, strict=False))
+        names = ("text_encoder", "text_encoder_2")[: len(self.encode_text.tokenizers)]
         for lora, _ in loras:
             for part, layer in lora.layers:
-                if part not in ("unet", *encoders):
+                if part not in ("unet", *names):
                     raise UserError(f"LoRA {lora.name}: made for another model: this one has no {part} ({layer})")
         of_text = [(lora, scale) for lora, scale in loras if lora.changes_text]
-        self._fuse("text", encoders, of_text)
+        if of_text or "text" in self._fused:
+            self._fuse("text", dict(zip(names, self.encode_text.encoders, strict=False)), of_text)
+            self.encode_text.weights_changed = bool(self._fused["text"])
         try:
             self._fuse(subfolder, {"unet": denoiser.unet}, loras)
         finally:
@@ -146,7 +161,7 @@ class StableDiffusionModel:
         if folder not in self._controls:
             if self._folder in folder.parents:
                 verify(self._folder, self.manifest, {folder.relative_to(self._folder).parts[0]})
-            unets = [denoiser.unet.config for denoiser in self.denoisers.values()]
+            unets = [denoiser.config for denoiser in self.denoisers.values()]
             host = self.placement.host(self.device)
             loaded = load_control(folder, host, self.dtype, unets[0] if unets else None)
             if self.placement.offloader is not None:
@@ -160,7 +175,7 @@ class StableDiffusionModel:
         if not (self._folder / TINY).is_dir():
             return self.codec
         verify(self._folder, self.manifest, {TINY})
-        return LatentCodec(load_vae(self._folder / TINY, self.device, self.dtype), device=self.device)
+        return load_codec(self._folder, TINY, self.device, self.dtype, Placement(), self._kept)
 
 
 def vae_folder(folder: Path, vae: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dmd2.diffusion.denoiser import Condition
 from dmd2.diffusion.noise import per_image
 from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.loading import Deferred
 
 MOST_TOKENS = 1500
 """of a prompt, at most: 20 chunks of CLIP's window. A rare character is up to four tokens"""
@@ -69,22 +71,40 @@ class TextEncoder:
     SDXL concatenates the penultimate hidden states of both and takes the second one's projected embedding as
     `pooled`. Prompts longer than the window (77 tokens in SDXL) are encoded window by window and concatenated
     along the sequence; `pooled` is then the first window's.
+
+    Args:
+        encoders: transformers' own; or `Deferred` ones, with `runs` and a device.
+        runs: what else than torch runs each encoder while its weights are as they are: see `States`.
     """
 
     def __init__(
         self,
         tokenizers: Sequence[Any],
-        encoders: Sequence[nn.Module],
+        encoders: Sequence[Any],
         *,
         compiler: Compiler | None = None,
         device: torch.device | None = None,
+        runs: Sequence[Callable[..., Any]] = (),
     ) -> None:
         if len(tokenizers) != len(encoders) or len(encoders) not in (1, 2):
             raise ValueError(f"expected one or two tokenizers and as many encoders, not {len(tokenizers)}")
-        self.tokenizers, self.encoders, self._device = list(tokenizers), list(encoders), device
-        run: list[Any] = [partial(_states, encoder, len(encoders) == 1) for encoder in encoders]
-        # Only captured: compiling gains little on top, and takes its time.
-        self._run = [compiler(function, compile=False) for function in run] if compiler else run
+        self.tokenizers, self._device = list(tokenizers), device
+        self._encoders = [Deferred.of(encoder) for encoder in encoders]
+        self._run: list[Any] = list(runs) or self._plain
+        if compiler:  # only captured: compiling gains little on top, and takes its time
+            self._run = [compiler(function, compile=False) for function in self._run]
+        self._kept = bool(runs)
+        self.weights_changed = False
+        """set by who changes the encoders' weights for a while: what `runs` has the old ones"""
+
+    @property
+    def encoders(self) -> list[Any]:
+        """transformers' own."""
+        return [encoder.network for encoder in self._encoders]
+
+    @property
+    def _plain(self) -> list[Any]:
+        return [partial(_states, encoder, len(self._encoders) == 1) for encoder in self.encoders]
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
         """Encodes B prompts for images of `size` (width, height) in pixels. An empty prompt is "no text"."""
@@ -92,7 +112,8 @@ class TextEncoder:
         ids = [self._chunks(tokenizer, prompts) for tokenizer in self.tokenizers]
         chunks = max(t.shape[1] for t in ids)
         hidden, pooled = [], None
-        for tokens, tokenizer, run in zip(ids, self.tokenizers, self._run, strict=True):
+        runs = self._plain if self._kept and self.weights_changed else self._run
+        for tokens, tokenizer, run in zip(ids, self.tokenizers, runs, strict=True):
             if tokens.shape[1] < chunks:
                 empty = self._chunks(tokenizer, [""])[:, :1].expand(len(prompts), chunks - tokens.shape[1], -1)
                 tokens = torch.cat([tokens, empty], dim=1)
@@ -101,7 +122,7 @@ class TextEncoder:
             pooled = embeds[0].unflatten(0, tokens.shape[:2])[:, 0] if embeds else None
         keep = torch.tensor([bool(p.strip()) for p in prompts], device=device)
         context = torch.cat(hidden, dim=-1)
-        if len(self.encoders) == 1:
+        if len(self._encoders) == 1:
             return TextCondition(context)
         return TextCondition(context, pooled, time_ids(size, context)).masked(keep)
 
@@ -129,7 +150,7 @@ class TextEncoder:
 
     def unconditional(self, cond: TextCondition, empty: Callable[[], TextCondition]) -> TextCondition:
         """What guidance leads away from: SD 1.5 was trained with an empty prompt there, SDXL with zeros."""
-        if len(self.encoders) > 1:
+        if len(self._encoders) > 1:
             return cond.unconditional()
         one = empty()
         return TextCondition(one.context.repeat(len(cond), cond.length // one.length, 1))
@@ -154,6 +175,53 @@ def time_ids(size: tuple[int, int], context: Tensor) -> Tensor:
     width, height = size
     row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=context.device)
     return row.expand(len(context), -1)
+
+
+class States(nn.Module):
+    """What one text encoder gives the UNet as a network of its own, which can be converted."""
+
+    def __init__(self, encoder: nn.Module, alone: bool) -> None:
+        super().__init__()
+        self.encoder, self._alone = encoder, alone
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """int64 (B, L) → states (B, L, D), and the projected embedding (B, P) if the encoder has one."""
+        return _states(self.encoder, self._alone, tokens)
+
+
+class KeptTokenizer:
+    """What transformers made of a tokenizer's files, by `tokenizers` alone.
+
+    Args:
+        settings: as `described` gives them.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(settings["tokenizer"])
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.model_max_length: int = settings["model_max_length"]
+        self.pad_token_id: int = settings["pad_token_id"]
+        self.bos_token_id: int = settings["bos_token_id"]
+        self.eos_token_id: int = settings["eos_token_id"]
+
+    @staticmethod
+    def described(tokenizer: Any) -> dict[str, Any]:
+        """A tokenizer of transformers' as JSON."""
+        names = ("model_max_length", "pad_token_id", "bos_token_id", "eos_token_id")
+        return {
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            **{name: getattr(tokenizer, name) for name in names},
+        }
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        """As transformers' own, without marks of begin and end; for what has `input_ids`."""
+        return SimpleNamespace(input_ids=self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _states(encoder: nn.Module, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:

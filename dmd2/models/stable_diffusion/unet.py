@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from dmd2.diffusion.noise import per_image, sd_sigmas
 from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.runtime.compiled import Compiler, Traced
 from dmd2.runtime.errors import UserError
+from dmd2.runtime.loading import Deferred
 
 INPAINTING_CHANNELS = 9
 """latents to denoise, the mask, the latents of what is not masked"""
@@ -32,7 +34,7 @@ class StableDiffusion:
     """A `UNet2DConditionModel` as x0(x, σ, cond). See `dmd2.diffusion.denoiser.Denoiser`.
 
     Args:
-        unet: eps- or v-predicting, in any dtype.
+        unet: eps- or v-predicting, in any dtype; or a `Deferred` one, with `run`, `device` and `dtype`.
         prediction_type: what the UNet's output means: the scheduler's `prediction_type`.
         sigmas: (1000,) ascending; SD's own table by default.
         autocast: run the network in this dtype under autocast (for fp32 master weights); None runs it in
@@ -42,6 +44,9 @@ class StableDiffusion:
             gradients. Needs no compiler.
         compiler: allow `recording()` on a GPU: see `dmd2.runtime.compiled`. No gradients.
         device: where the network runs, if its weights are not there yet.
+        dtype: of its weights, if they are not there yet.
+        run: what else than torch runs the network where it can: for sizes that the blocks halve without remainder,
+            without control and with the weights as they are. Its arguments and results are `WithBottleneck`'s.
         adapter: what surrounds each call: a LoRA in training, see `Adapted.active`.
     """
 
@@ -56,32 +61,45 @@ class StableDiffusion:
         trace: bool = False,
         compiler: Compiler | None = None,
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        run: Callable[..., Any] | None = None,
         adapter: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', not {prediction_type!r}")
-        self.unet, self.prediction_type, self.autocast = unet, prediction_type, autocast
-        self._adapter = adapter
-        parameter = next(unet.parameters())
-        self.device, self.dtype = device or parameter.device, parameter.dtype
+        self._unet, self.prediction_type, self.autocast = Deferred.of(unet), prediction_type, autocast
+        self._adapter, self._run = adapter, run
+        if device is None or dtype is None:
+            parameter = next(self.unet.parameters())
+            device, dtype = device or parameter.device, parameter.dtype
+        self.device, self.dtype = device, dtype
+        self.config: Any = self._unet.config
         self.table = sd_sigmas() if sigmas is None else sigmas.double()
         """`sigmas` in float64, on the CPU"""
         self.sigmas = self.table.float().to(self.device)
         self._log_sigmas = self.table.log().to(self.device)
-        self._plain = _WithBottleneck(unet)
         self._half: Any = None
         self._compile = compile
-        self._traced = Traced(self._plain) if trace and compiler is None else None
+        self._traced = Traced(self._plain) if trace and compiler is None and run is None else None
         self._recorder = compiler or self._traced
-        self._network: Any = self._traced or self._plain
+        self._network: Any = self._traced or run or self._plain
         if compile:
             self._network = torch.compile(self._plain)
         elif compiler is not None:
             self._network = compiler(self._plain)
-        self.inpaints: bool = unet.config.in_channels == INPAINTING_CHANNELS
+        self.inpaints: bool = self.config.in_channels == INPAINTING_CHANNELS
         """whether each call needs what is known of the image, see `features`"""
         self.weights_changed = False
         """set by who changes the UNet's weights for a while: records of it, which hold the old ones, are not used"""
+
+    @property
+    def unet(self) -> Any:
+        """diffusers' own."""
+        return self._unet.network
+
+    @cached_property
+    def _plain(self) -> WithBottleneck:
+        return WithBottleneck(self.unet)
 
     def recording(self) -> AbstractContextManager[None]:
         """Calls in here record the network for their shapes, where that was asked for; later ones replay it.
@@ -133,7 +151,7 @@ class StableDiffusion:
             inputs = (full, timestep, condition.context, condition.pooled, condition.time_ids)
             if control is not None:
                 output, bottleneck = self._plain(*inputs, **control(scaled, timestep, condition))
-            elif self.weights_changed and self._traced is not None:
+            elif (self.weights_changed and self._recorded) or not self._fits(full):
                 output, bottleneck = self._plain(*inputs)
             else:
                 output, bottleneck = self._network(*inputs)
@@ -160,6 +178,16 @@ class StableDiffusion:
         with self._adapter(), torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext():
             yield
 
+    @property
+    def _recorded(self) -> bool:
+        """Whether the weights are elsewhere, too."""
+        return self._traced is not None or self._run is not None
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the network as it is prepared takes inputs of this size."""
+        unit = 2 ** (len(self.config.block_out_channels) - 1)
+        return self._run is None or not any(side % unit for side in x.shape[2:])
+
     def _x0(self, x: Tensor, sigma: Tensor, variance: Tensor, output: Tensor) -> Tensor:
         # With ᾱ = 1/(1+σ²) and x_t = √ᾱ·x, DDPM's x0 = (x_t − √(1−ᾱ)·eps)/√ᾱ becomes x − σ·eps, and
         # x0 = √ᾱ·x_t − √(1−ᾱ)·v (Salimans & Ho 2022, app. D) becomes x/(1+σ²) − σ/√(1+σ²)·v.
@@ -178,7 +206,7 @@ class StableDiffusion:
         return (1 + sigma**2) / sigma**2
 
 
-class _WithBottleneck(nn.Module):
+class WithBottleneck(nn.Module):
     """The UNet's output and its mid-block's, in one forward pass (a hook, not a copied forward)."""
 
     def __init__(self, unet: Any) -> None:

@@ -31,7 +31,7 @@ from dmd2.data.pairs import RegressionPairs
 from dmd2.diffusion.draws import Ranks
 from dmd2.models.family import Family, open_family
 from dmd2.runtime.errors import InvalidInput
-from dmd2.runtime.loading import shapes_alone
+from dmd2.runtime.files import shapes_alone
 from dmd2.training.distil import Distillation, wire
 from dmd2.training.loop import Batch, Ema, Method, training_step
 from dmd2.training.methods.common import Recipe, Samples
