@@ -138,6 +138,13 @@ def generate(
         request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
     )
 
+    from dmd2.models.openvino.choice import is_enabled
+
+    if device in ("auto", "cpu") and is_enabled():
+        from dmd2.models.openvino.kept import load_ahead
+        from dmd2.runtime.paths import cache_folder
+
+        load_ahead(weights, manifest, [Mode.parse(name, manifest).subfolder for name in modes], cache_folder())
     # Only now torch, which takes a second: what is wrong with the arguments alone is told without it.
     from dmd2.diffusion.sampling import Churn
     from dmd2.inference.engine import Engine

@@ -5,26 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from dmd2.models.openvino.network import Network, converted, runs_on
 from dmd2.runtime.files import atomic_bytes, sha256_file
-from dmd2.runtime.loading import Deferred
 from dmd2.weights.manifest import Manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dmd2.runtime.loading import Deferred
 
 FORMAT = 1
 """of these files; another one for another conversion of the same network"""
 READ = (".json", ".safetensors", ".txt")
 """endings of what a network or a tokenizer is made of"""
 DIGEST, LENGTH = 32, 8
+STATES, ENCODE, DECODE, X0 = "states", "encode", "decode", "x0"
+"""parts of Stable Diffusion's networks: of text encoders, of VAEs, of UNets"""
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +49,12 @@ class Kept:
 
     Args:
         folder: of weights.
-        cache: where they are kept.
-        dtype: that networks compute in.
+        cache: the cache folder.
+        dtype: that networks compute in, by its name in torch.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, cache: Path, dtype: torch.dtype) -> None:
-        self._folder, self._manifest, self._cache, self._dtype = folder, manifest, cache, dtype
+    def __init__(self, folder: Path, manifest: Manifest, cache: Path, dtype: str = "float32") -> None:
+        self._folder, self._manifest, self._cache, self._dtype = folder, manifest, cache / "openvino", dtype
 
     def network(
         self,
@@ -64,20 +69,27 @@ class Kept:
             load: the network itself.
             parts: by name, what makes of it the function to be kept, and an example of its inputs.
         """
+        from dmd2.runtime.loading import Deferred
+
+        _join()
         files = {part: self._path(name, part) for part in parts}
-        found = {part: _read(path) for part, path in files.items()}
-        if all(found.values()):
-            runs = {part: Network(content, self._dtype) for part, (_, content) in found.items() if content}  # type: ignore[misc]
-            settings = next(entry[0] for entry in found.values() if entry)
-            return Deferred(Settings(settings), load), runs
+        found = {part: _AHEAD.pop(path, None) or self._read(path) for part, path in files.items()}
+        here = {part: entry for part, entry in found.items() if entry is not None}
+        if len(here) == len(parts):
+            settings = next(iter(here.values()))[0]
+            return Deferred(Settings(settings), load), {part: run for part, (_, run) in here.items()}
         began = time.perf_counter()
         loaded = load()
         settings = json.loads(json.dumps(dict(_config(loaded)), default=str))
+        runs = {}
         for part, make in parts.items():
-            network, example = make(loaded)
-            _write(files[part], settings, converted(network, example, self._dtype))
+            content = converted(*make(loaded), self._dtype)
+            runs[part] = Network(content, self._dtype)
+            try:
+                _write(files[part], settings, content)
+            except OSError as error:
+                logger.warning("%s: cannot be kept (%s); every process converts it anew", files[part], error.strerror)
         logger.info("%s: converted for OpenVINO in %.1f s, once", name, time.perf_counter() - began)
-        runs = {part: Network(_expected(path), self._dtype) for part, path in files.items()}
         return Deferred(Settings(settings), load), runs
 
     def takes(self, name: str) -> bool:
@@ -93,15 +105,21 @@ class Kept:
         """What `make` makes of the files in a subfolder, kept as JSON."""
         path = self._path(name, "settings")
         found = _read(path)
-        if found is None:
-            found = make(), memoryview(b"")
-            _write(path, found[0], b"")
-        return found[0]
+        if found is not None:
+            return found[0]
+        settings = make()
+        with suppress(OSError):  # it is made in no time
+            _write(path, settings, b"")
+        return settings
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], Network] | None:
+        found = _read(path)
+        return None if found is None else (found[0], Network(found[1], self._dtype))
 
     def _path(self, name: str, part: str) -> Path:
         of = sorted(path for path in (self._folder / name).iterdir() if path.suffix in READ)
         sums = {path.name: self._manifest.files.get(f"{name}/{path.name}") or sha256_file(path) for path in of}
-        made_of = {"files": sums, "part": part, "dtype": str(self._dtype), **self._made_by}
+        made_of = {"files": sums, "part": part, "dtype": self._dtype, **self._made_by}
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         return self._cache / f"{name.rpartition('/')[2]}-{part}-{key[:32]}.bin"
 
@@ -109,6 +127,38 @@ class Kept:
     def _made_by(self) -> dict[str, object]:
         packages = ("torch", "diffusers", "transformers", "tokenizers")
         return {"format": FORMAT, **{name: version(name) for name in packages}, **runs_on()}
+
+
+_AHEAD: dict[Path, tuple[dict[str, Any], Network]] = {}
+_THREADS: list[threading.Thread] = []
+
+
+def load_ahead(folder: Path, manifest: Manifest, unets: Iterable[str], cache: Path) -> None:
+    """Begins to load, in a thread, what is kept of a Stable Diffusion model, for `Kept.network` to find.
+
+    While torch is imported, that takes hardly any time. What cannot be loaded is left to `Kept.network`.
+    """
+    kept = Kept(folder, manifest, cache)
+    parts: dict[str, tuple[str, ...]] = {name: (X0,) for name in unets if kept.takes(name)}
+    parts |= {"vae": (DECODE, ENCODE), "text_encoder": (STATES,), "text_encoder_2": (STATES,)}
+
+    def load() -> None:
+        try:
+            for name in parts:
+                for part in parts[name]:
+                    path = kept._path(name, part)
+                    if entry := kept._read(path):
+                        _AHEAD[path] = entry
+        except Exception as error:  # of any kind: the same happens again where it can be told
+            logger.debug("not loaded ahead: %s", error)
+
+    _THREADS.append(threading.Thread(target=load, name="load-ahead"))
+    _THREADS[-1].start()
+
+
+def _join() -> None:
+    while _THREADS:
+        _THREADS.pop().join()
 
 
 def _config(network: Any) -> Mapping[str, Any]:
@@ -128,12 +178,6 @@ def _read(path: Path) -> tuple[dict[str, Any], memoryview] | None:
         return None
     end = start + int.from_bytes(data[DIGEST:start], "little")
     return json.loads(bytes(data[start:end])), data[end:]
-
-
-def _expected(path: Path) -> memoryview:
-    found = _read(path)
-    assert found is not None, path
-    return found[1]
 
 
 def _write(path: Path, settings: Mapping[str, Any], content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""One network as OpenVINO runs it: torch's tensors in, torch's tensors out."""
+"""One network as OpenVINO runs it: torch's tensors in, torch's tensors out. Loading one needs no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import sys
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-"""what OpenVINO computes in, for the dtypes that it is used for"""
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+"""what OpenVINO computes in, for the names of torch's dtypes that it is used for"""
 
 
 @lru_cache(maxsize=1)
@@ -33,27 +33,29 @@ def runs_on() -> dict[str, object]:
     return {"openvino": openvino.get_version(), "cpu": sorted(able), "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "")}
 
 
-def _settings(dtype: torch.dtype) -> dict[str, object]:
-    return {
+def _settings(dtype: str) -> dict[str, object]:
+    settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # Else it binds its threads to cores: those of two processes to the same ones.
         "ENABLE_CPU_PINNING": False,
     }
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return settings | ({"INFERENCE_NUM_THREADS": int(threads)} if threads.isdecimal() else {})
 
 
-@torch.inference_mode(False)
-def converted(network: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype) -> bytes:
+def converted(network: nn.Module, example: tuple[Tensor, ...], dtype: str) -> bytes:
     """A network of positional tensors, compiled for any batch and size: what `Network` takes.
 
     Args:
         example: inputs of a batch of two, as sizes of one are taken for constants.
         dtype: to compute in, one of `HINTS`.
     """
+    import torch
+
     openvino, core = _openvino()
     # Tracing warns of each branch on a shape; callers use a record only where all of these go the same way.
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = openvino.convert_model(network.eval(), example_input=tuple(x.clone() for x in example))
     compiled = core.compile_model(model, "CPU", _settings(dtype))
@@ -68,16 +70,18 @@ class Network:
         dtype: that it was converted for.
     """
 
-    def __init__(self, content: bytes | memoryview, dtype: torch.dtype) -> None:
+    def __init__(self, content: bytes | memoryview, dtype: str) -> None:
         _, core = _openvino()
         compiled = core.import_model(io.BytesIO(content), "CPU", _settings(dtype))
         self._request, self._dtype = compiled.create_infer_request(), dtype
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """The network's outputs, which the next call does not overwrite. Inputs that are None are left out."""
+        import torch
+
         given = [self._plain(x) for x in inputs if x is not None]
         found = self._request.infer(given, share_inputs=True)
-        return tuple(torch.from_numpy(x).to(self._dtype) for x in found.to_tuple())
+        return tuple(torch.from_numpy(x).to(getattr(torch, self._dtype)) for x in found.to_tuple())
 
     @staticmethod
     def _plain(x: Tensor) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmd2.models.openvino.kept import DECODE, ENCODE
 from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.loading import Deferred
 from dmd2.runtime.offload import upload
@@ -43,7 +44,7 @@ class LatentCodec:
         self.device, self.dtype, config = device, dtype, self._vae.config
         self._scale: float = config.scaling_factor
         if runs:
-            encode, decode = runs["encode"], runs["decode"]
+            encode, decode = runs[ENCODE], runs[DECODE]
             self._encode: Callable[[Tensor], Tensor] = lambda images: encode(images)[0]
             self._decode: Callable[[Tensor], Tensor] = lambda z: decode(z)[0]
         else:
@@ -111,7 +112,7 @@ class OneWay(nn.Module):
 
     def __init__(self, vae: Any, way: str) -> None:
         super().__init__()
-        self.vae, self._run = vae, {"encode": _encoded, "decode": _decoded}[way]
+        self.vae, self._run = vae, {ENCODE: _encoded, DECODE: _decoded}[way]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [−1, 1] → (B, C, H/f, W/f), the most likely latents; or back."""

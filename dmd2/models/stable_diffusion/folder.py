@@ -16,7 +16,7 @@ from torch import nn
 
 from dmd2.diffusion.noise import zero_snr_sigmas
 from dmd2.models.adapters.lora_training import Adapted
-from dmd2.models.openvino.kept import Kept
+from dmd2.models.openvino.kept import DECODE, ENCODE, STATES, X0, Kept
 from dmd2.models.stable_diffusion.codec import LatentCodec, OneWay
 from dmd2.models.stable_diffusion.configs import (
     SCHEDULER,
@@ -101,10 +101,10 @@ def load_text_to_image(
             if kept is None:
                 encoders.append(encoder())
             else:
-                parts = {"states": partial(_states_of, alone=len(names) == 1, window=words[len(encoders)])}
+                parts = {STATES: partial(_states_of, alone=len(names) == 1, window=words[len(encoders)])}
                 one, run = kept.network(name, encoder, parts)
                 encoders.append(one)
-                runs.append(run["states"])
+                runs.append(run[STATES])
             config, words_of = encoders[-1].config, words[len(encoders) - 1]
             window, most = words_of.model_max_length, config.max_position_embeddings
             if not 3 <= window <= most:
@@ -132,7 +132,7 @@ def load_codec(
 
     if kept is None:
         return LatentCodec(load(), compiler=placement.compiler, device=device)
-    vae, runs = kept.network(name, load, {way: partial(_way_of, way=way) for way in ("encode", "decode")})
+    vae, runs = kept.network(name, load, {way: partial(_way_of, way=way) for way in (ENCODE, DECODE)})
     return LatentCodec(vae, device=device, dtype=dtype, runs=runs)
 
 
@@ -145,7 +145,7 @@ def _states_of(encoder: Any, alone: bool, window: Any) -> tuple[nn.Module, tuple
 
 def _way_of(vae: Any, way: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     codec = LatentCodec(vae)
-    channels, side = (3, 16 * codec.factor) if way == "encode" else (codec.channels, 16)
+    channels, side = (3, 16 * codec.factor) if way == ENCODE else (codec.channels, 16)
     return OneWay(vae, way), (torch.zeros(2, channels, side, side, dtype=codec.dtype),)
 
 
@@ -247,8 +247,8 @@ def _load_denoisers(
 
         how: dict[str, Any] = {"trace": trace, "compiler": placement.compiler}
         if kept is not None and kept.takes(name):
-            unet, runs = kept.network(name, load, {"x0": _unet_of})
-            how = {"dtype": dtype, "run": runs["x0"]}
+            unet, runs = kept.network(name, load, {X0: _unet_of})
+            how = {"dtype": dtype, "run": runs[X0]}
         else:
             unet = load()
         denoisers[name] = StableDiffusion(unet, schedule.prediction_type, sigmas, device=device, **how)

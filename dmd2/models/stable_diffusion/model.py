@@ -57,7 +57,7 @@ class StableDiffusionModel:
         self._folder, self._trace = folder, fast and small and device.type == "cpu"
         self._kept: Kept | None = None
         if device.type == "cpu" and small and self.dtype == torch.float32 and is_enabled():
-            self._kept = Kept(folder, manifest, cache_folder() / "openvino", self.dtype)
+            self._kept = Kept(folder, manifest, cache_folder())
         if device.type == "cpu":
             logger.info("networks run by %s", "torch" if self._kept is None else describe())
         loaded = load_text_to_image(
