@@ -6,6 +6,7 @@ both.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import platform
@@ -152,6 +153,8 @@ def serve(
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(threads)
     step, networks = {"dmd2": ours, "plain": plain}[kind](weights, recipe, data, device)
+    loading = peak_memory(device)
+    forget_peak(device)
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
         watched, number = number
@@ -164,7 +167,24 @@ def serve(
             step(number, clock)
         clock("")
         pipe.send({"seconds": clock.seconds, "total": clock.read() - began, "networks": clock.networks})
-    pipe.send(peak_memory(device))
+    pipe.send({"loading_peak_gb": round(loading / 1e9, 3), "peak_gb": round(steps_peak(device) / 1e9, 3)})
+
+
+def forget_peak(device: torch.device) -> None:
+    """Loading is not counted in `steps_peak`, where that can be: on a GPU, and on Linux."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def steps_peak(device: torch.device) -> int:
+    """Bytes: tensors on a GPU, the resident set on a CPU, at most since `forget_peak`."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda" or not status.exists():
+        return peak_memory(device)
+    return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def write_images(folder: Path, size: tuple[int, int]) -> None:
@@ -222,8 +242,9 @@ def bench(
             told = {kind: _turns(pipes, kind) for kind in kinds}
             every = recipe.generator_every
             whole = range(rounds * every)
-            for kind in kinds:  # to get warm: one step with both updates, one with the critic's
-                told[kind](0), told[kind](1)
+            for number in range(min(2, every)):  # to get warm: both updates, then the critic's alone
+                for kind in kinds:
+                    told[kind](number)
             taken: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
             for number in whole:
                 for kind in kinds:
@@ -231,8 +252,7 @@ def bench(
             looked = {kind: [told[kind](number, watched=True) for number in range(every)] for kind in kinds}
             for kind in kinds:
                 pipes[kind].send(None)
-                peak = pipes[kind].recv()
-                result[kind] = _figures(taken[kind], looked[kind], peak, recipe)
+                result[kind] = _figures(taken[kind], looked[kind], pipes[kind].recv(), recipe)
         except EOFError as error:
             raise RuntimeError("a process ended; what it said stands above") from error
         finally:
@@ -254,7 +274,7 @@ def _turns(pipes: dict[str, Any], kind: str) -> Callable[..., dict[str, Any]]:
 
 
 def _figures(
-    taken: list[dict[str, Any]], looked: list[dict[str, Any]], peak: int, recipe: Dmd2Recipe
+    taken: list[dict[str, Any]], looked: list[dict[str, Any]], peaks: dict[str, float], recipe: Dmd2Recipe
 ) -> dict[str, Any]:
     """Medians in milliseconds. A mean step is one of `generator_every`."""
     every, images = recipe.generator_every, recipe.loop.batch_size * recipe.loop.grad_accum_steps
@@ -269,7 +289,7 @@ def _figures(
         "step_ms": round(1000 * statistics.median(cycles), 1),
         **{f"{name}_ms": round(1000 * statistics.median(values), 1) for name, values in of.items() if values},
         "outside_networks": round(outside, 3),
-        "peak_gb": round(peak / 1e9, 3),
+        **peaks,
     }
 
 

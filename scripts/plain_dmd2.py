@@ -50,10 +50,12 @@ class PlainDmd2:
         self.tokenizers = [load_tokenizer(weights / name.replace("text_encoder", "tokenizer")) for name in names]
         self.vae = load_vae(weights / "vae", *cpu_float)
         self.teacher = load_network(UNet2DConditionModel, weights / manifest.teacher.subfolder / WEIGHTS, *cpu_float)
+        self.teacher.to(memory_format=torch.contiguous_format)  # as diffusers loads it
         self.student = copy.deepcopy(self.teacher).requires_grad_(True)
         self.fake = copy.deepcopy(self.teacher).requires_grad_(True)
         self.average = copy.deepcopy(self.student).requires_grad_(False) if recipe.loop.ema_decay else None
         self.caught: dict[str, Tensor] = {}
+        self.exit = 0
         self.fake.mid_block.register_forward_hook(lambda module, given, out: self.caught.update(middle=out))
         channels = self.fake.config.block_out_channels
         side = self.size[1] // self._factor() // 2 ** (len(channels) - 1)
@@ -78,6 +80,9 @@ class PlainDmd2:
         """One step; `phase` is called with the name of what begins."""
         phase("data")
         torch.manual_seed(number)
+        # As the project draws it, so that both roll out equally far.
+        drawn = torch.randint(len(self.recipe.timesteps), (1,), generator=torch.Generator().manual_seed(number))
+        self.exit = int(drawn)
         n = self.recipe.loop.batch_size
         rows = torch.randint(len(self.captions), (n,)).tolist()
         cond, uncond = self.encode(rows), self.nothing(n)
@@ -128,9 +133,9 @@ class PlainDmd2:
         return loss
 
     def generate(self, cond: dict[str, Any], *, gradient: bool) -> Tensor:
-        """x0 of a random exit step; earlier ones, and all without `gradient`, in fp32."""
+        """x0 of the step's exit; earlier ones, and all without `gradient`, in fp32."""
         timesteps = self.recipe.timesteps
-        last = int(torch.randint(len(timesteps), ()))
+        last = self.exit
         n = self.recipe.loop.batch_size
         width, height = (side // self._factor() for side in self.size)
         shape = n, self.teacher.config.in_channels, height, width
