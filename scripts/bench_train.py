@@ -37,7 +37,8 @@ from dmd2.training.recipes import build_method, resolve
 from dmd2.training.run.memory import predict
 from dmd2.weights.manifest import read_manifest
 
-IMAGES = 64
+IMAGES = 4
+"""at least"""
 Phase = Callable[[str], None]
 Step = Callable[[int, Phase], None]
 Networks = Callable[[], list[nn.Module]]
@@ -187,14 +188,14 @@ def steps_peak(device: torch.device) -> int:
     return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def write_images(folder: Path, size: tuple[int, int]) -> None:
+def write_images(folder: Path, size: tuple[int, int], count: int = IMAGES) -> None:
     """Noise with captions: what images show does not change how long a step takes."""
     from PIL import Image
 
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     lines = []
-    for i in range(IMAGES):
+    for i in range(count):
         pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{i:03d}.png")
         lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"a red apple on a table, number {i}"}))
@@ -229,7 +230,7 @@ def bench(
     pipes, processes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "latents"
-        write_images(data.with_name("images"), size)
+        write_images(data.with_name("images"), size, max(IMAGES, recipe.loop.batch_size))
         make_latents(weights, data.with_name("images"), data, device=where)
         try:
             for kind in kinds:

@@ -75,7 +75,6 @@ def test_both_steps_train_their_networks_and_say_how_long_what_took(
     bench = load("bench_train.py", monkeypatch)
     settings = resolve("emoji-dmd2-4step", ["data=latents", "batch_size=2", "precision=fp32"])
     assert isinstance(settings, Dmd2Recipe)
-    monkeypatch.setattr(bench, "IMAGES", 4)
     bench.write_images(tmp_path / "images", (64, 64))
     bench.make_latents(EMOJI, tmp_path / "images", tmp_path / "latents")
     for make in (bench.ours, bench.plain):
