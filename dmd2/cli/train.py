@@ -49,6 +49,12 @@ def train(
     lpips: Annotated[
         Path | None, typer.Option(help="TorchScript VGG16 (vgg16.pt) for DMD's regression; L2 without it.")
     ] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP model: samples of prompts get a CLIP score.")
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception's TorchScript file: samples of prompts get a patch-FID.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE unless given.")] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
     parallel: Annotated[
@@ -106,6 +112,7 @@ def train(
     folder = out or Path("runs") / str(recipe)
     paths = {"data": data, "init": init, "classifier": classifier}
     paths |= {"prompts": prompts, "student": student, "pairs": pairs_folder, "lpips": lpips}
+    paths |= {"clip": clip, "inception": inception}
     if cards is not None:
         from dmd2.training.run.memory import predict
 

@@ -15,7 +15,7 @@ from dmd2.data.images import ImageSet
 from dmd2.emoji.scenes import EmojiScenes
 from dmd2.emoji.scores import EmojiClassifier, quick_score
 from dmd2.evaluation.frechet import frechet_distance_of
-from dmd2.evaluation.metrics import SmallFeatures
+from dmd2.evaluation.metrics import ClipScore, Inception, SmallFeatures, centre_crop
 from dmd2.inference.image_output import labelled_grid
 from dmd2.models.family import Family, Labels
 from dmd2.runtime.errors import InvalidInput
@@ -23,6 +23,7 @@ from dmd2.runtime.paths import ROOT
 from dmd2.runtime.terminal import say
 
 QUICK_N = 128  # images that a score while training is of
+QUICK_BATCH = 8  # images of text at once
 CIFAR10_CLASSIFIER = ROOT / "weights" / "cifar10-classifier.safetensors"
 Generate = Callable[[Labels, list[int]], Tensor]
 """(labels of B images, B seeds) → uint8 (B, 3, H, W)"""
@@ -69,16 +70,68 @@ class CaptionPreview:
 class RowsPreview:
     """Images of the first texts of a run's data, as captions or encoded before."""
 
-    scores = False
-
-    def __init__(self, cond: Any, columns: int = 4) -> None:
-        self.cond, self.columns = cond, columns
+    def __init__(self, cond: Any, columns: int = 4, judge: TextScore | None = None) -> None:
+        self.cond, self.columns, self.judge, self.scores = cond, columns, judge, judge is not None
 
     def grid(self, generate: Generate) -> Tensor:
         return tile(generate(self.cond, list(range(len(self.cond)))).cpu(), self.columns)
 
     def score(self, generate: Generate) -> dict[str, float]:
-        return {}
+        assert self.judge is not None
+        return self.judge.score(generate)
+
+
+class TextScore:
+    """How good a text-to-image student is by now, of up to `QUICK_N` prompts and as many real images.
+
+    clip_score: the mean cosine of image and prompt. patch_fid: the Fréchet distance of Inception's features of the
+    images' middles (299x299) to those of real images. Of so few it is good for watching one run only. Networks are
+    loaded for a score and freed after it, so that training has their memory.
+
+    Args:
+        prompts: images are generated for the first of these.
+        clip: folder of a CLIP model; None: no clip_score.
+        inception: TorchScript file; None: no patch_fid.
+        real: rows → uint8 (B, 3, H, W), of which there are `count`.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        clip: Path | None,
+        inception: Path | None,
+        real: Callable[[list[int]], Tensor],
+        count: int,
+        device: torch.device,
+    ) -> None:
+        self.prompts, self.clip, self.inception = list(prompts[:QUICK_N]), clip, inception
+        self.real, self.count, self.device, self.told = real, min(QUICK_N, count), device, False
+        if inception is not None and min(self.count, len(self.prompts)) < 2:
+            found = f"{self.count} images and {len(self.prompts)} prompts"
+            raise InvalidInput("inception", f"patch-FID compares at least two images with two; there are {found}")
+
+    def score(self, generate: Generate) -> dict[str, float]:
+        if not self.told:
+            say(f"scores here are of {len(self.prompts)} images; `dmd2 evaluate` has comparable ones")
+        self.told = True
+        clip = ClipScore(self.clip, self.device) if self.clip else None
+        inception = Inception(self.inception, self.device) if self.inception else None
+        cosines, features = [], []
+        for start in range(0, len(self.prompts), QUICK_BATCH):
+            rows = range(start, min(start + QUICK_BATCH, len(self.prompts)))
+            texts = self.prompts[start : rows.stop]
+            images = generate(texts, list(rows)).cpu()
+            cosines += [clip(images, texts).cpu()] if clip else []
+            features += [inception(centre_crop(images))[0].cpu()] if inception else []
+        scores = {"clip_score": float(torch.cat(cosines).double().mean())} if clip else {}
+        if inception:
+            chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(3)).tolist()
+            real = [
+                inception(centre_crop(self.real(chosen[start : start + QUICK_BATCH])))[0].cpu()
+                for start in range(0, len(chosen), QUICK_BATCH)
+            ]
+            scores["patch_fid"] = frechet_distance_of(torch.cat(features), torch.cat(real))
+        return scores
 
 
 class ClassPreview:

@@ -22,7 +22,7 @@ from dmd2.runtime.errors import DataError, InvalidInput
 from dmd2.runtime.paths import EMOJI
 from dmd2.runtime.terminal import say
 from dmd2.training.parallel.group import ALONE, Parallel
-from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview, RowsPreview
+from dmd2.training.preview import CaptionPreview, ClassPreview, ClassScore, Preview, RowsPreview, TextScore
 from dmd2.weights.manifest import read_manifest
 
 PREVIEWED = 16
@@ -31,7 +31,7 @@ PREVIEWED = 16
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files and folders of a run, by option: data, init, classifier, prompts, student, pairs, lpips."""
+    """The files and folders of a run, by option: data, init, classifier, prompts, student, pairs, lpips, …"""
 
     paths: Mapping[str, Path | None]
     device: torch.device
@@ -249,7 +249,7 @@ class PromptSource:
         if family.takes_classes:
             told = f"{family.name} takes classes, not captions; expected data=images"
             raise InvalidInput("set", told, "data=prompts")
-        self.rows, (_, height, width) = inputs.rows, family.shape
+        self.inputs, self.rows, (_, height, width) = inputs, inputs.rows, family.shape
         self.size = width * family.codec.factor, height * family.codec.factor
         path, images = inputs.get("prompts"), inputs.get("data")
         if needs_images and images is None:
@@ -278,7 +278,18 @@ class PromptSource:
         return Examples(captions, self.images.images(rows, self.size), captions)
 
     def preview(self) -> Preview:
-        return RowsPreview(self.prompts[:PREVIEWED])
+        clip, inception = self.inputs.get("clip"), self.inputs.get("inception")
+        judge = None
+        if inception is not None and self.images is None:
+            raise InvalidInput("inception", "patch-FID compares with real images; expected `data` with it", inception)
+        if clip is not None or inception is not None:
+            images = self.images or ()
+            judge = TextScore(self.prompts, clip, inception, self._real, len(images), self.inputs.device)
+        return RowsPreview(self.prompts[:PREVIEWED], judge=judge)
+
+    def _real(self, rows: list[int]) -> Tensor:
+        assert self.images is not None
+        return self.images.images(rows, self.size)
 
 
 def _texts(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

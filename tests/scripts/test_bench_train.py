@@ -100,7 +100,13 @@ def test_both_steps_train_their_networks_and_say_how_long_what_took(
 def test_every_sdxl_recipe_has_rows_that_its_batch_can_be_shared_by(monkeypatch: pytest.MonkeyPatch) -> None:
     script = load("predict-memory", monkeypatch)
     rows = list(script.rows())
-    assert {row.recipe for row in rows} == {name for name in RECIPES if name.startswith("sdxl")} | {"lora-dmd2"}
+    of_sdxl = {name for name in RECIPES if name.startswith("sdxl")} | {"lora-dmd2"}
+    assert {row.recipe for row in rows} | set(script.ALIKE) == of_sdxl
+    for name, like in script.ALIKE.items():
+        one, other = (vars(RECIPES[each]) for each in (name, like))
+        assert {key for key in one if one[key] != other[key]} <= {"timesteps", "pretrained", "loop"}
+        loops = (replace(RECIPES[each].loop, iterations=1) for each in (name, like))
+        assert next(loops) == next(loops)
     assert len({row.name for row in rows}) == len(rows)
     for name in {row.recipe for row in rows}:
         assert {row.cards for row in rows if row.recipe == name} == {1, 8, 64}

@@ -16,7 +16,8 @@ from dmd2.data.images import ImageSet
 from dmd2.models.edm.family import EdmFamily
 from dmd2.models.edm.network import EdmConfig
 from dmd2.runtime.errors import UserError
-from dmd2.training.preview import QUICK_N, ClassScore, tile
+from dmd2.training.preview import QUICK_N, ClassScore, RowsPreview, TextScore, tile
+from dmd2.training.recipes import build_method, resolve
 from tests.training.pixels import CONFIG, write_set
 
 
@@ -83,3 +84,63 @@ def test_cifar10_s_classifier_is_at_hand() -> None:
     assert score is not None and score.network.classes == list(CIFAR10)
     scores = score.score(lambda labels, seeds: torch.zeros(QUICK_N, 3, 32, 32, dtype=torch.uint8))
     assert scores.keys() == {"accuracy"} and scores["accuracy"] < 0.2  # one and the same image
+
+
+class Length:
+    """In CLIP's place: an image is the nearer to its prompt the more its brightness is the prompt's length."""
+
+    def __init__(self, folder: Path, device: Any) -> None:
+        assert folder.name == "clip"
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return 1 - (images.float().mean((1, 2, 3)) - torch.tensor([float(len(p)) for p in prompts])).abs() / 255
+
+
+class Corner:
+    """In Inception's place: an image's first three colours."""
+
+    def __init__(self, path: Path, device: Any) -> None:
+        assert path.name == "inception.pt"
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        assert images.shape[2:] == (299, 299)
+        return images[:, :, 0, 0].float(), None
+
+
+@pytest.fixture
+def _judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmd2.training.preview, "ClipScore", Length)
+    monkeypatch.setattr(dmd2.training.preview, "Inception", Corner)
+
+
+@pytest.mark.usefixtures("_judges")
+def test_images_of_prompts_are_scored_by_their_prompts_and_real_images() -> None:
+    prompts = ["a" * n for n in range(1, 21)]
+    pixels = torch.randint(256, (20, 3, 320, 300), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seen: list[tuple[list[str], list[int]]] = []
+
+    def bright(texts: Any, seeds: list[int]) -> Tensor:
+        seen.append((texts, seeds))
+        lengths = torch.tensor([len(text) for text in texts], dtype=torch.uint8)
+        return lengths[:, None, None, None].expand(-1, 3, 320, 300).clone()
+
+    score = TextScore(prompts, Path("clip"), Path("inception.pt"), lambda rows: pixels[rows], 20, torch.device("cpu"))
+    found = score.score(bright)
+    assert found["clip_score"] == pytest.approx(1) and set(found) == {"clip_score", "patch_fid"}
+    assert [t for texts, _ in seen for t in texts] == prompts and [i for _, s in seen for i in s] == list(range(20))
+    # What is generated are the real images themselves: in any order their distance is none.
+    same = score.score(lambda texts, seeds: pixels[seeds])
+    assert same["patch_fid"] == pytest.approx(0, abs=1e-3) < found["patch_fid"] and same["clip_score"] < 1
+    alone = TextScore(prompts, Path("clip"), None, lambda rows: pixels, 0, torch.device("cpu"))
+    assert set(alone.score(bright)) == {"clip_score"}
+    assert RowsPreview(prompts, judge=alone).scores and not RowsPreview(prompts).scores
+
+
+def test_a_score_that_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=r"inception: patch-FID compares at least two .* 1 images and 2 prompts"):
+        TextScore(["a", "b"], None, Path("inception.pt"), lambda rows: torch.zeros(1), 1, cpu)
+    with pytest.raises(UserError, match=r"clip: scores images of prompts, not of data=emoji"):
+        build_method(resolve("emoji-dmd2-1step", []), {"clip": tmp_path}, cpu)
+    with pytest.raises(UserError, match=r"clip: no such file or folder; scripts/download-metrics"):
+        build_method(resolve("sd15-dmd2", []), {"clip": tmp_path / "none"}, cpu)

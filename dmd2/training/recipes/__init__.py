@@ -86,14 +86,20 @@ def build_method(
     """What `recipe` trains.
 
     Args:
-        paths: `data`, `init`, `classifier`, `student`, `pairs` and `lpips`, as on the command line; None for what it
-            has not said. Recipes of the embedded model have defaults for the first three.
+        paths: `data`, `init`, `classifier`, `student`, `pairs`, `lpips`, `clip` and `inception`, as on the command
+            line; None for what it has not said. Recipes of the embedded model have defaults for the first three.
 
     Raises:
         UserError: a path that this recipe needs is not given, or what is there does not do.
     """
     sizes = {"batch_size": recipe.loop.batch_size, "pairs_batch": getattr(recipe, "pairs_batch", 0)}
     check_shares(parallel, recipe.shared, sizes)
+    for name in ("clip", "inception"):
+        if given := paths.get(name):
+            if recipe.data != "prompts":
+                raise InvalidInput(name, f"scores images of prompts, not of data={recipe.data}", given)
+            if not given.exists():
+                raise InvalidInput(name, "no such file or folder; scripts/download-metrics fetches one", given)
     return recipe.method(Inputs(paths, device, parallel))
 
 
