@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import UserError, first_line
+from dmd2.runtime.offload import upload
 from dmd2.runtime.paths import ROOT
 from dmd2.weights.manifest import MANIFEST, read_manifest, verify
 
@@ -27,8 +30,13 @@ class SafetyChecker:
 
     model: Any
     """diffusers' `StableDiffusionSafetyChecker`"""
-    processor: Any
-    """CLIP's preprocessing: shortest side to the model's, bicubic; centre crop; mean and standard deviation"""
+    side: int
+    """of the images that the model sees, in pixels"""
+    mean: Tensor
+    """(3, 1, 1), of CLIP's images, 0 … 1"""
+    std: Tensor
+    compiler: Compiler | None = None
+    """allow `warm_up`: see `dmd2.runtime.compiled`"""
 
     @classmethod
     def load(
@@ -36,6 +44,7 @@ class SafetyChecker:
         folder: Path = FOLDER,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        compiler: Compiler | None = None,
     ) -> SafetyChecker:
         """From diffusers' layout: config.json, model.safetensors, and preprocessor_config.json where there is one.
 
@@ -47,6 +56,7 @@ class SafetyChecker:
         """
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import CLIPConfig, CLIPImageProcessorPil
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -70,31 +80,66 @@ class SafetyChecker:
             )
         if info["missing_keys"]:  # transformers has made up their values, with no more than a warning
             raise UserError(f"{weights}: holds no {min(info['missing_keys'])}: no safety checker, or damaged")
-        # By its full name: what `CLIPImageProcessor` is depends on whether torchvision is installed.
+        mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
         if (folder / "preprocessor_config.json").exists():
             with _naming(folder / "preprocessor_config.json"):
+                # By its full name: what `CLIPImageProcessor` is depends on whether torchvision is installed.
                 processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        else:
-            crop = {"height": side, "width": side}
-            processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
+                mean, std = processor.image_mean, processor.image_std
+                found = processor.size["shortest_edge"], processor.crop_size["height"], processor.crop_size["width"]
+                if found != (side,) * 3 or len(mean) != 3 or len(std) != 3:
+                    raise ValueError(f"images of {found}; the model sees {side}")
         model.requires_grad_(False).eval().to(device)
         model.vision_model.to(dtype)
         model.visual_projection.to(dtype)
-        return cls(model, processor)
+        statistics = torch.tensor([mean, std], device=device).float().view(2, 3, 1, 1)
+        return cls(model, side, statistics[0], statistics[1], compiler)
+
+    def warm_up(self, batch: int) -> None:
+        """Prepares the network for batches of up to `batch` images, whatever their size."""
+        if self.compiler is not None:
+            with self.compiler.recording():
+                for count in sorted({1, min(2, batch), batch}):
+                    self(torch.zeros(count, 3, self.side, self.side, dtype=torch.uint8))
+
+    @cached_property
+    def _embed(self) -> Callable[[Tensor], Tensor]:
+        """(B, 3, side, side) → (B, P), normalised, fp32."""
+        model = self.model
+
+        def embed(pixels: Tensor) -> Tensor:
+            return F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output).float())
+
+        return embed if self.compiler is None else self.compiler(embed, compile=False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → fp32 (B, 3, side, side), all of it on the images' device.
+
+        As CLIP's in Pillow, to two steps of 255: shortest side to the model's, bicubic; centre crop.
+        """
+        height, width = images.shape[-2:]
+        short = min(height, width)
+        sizes = int(self.side * height / short), int(self.side * width / short)
+        x = images.float()
+        # Pillow scales the width, rounds to bytes, scales the height.
+        for size in ((height, sizes[1]), sizes):
+            if x.shape[-2:] != size:
+                x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+        top, left = ((length - self.side) // 2 for length in sizes)
+        x = x[..., top : top + self.side, left : left + self.side]
+        return (x / 255 - self.mean) / self.std
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[bool]:
-        """uint8 (B, 3, H, W) on the CPU → B times: is it flagged?
+        """uint8 (B, 3, H, W) on any device → B times: is it flagged?
 
         The same flags as from diffusers' own `forward`, which also blackens images and logs.
         """
         if not len(images):
             return []
-        pixels = self.processor(list(images), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
         model = self.model
         weight = model.visual_projection.weight
-        encoded = model.vision_model(pixels.to(weight.device, weight.dtype)).pooler_output
-        embeds = F.normalize(model.visual_projection(encoded).float())
+        embeds = self._embed(self.preprocess(upload(images, weight.device)).to(weight.dtype))
 
         def excess(concepts: Tensor, thresholds: Tensor, adjustment: float | Tensor = 0.0) -> Tensor:
             """By how much cosines exceed thresholds, rounded as diffusers does: (B, number of concepts)."""
@@ -104,7 +149,7 @@ class SafetyChecker:
         adjustment = 0.01 * special.any(dim=1, keepdim=True)  # stricter with what calls for special care
         concepts = excess(model.concept_embeds, model.concept_embeds_weights, adjustment)
         flagged = ~(concepts <= 0).all(dim=1)  # so that not-a-number counts as flagged
-        return [bool(flag) for flag in flagged]
+        return [bool(flag) for flag in flagged.tolist()]
 
 
 @contextmanager

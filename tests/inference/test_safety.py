@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig
 
 from dmd2.inference.safety import SafetyChecker, may_be_disabled
+from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import UserError
 from dmd2.weights.manifest import Manifest, write_manifest
 
@@ -161,7 +163,26 @@ def test_preprocessing_is_that_of_clip(folder: Path, with_file: bool, height: in
     checker, images, seen = SafetyChecker.load(folder), samples(2, height, width), []
     checker.model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     checker(images)
-    assert torch.allclose(seen[0], torch.stack([reference_pixels(image) for image in images]), atol=1e-5)
+    # Pillow computes in integers: here and there a value is one or two of 255 apart.
+    steps = (seen[0] - torch.stack([reference_pixels(image) for image in images])).abs() * 255 * checker.std
+    assert float(steps.max()) < 2.01 and float((steps > 0.01).float().mean()) < 0.05
+
+
+def test_images_are_shrunk_where_they_are(folder: Path) -> None:
+    checker = SafetyChecker.load(folder)
+    statistics = checker.mean.to("meta"), checker.std.to("meta")
+    there = replace(checker, mean=statistics[0], std=statistics[1])
+    assert there.preprocess(torch.empty(2, 3, 96, 64, dtype=torch.uint8, device="meta")).shape == (2, 3, SIDE, SIDE)
+
+
+def test_the_network_is_prepared_for_every_size_of_image(folder: Path) -> None:
+    compiler = Compiler(torch.device("cpu"))
+    checker = SafetyChecker.load(folder, compiler=compiler)
+    checker.warm_up(4)
+    for count, side in ((1, 64), (2, 32), (4, 48), (7, 96)):
+        assert len(checker(samples(count, side, side))) == count
+    assert compiler.unprepared == compiler.failures == 0
+    assert checker(samples(12)) == SafetyChecker.load(folder)(samples(12))
 
 
 # Files
