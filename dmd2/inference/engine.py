@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -242,12 +242,21 @@ class Engine:
 
     # Before and after
 
-    def warm_up(self, modes: tuple[str, ...], sizes: list[tuple[int, int]], batch: int = 2) -> None:
+    def warm_up(
+        self,
+        modes: tuple[str, ...],
+        sizes: list[tuple[int, int]],
+        batch: int = 2,
+        controls: Sequence[Path] = (),
+        windows: int = 2,
+    ) -> None:
         """Generates once in each mode and size, so that no later call is the first of its kind.
 
         With `trace`, this is where networks are recorded. Calls of other modes and sizes run the networks as they
         are. On a CPU a record serves every batch size, and an image is the same to ±2 of 255 either way. On a GPU
-        networks are compiled for one image and for `batch` images, and other batches are put together from these.
+        networks are compiled for one image, for two and for `batch` images, each with prompts of up to so many
+        `windows` of the text encoders, and with each of `controls`; other batches are put together from these.
+        Whatever comes that was not prepared for is counted, see `dmd2.runtime.compiled.Compiler`.
         """
         began, placement = time.perf_counter(), self.model.placement
         for mode in modes:
@@ -255,8 +264,24 @@ class Engine:
             for size in sizes:  # "0" is a prompt to any family
                 logger.info("warm-up: %s steps at %dx%d (%.0f s so far)", mode, *size, time.perf_counter() - began)
                 with denoiser.recording():
-                    for prompts in self._rehearsal(mode, size, batch):
-                        self.generate(prompts, list(range(len(prompts))), mode, size)
+                    for prompts, edit in self._rehearsal(mode, size, batch, controls, windows):
+                        shape_began = time.perf_counter()
+                        self.generate(prompts, list(range(len(prompts))), mode, size, edit)
+                        if placement.compiler is None:
+                            continue
+                        now = time.perf_counter()
+                        logger.info(
+                            "warm-up: %s steps at %dx%d, batch %d, prompts of %d characters%s: %.1f s (%.0f s so far)",
+                            mode,
+                            *size,
+                            len(prompts),
+                            len(prompts[0]),
+                            f", control {edit.control.name}" if edit.control else "",
+                            now - shape_began,
+                            now - began,
+                        )
+                    if placement.compiler is not None:  # for images that callers give
+                        self.model.codec.encode(torch.zeros(1, 3, size[1], size[0], dtype=torch.uint8))
                 # A record's first two runs are slow: torch watches the one and rewrites the record for the other.
                 for _ in range(2):
                     self.generate(["0"], [0], mode, size)
@@ -265,13 +290,27 @@ class Engine:
         seconds, peak = time.perf_counter() - began, peak_memory(self.model.device) / 1e9
         logger.info("warm-up: %.1f s; memory: %s, peak %.1f GB", seconds, placement.plan.mode, peak)
 
-    def _rehearsal(self, mode: str, size: tuple[int, int], batch: int) -> list[list[str]]:
-        """Batches of prompts to record with."""
+    def _rehearsal(
+        self, mode: str, size: tuple[int, int], batch: int, controls: Sequence[Path], windows: int
+    ) -> list[tuple[list[str], ImageConditioning]]:
+        """Batches of prompts to record with, and what else there is to them."""
         if self.model.placement.compiler is None:
-            return [["", "0"]]
-        # Prompts that are new each time: the text encoders are recorded, too, for as many as are new.
-        name = f"{mode} {size}"
-        return [[name], [f"{name} {i}" for i in range(batch)]] if batch > 1 else [[name]]
+            return [(["", "0"], TEXT_TO_IMAGE)]
+        black = torch.zeros(3, size[1], size[0], dtype=torch.uint8)
+        edits = [TEXT_TO_IMAGE]
+        for folder in controls:
+            if all(side % self.model.control(folder).unit == 0 for side in size):
+                edits.append(ImageConditioning(control=folder, control_image=black))
+        found = []
+        for number, edit in enumerate(edits):
+            for window in range(1, 1 + (windows if edit is TEXT_TO_IMAGE else 1)):
+                for count in sorted({1, min(2, batch), batch}):
+                    # Prompts that are new each time: text encoders are recorded, too, for as many as are new.
+                    name = f"{mode} {size} {number} {count}"
+                    while self.model.encode_text.token_chunks(name) < window:
+                        name += " a" * 8
+                    found.append(([f"{i} {name}" for i in range(count)], edit))
+        return found
 
     def recover(self) -> None:
         """After an error: gives back what memory it held. Raises whatever the device raises if it is gone."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from dmd2.runtime.errors import first_line
 from dmd2.runtime.files import atomic_bytes
@@ -25,6 +29,12 @@ FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 
 Function = Callable[..., Any]
 """Tensors (or None) of a batch → a tensor or a tuple of tensors of the same batch; the batch is dimension 0."""
+
+Blocks = dict[nn.Module, Any]
+REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
+"""classes of diffusers' blocks that a UNet repeats: compiled one by one, 70 of SDXL's are the same code twice"""
+ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+ROUNDS = 3
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +77,70 @@ class Compiler(Recorder):
     def __init__(self, device: torch.device, compile: bool = True, backend: str = "inductor") -> None:
         self.failures = 0
         """shapes that could not be prepared, so far: they run as they are"""
-        self._compile, self._backend = compile, backend
+        self.unprepared = 0
+        """calls, so far, that ran as they are although they were served, for nothing was prepared for their shape"""
+        self._compile, self._backend, self._device = compile, backend, device
+        self._blocks: dict[nn.Module, Blocks] = {}
         self._capture = cuda_graphs(torch.cuda.graph_pool_handle()) if device.type == "cuda" else uncaptured
-        # One code object serves all shapes and both students.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # One code object serves all shapes, all blocks of a kind and both students.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
 
-    def __call__(self, function: Function, *, compile: bool = True, most: int | None = None) -> Prepared:
-        """`function` prepared: compiled unless that is not wanted, for batches of at most `most`."""
+    def __call__(
+        self,
+        function: Function,
+        *,
+        compile: bool = True,
+        most: int | None = None,
+        blocks: nn.Module | None = None,
+    ) -> Prepared:
+        """`function` prepared: compiled unless that is not wanted, for batches of at most `most`.
+
+        Of a network that repeats its `blocks`, these are compiled and not the whole, which would be traced and
+        compiled anew for each shape; it is still captured as one.
+        """
         chosen = function
         if compile and self._compile:
-            chosen = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend)
+            options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": self._backend}
+            if blocks is None:
+                chosen = torch.compile(function, **options)
+            else:
+                if blocks not in self._blocks:
+                    self._blocks[blocks] = compiled_blocks(blocks, options)
+                chosen = in_blocks(function, self._blocks[blocks])
         return Prepared(function, partial(self._capture, chosen), self, most)
+
+    def attention(self, function: Function, inputs: tuple[Tensor | None, ...]) -> AbstractContextManager[None]:
+        """Within it attention runs by the kernels that are the fastest for what `function` asks of them."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        order = fastest_attention(function, inputs, ATTENTION)
+        return sdpa_kernel([*order, SDPBackend.MATH], set_priority=True)
+
+
+def compiled_blocks(network: nn.Module, options: dict[str, Any]) -> Blocks:
+    """The network's `REGIONS`, each with its compiled call, which is not used yet."""
+    blocks: Blocks = {}
+    for module in network.modules():
+        if type(module).__name__ in REGIONS:
+            module.compile(**options)
+            blocks[module], module._compiled_call_impl = module._compiled_call_impl, None
+    return blocks
+
+
+def in_blocks(function: Function, blocks: Blocks) -> Function:
+    """`function` with these blocks compiled. Who calls their network otherwise meets them as they were."""
+
+    def run(*inputs: Tensor | None) -> Any:
+        for module, compiled in blocks.items():
+            module._compiled_call_impl = compiled
+        try:
+            return function(*inputs)
+        finally:
+            for module in blocks:
+                module._compiled_call_impl = None
+
+    return run
 
 
 class Prepared:
@@ -106,6 +169,7 @@ class Prepared:
         records = self._records.get(key, {})
         size = max((n for n in records if n <= batch), default=0)
         if size == 0:
+            self._compiler.unprepared += not self._compiler.recording_now
             return self.function(*inputs)
         outputs = records[size](*(None if x is None else x[:size] for x in inputs))
         if size == batch:
@@ -119,8 +183,10 @@ class Prepared:
         records = self._records.setdefault(key, {})
         if batch in records:
             return
+        own = tuple(None if x is None else x[:batch].clone() for x in inputs)
         try:
-            records[batch] = self._record(tuple(None if x is None else x[:batch].clone() for x in inputs))
+            with self._compiler.attention(self.function, own):
+                records[batch] = self._record(own)
         except Exception as error:  # whatever a compiler may raise: images can be generated without it
             self._compiler.failures += 1
             logger.warning(
@@ -146,6 +212,56 @@ class Traced(Recorder):
                 record = torch.jit.trace(self.network, tuple(x.clone() for x in given), check_trace=False)
                 self._records[key] = torch.jit.freeze(record)
         return self._records.get(key, self.network)(*given)
+
+
+class _Noted(TorchFunctionMode):
+    """Counts the calls of attention by what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[int, Function]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = sorted((name, getattr(value, "shape", value)) for name, value in kwargs.items())
+            key = str(([(x.shape, x.stride(), x.dtype) for x in args if isinstance(x, Tensor)], named))
+            count, call = self.calls.get(key, (0, partial(func, *args, **kwargs)))
+            self.calls[key] = count + 1, call
+        return func(*args, **kwargs)
+
+
+def fastest_attention(
+    function: Function, inputs: tuple[Tensor | None, ...], backends: Sequence[SDPBackend]
+) -> list[SDPBackend]:
+    """`backends`, those first that take least time for all the attention in `function`, by a measurement.
+
+    Those that cannot do it come last, in the order given.
+    """
+    with _Noted() as noted:
+        function(*inputs)
+    taken = {backend: sum(n * _seconds(call, backend) for n, call in noted.calls.values()) for backend in backends}
+    if noted.calls:
+        told = ", ".join(f"{backend.name.lower()} {1000 * seconds:.2f} ms" for backend, seconds in taken.items())
+        logger.debug("attention: %s", told)
+    return sorted(backends, key=taken.__getitem__)
+
+
+def _seconds(call: Function, backend: SDPBackend) -> float:
+    """The best of some rounds; infinite if the backend does not do it."""
+    best = float("inf")
+    try:
+        with sdpa_kernel(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of why a backend cannot
+            for _ in range(ROUNDS + 1):
+                began = time.perf_counter()
+                out = call()
+                if out.is_cuda:
+                    torch.cuda.synchronize(out.device)
+                best = min(best, time.perf_counter() - began)
+    except RuntimeError:
+        return float("inf")
+    return best
 
 
 def uncaptured(function: Function, inputs: tuple[Tensor | None, ...]) -> Function:
@@ -214,15 +330,33 @@ def fuse_projections(unet: Any) -> None:
 
 
 class Fp8Linear(nn.Module):
-    """x·Wᵀ + b with both factors rounded to 8 bits (e4m3): a scale for each row of x and for each output."""
+    """x·Wᵀ + b with both factors rounded to 8 bits (e4m3): a scale for each row of x and for each output.
+
+    torchao's layers do the same for bf16 alone, on a GPU alone, and their weights cannot be changed where they lie,
+    as LoRAs do under a captured graph.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=1e-12)
-        self.weight = nn.Buffer((weight / scale).to(torch.float8_e4m3fn))
-        self.scale = nn.Buffer(scale.t().contiguous())
+        self._source = (linear,)  # not a child: its weights are no part of the network any more
+        weight, scale = self._rounded()
+        self.weight, self.scale = nn.Buffer(weight), nn.Buffer(scale)
         self.bias = linear.bias
+
+    @property
+    def source(self) -> nn.Linear:
+        """The layer as it was: LoRAs go into its weights, see `round`."""
+        return self._source[0]
+
+    def _rounded(self) -> tuple[Tensor, Tensor]:
+        weight = self.source.weight.detach().float()
+        scale = (weight.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=1e-12)
+        return (weight / scale).to(torch.float8_e4m3fn), scale.t().contiguous()
+
+    def round(self) -> None:
+        """Takes over what `source` has come to be, in place: captured graphs go on being right."""
+        for own, new in zip((self.weight, self.scale), self._rounded(), strict=True):
+            own.copy_(new)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out) in x's dtype."""
@@ -230,7 +364,16 @@ class Fp8Linear(nn.Module):
         scale = (rows.abs().amax(1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
         rounded = (rows.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         # A scale for each row is what CUDA has kernels for with bf16 outputs only.
-        product = torch._scaled_mm(rounded, self.weight.t(), scale, self.scale, out_dtype=torch.bfloat16)
+        product = F.scaled_mm(
+            rounded,
+            self.weight.t(),
+            scale,
+            F.ScalingType.RowWise,
+            self.scale,
+            F.ScalingType.RowWise,
+            output_dtype=torch.bfloat16,
+            use_fast_accum=True,  # sums of 8-bit products need no more bits than a Hopper's fast ones have
+        )
         product = product.to(x.dtype).unflatten(0, x.shape[:-1])
         return product if self.bias is None else product + self.bias
 
@@ -238,15 +381,23 @@ class Fp8Linear(nn.Module):
 def quantize_linears(unet: Any) -> int:
     """Replaces the linear layers of a UNet's transformer blocks, two thirds of SDXL's work at 1024², by `Fp8Linear`.
 
-    Images change a little, and LoRAs cannot be applied any more. Returns how many layers it were.
+    Images change a little. Left as they are: keys and values of cross-attention, 77 rows that take longer to round
+    than to multiply, and single projections of which a joint one is in use. Returns how many layers it were.
     """
-    found = [
-        (parent, name, child)
-        for path, parent in unet.named_modules()
-        if "transformer_blocks" in path
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear) and child.in_features % 16 == child.out_features % 16 == 0
-    ]
+    found = []
+    for path, parent in unet.named_modules():
+        if "transformer_blocks" not in path:
+            continue
+        unused = {"to_k", "to_v"} | ({"to_q"} if hasattr(parent, "to_qkv") else set())
+        left = unused if getattr(parent, "fused_projections", False) else set()
+        left |= {"to_kv", "to_k", "to_v"} if path.endswith(".attn2") else set()
+        found += [
+            (parent, name, child)
+            for name, child in parent.named_children()
+            if isinstance(child, nn.Linear)
+            and name not in left
+            and child.in_features % 16 == child.out_features % 16 == 0
+        ]
     for parent, name, child in found:
         setattr(parent, name, Fp8Linear(child))
     return len(found)

@@ -22,6 +22,8 @@ CONTEXT = 600_000_000  # bytes that CUDA takes for itself on a device of which a
 # Bytes beside the weights that an image of 1024² needs: estimates for SDXL in 16 bits. With `full` a batch of four
 # goes through the UNet at once; the decoder takes one image at a time, in `8gb` one tile of 512² at a time.
 WORK = {"full": 5e9, "12gb": 3.5e9, "8gb": 1.5e9}
+# Captured graphs have a pool of their own, which what runs uncaptured cannot use: as much as their largest takes.
+POOL = 3e9
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,14 @@ class Plan:
     """whether the VAE decodes large images in tiles, which changes them a little"""
 
 
-def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted: str = "auto") -> Plan:
+def plan(
+    sizes: Mapping[str, int],
+    free: int,
+    pixels: int = 1024 * 1024,
+    wanted: str = "auto",
+    *,
+    captured: bool = False,
+) -> Plan:
     """Chooses what to keep on a GPU, by its memory and the networks' sizes.
 
     "full" keeps everything there; "12gb" one UNet, the text encoders and the VAE, the other student is fetched when
@@ -50,6 +59,7 @@ def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted:
         free: bytes free on the device before anything is loaded.
         pixels: of an image.
         wanted: one of `MODES`, but not "cpu".
+        captured: with "full", networks are captured in graphs.
 
     Raises:
         UserError: the mode is none, or not even the largest network fits.
@@ -57,6 +67,7 @@ def plan(sizes: Mapping[str, int], free: int, pixels: int = 1024 * 1024, wanted:
     if wanted not in MODES[:-1]:
         raise UserError(f"DMD2_MEMORY={wanted}: expected {', '.join(MODES)}")
     work = {mode: int(size * pixels / 1024**2) for mode, size in WORK.items()}
+    work["full"] += int(POOL * pixels / 1024**2) if captured else 0
     unets = [size for name, size in sizes.items() if name.startswith("unet")]
     needed = {
         "full": sum(sizes.values()),
@@ -161,6 +172,13 @@ def download(tensor: Tensor) -> Tensor:
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()
     return host
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A copy of a weight that is about to be changed: on its device if that leaves room for work, else the host's."""
+    if tensor.device.type == "cuda" and free_memory(tensor.device) < tensor.nbytes + WORK["full"]:
+        return download(tensor.detach())
+    return tensor.detach().clone()
 
 
 def host_memory() -> int:

@@ -127,13 +127,19 @@ def place(
     if go_fast and not has_fp8(device):
         raise UserError("DMD2_GO_FAST=true: this GPU has no 8-bit floats; it takes an Ada, a Hopper or a newer one")
     sizes = {name: count * dtype.itemsize for name, count in parameters.items()}
+    if go_fast:  # 8 bits beside 16, which LoRAs are merged into: at most a byte for each number
+        sizes |= {name: sizes[name] + count for name, count in parameters.items() if name.startswith("unet")}
     free = free_memory(device)
-    chosen = plan(sizes, free, pixels, "full" if wanted == "cpu" else wanted)
+    wanted, capturing = "full" if wanted == "cpu" else wanted, fast and compiling != "off"
+    chosen = plan(sizes, free, pixels, wanted, captured=capturing)
+    if capturing and chosen.weights is not None and plan(sizes, free, pixels, wanted).weights is None:
+        logger.warning("memory: all networks fit, but not their captured graphs: nothing is compiled")
+        chosen, capturing = EVERYTHING, False
     total = sum(sizes.values()) / 1e9
     logger.info("memory: %s; %.1f GB of weights, %.1f GB free", chosen.mode, total, free / 1e9)
     offloader = None if chosen.weights is None else Offloader(device, chosen.weights)
     compiler = kernels = None
-    if fast and offloader is None and compiling != "off":
+    if capturing and offloader is None:
         compiler = Compiler(device, compile=compiling == "auto")
         kernels = cache_path(cache_folder(environ), device)
         restore_kernels(kernels)

@@ -176,12 +176,15 @@ class ImageService:
             self.engine.model.control(control)
         if safety.is_dir():
             assert self.engine.dtype is not None
-            self._safety = SafetyChecker.load(safety, self.engine.device, self.engine.dtype)
+            compiler = self.engine.model.placement.compiler
+            self._safety = SafetyChecker.load(safety, self.engine.model.device, self.engine.dtype, compiler)
+            self._safety.warm_up(max_batch)
             allowed = "may" if self._unsafe_allowed else "may not"
             logger.info("safety checker: %s; callers %s disable it", safety, allowed)
         else:
             logger.warning("safety checker: none (no folder %s); images are not checked", safety)
-        self.engine.warm_up(modes, list(dict.fromkeys([manifest.native_size, *sizes])), max_batch)
+        sizes = list(dict.fromkeys([manifest.native_size, *sizes]))
+        self.engine.warm_up(modes, sizes, max_batch, list(self.controls.values()))
 
     @property
     def alive(self) -> bool:

@@ -5,28 +5,34 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
+import dmd2.models.stable_diffusion.codec
 import dmd2.models.stable_diffusion.model
 import dmd2.runtime.compiled
 from dmd2.emoji.architecture import build_unet
 from dmd2.inference.engine import Engine
-from dmd2.models.stable_diffusion.codec import LatentCodec
+from dmd2.models.adapters.control import ControlModel
+from dmd2.models.stable_diffusion.codec import LatentCodec, OneHead
 from dmd2.models.stable_diffusion.text import TextCondition, TextEncoder
 from dmd2.models.stable_diffusion.unet import StableDiffusion
 from dmd2.runtime.compiled import (
+    REGIONS,
     Compiler,
     Fp8Linear,
     Prepared,
     Traced,
     cache_path,
+    fastest_attention,
     fuse_projections,
     has_fp8,
     quantize_linears,
@@ -36,8 +42,10 @@ from dmd2.runtime.compiled import (
 )
 from dmd2.runtime.offload import Plan
 from dmd2.runtime.placement import Placement
+from tests.tiny_sdxl import build_vae
 
 CPU = torch.device("cpu")
+SDXL = tomllib.loads((Path(__file__).parents[2] / "scripts" / "sdxl.toml").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +120,7 @@ def test_only_what_is_recorded_is_replayed() -> None:
     double, compiler, function = prepared()
     x = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(function(x), 2 * x) and double.plain == [2] and not double.recorded
+    assert compiler.unprepared == 1
     with compiler.recording():
         assert torch.equal(function(x), 2 * x)
         assert torch.equal(function(x + 1), 2 * x + 2)
@@ -120,7 +129,7 @@ def test_only_what_is_recorded_is_replayed() -> None:
     # Another shape, another dtype, an input more: as they are.
     for inputs in ((x[:, :2],), (x.double(),), (x, x)):
         assert torch.equal(function(*inputs), 2 * inputs[0])
-    assert double.plain == [2] * 4 and double.recorded == [2]
+    assert double.plain == [2] * 4 and double.recorded == [2] and compiler.unprepared == 4
 
 
 def test_other_batches_are_put_together() -> None:
@@ -237,6 +246,95 @@ def test_compiled_decoders_and_captured_text_encoders_are_the_eager_ones(
     assert torch.equal(found.context, expected.context) and torch.equal(found.pooled, expected.pooled)
 
 
+@torch.no_grad()
+def test_no_shape_of_sdxl_breaks_a_graph_and_none_is_compiled_twice() -> None:
+    """Every kind of block at full width, on tensors without numbers: batches of 1 and 4, prompts of one window, two.
+
+    There are fewer blocks of a kind, for the time it takes: those that are left out would find their code compiled.
+    """
+    with torch.device("meta"):
+        shallow = SDXL["unet"] | {"transformer_layers_per_block": [1, 1, 1], "layers_per_block": 1}
+        networks = [UNet2DConditionModel(**shallow).eval().requires_grad_(False) for _ in range(2)]
+    compiler = Compiler(CPU, backend="eager")
+    for network in networks:
+        fuse_projections(network)
+    denoiser, other = (StableDiffusion(network, compiler=compiler) for network in networks)
+
+    def run(batch: int, windows: int, denoiser: StableDiffusion = denoiser) -> None:
+        cond = TextCondition(
+            torch.empty(batch, 77 * windows, 2048, device="meta"),
+            torch.empty(batch, 1280, device="meta"),
+            torch.empty(batch, 6, device="meta"),
+        )
+        x = torch.empty(batch, 4, 64, 64, device="meta")
+        assert denoiser(x, torch.full((batch,), 5.0, device="meta"), cond).shape == x.shape
+
+    shapes = [(batch, windows) for batch in (1, 4) for windows in (1, 2)]
+    torch._dynamo.utils.counters.clear()
+    with compiler.recording():
+        for shape in shapes:
+            run(*shape)
+    stats = torch._dynamo.utils.counters["stats"]
+    graphs = stats["unique_graphs"]
+    blocks = [m for m in networks[0].modules() if type(m).__name__ in REGIONS]
+    assert 0 < graphs <= len(blocks) * len(shapes)
+    with compiler.recording():  # the other student's blocks find their code compiled
+        run(1, 1, other)
+    assert stats["unique_graphs"] == graphs
+    assert compiler.failures == 0 and not torch._dynamo.utils.counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for shape in [*shapes, (3, 1), (7, 2)]:
+            run(*shape)
+    assert stats["unique_graphs"] == graphs and compiler.unprepared == 0
+
+
+@pytest.mark.parametrize("rows", [1, 40, 2**28])
+@torch.no_grad()
+def test_a_vaes_attention_in_two_products_is_the_fused_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmd2.models.stable_diffusion.codec, "MOST_SCORES", rows)
+    vae, z = build_vae(), torch.randn(2, 4, 8, 6)
+    for attention in (m for m in vae.modules() if type(m).__name__ == "Attention"):
+        attention.to_q.weight.mul_(20)  # else it is no more than a mean
+    expected = vae.decode(z).sample
+    LatentCodec(vae, compiler=Compiler(CPU))
+    assert all(isinstance(processor, OneHead) for processor in vae.attn_processors.values())
+    assert torch.allclose(vae.decode(z).sample, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_controls_are_recorded_with_the_network() -> None:
+    network = unet()
+    torch.manual_seed(6)
+    net = ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    for parameter in net.eval().requires_grad_(False).parameters():
+        if not parameter.any():  # a new one adds nothing
+            nn.init.normal_(parameter, std=0.05)
+    compiler = Compiler(CPU, backend="eager")
+    image, x, cond = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8), torch.randn(2, 4, 16, 16), condition(2)
+    sigma = torch.full((2,), 5.0)
+    expected = StableDiffusion(network)(x, sigma, cond, ControlModel(net, CPU).guide(image, [999], 0.7))
+    denoiser, control = StableDiffusion(network, compiler=compiler), ControlModel(net, CPU, None, compiler)
+    with compiler.recording():
+        denoiser(x, sigma, cond, control.guide(image, [999], 0.3))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = denoiser(x, sigma, cond, control.guide(image, [999], 0.7))
+    assert torch.allclose(found, expected, atol=1e-5) and compiler.unprepared == compiler.failures == 0
+
+
+def test_attention_is_timed_by_what_it_is_asked_for() -> None:
+    q = torch.randn(1, 2, 64, 16)
+    flash, math = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+
+    def attend(x: Tensor | None) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert set(fastest_attention(attend, (q,), (flash, math))) == {flash, math}
+    # Kernels that a device has not come last, in the order given.
+    missing = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    assert fastest_attention(attend, (q,), (*missing, math)) == [math, *missing]
+    assert fastest_attention(lambda x: x, (q,), missing) == [*missing]  # there is none
+
+
 # Joint projections, 8 bits
 
 
@@ -266,10 +364,9 @@ def test_fused_projections_compute_the_same_without_more_memory() -> None:
 
 def multiplies_8_bit_floats() -> bool:
     """Whether torch has the product with a scale for each row on a CPU: 2.13 does, 2.11 does not."""
-    numbers, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     try:
-        torch._scaled_mm(numbers, numbers.t(), scales, scales.t(), out_dtype=torch.bfloat16)
-    except (RuntimeError, NotImplementedError):
+        Fp8Linear(nn.Linear(16, 16).requires_grad_(False))(torch.ones(16, 16))
+    except (RuntimeError, NotImplementedError, AttributeError):
         return False
     return True
 
@@ -303,10 +400,16 @@ def test_an_8_bit_unet_draws_about_the_same() -> None:
     x, sigma, cond = torch.randn(2, 4, 16, 16), torch.tensor([14.6, 1.0]), condition(2)
     expected = StableDiffusion(network)(x, sigma, cond) - x
     fuse_projections(network)
-    linears = [m for n, m in network.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks" in n]
-    assert quantize_linears(network) == len(linears) > 10
-    left = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks" in n]
-    assert left == []
+    before = {name: p.data_ptr() for name, p in network.named_parameters()}
+    assert quantize_linears(network) > 10
+    left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks" in n}
+    # Keys and values of cross-attention; what is not run, for a joint projection is, takes no memory of its own.
+    assert {".".join(n.split(".")[-2:]) for n in left} == {
+        *(f"attn1.to_{x}" for x in "qkv"),
+        *(f"attn2.to_{x}" for x in ("k", "v", "kv")),
+    }
+    assert all(before[name] == p.data_ptr() for name, p in network.named_parameters())
+    assert not any(name.endswith("attn1.to_qkv.weight") for name, _ in network.named_parameters())
     found = StableDiffusion(network)(x, sigma, cond) - x
     assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
     assert not has_fp8(CPU)
@@ -428,6 +531,12 @@ def test_an_engine_draws_the_same_with_compiled_networks(
     for i in range(5):  # each alone: nobody has another's image
         alone = engine.generate([prompts[i]], [i], "4")
         assert int((alone.int() - expected[i].int()).abs().max()) <= 1
+    long = " a" * 40
+    assert engine.model.encode_text.token_chunks(long) == 2
+    engine.generate([long], [0], "4")
+    compiler = engine.model.placement.compiler
+    assert compiler is not None and compiler.unprepared == 0
     assert engine.generate(prompts[:1], [0], "4", (96, 64)).shape == (1, 3, 64, 96)
+    assert compiler.unprepared > 0
     assert engine.generate(prompts[:1], [0], "1").shape == (1, 3, 64, 64)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # no request was compiled for

@@ -293,6 +293,20 @@ def test_on_a_gpu_what_fits_is_compiled_and_what_does_not_takes_turns(
     assert place(count, GPU, torch.float32, 1024**2, environ=cache).plan.mode == "12gb"
 
 
+def test_graphs_are_part_of_the_plan_and_go_before_networks_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert plan(SIZES, 18 * GB).mode == "full" and plan(SIZES, 18 * GB, captured=True).mode == "12gb"
+    assert plan(SIZES, 21 * GB, captured=True).mode == "full"
+    on_gpu(monkeypatch, 18)
+    count = {name: size // 2 for name, size in SIZES.items()}
+    found = place(count, GPU, torch.float16, 1024**2, environ={"DMD2_CACHE": str(tmp_path)})
+    assert found.plan.mode == "full" and found.compiler is None and found.offloader is None
+    assert "not their captured graphs" in caplog.text
+    fast = place(count, GPU, torch.float16, 1024**2, environ={"DMD2_CACHE": str(tmp_path), "DMD2_GO_FAST": "true"})
+    assert fast.plan.mode == "12gb" and fast.go_fast  # 8-bit weights are there beside the others
+
+
 def test_a_gpu_without_8_bit_floats_cannot_go_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, 140, fp8=False)
     with pytest.raises(UserError, match="DMD2_GO_FAST=true: this GPU has no 8-bit floats"):

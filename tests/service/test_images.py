@@ -530,7 +530,7 @@ def test_an_error_after_a_preview_reaches_the_client(service: ImageService, monk
 
 def test_sizes_are_prepared_during_setup(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warmed: list[Any] = []
-    monkeypatch.setattr(Engine, "warm_up", lambda self, modes, sizes, batch: warmed.extend([modes, sizes]))
+    monkeypatch.setattr(Engine, "warm_up", lambda self, modes, sizes, *_: warmed.extend([modes, sizes]))
     ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_SIZES": " 64x32, 64x64,32x64,"}).close()
     assert warmed == [("1", "4"), [(64, 64), (64, 32), (32, 64)]]
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dmd2.diffusion.noise import per_image
 from dmd2.models.stable_diffusion.codec import LATENT_CHANNELS
 from dmd2.models.stable_diffusion.text import TextCondition
 from dmd2.models.stable_diffusion.unet import Control
+from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import read_object
 from dmd2.runtime.loading import build_network, load_network, weight_files
@@ -54,6 +56,8 @@ class ControlModel:
     """where it runs"""
     task: int | None = None
     """what a union's images are, see `TASKS`"""
+    compiler: Compiler | None = None
+    """allow `recording()`, see `dmd2.runtime.compiled`"""
 
     @property
     def is_adapter(self) -> bool:
@@ -120,27 +124,56 @@ class ControlModel:
 
         def residuals(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:
             given: Any = values.expand(len(x), -1, -1, -1)
-            of_task: dict[str, Any] = {}
-            if self.task is not None:
-                given = [given]
-                of_task = {"control_type": chosen.expand(len(x), -1), "control_type_idx": [self.task]}
-            added = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-            down, middle = self.network(
-                x,
-                timestep,
-                cond.context,
-                controlnet_cond=given,
-                conditioning_scale=float(scale),
-                **of_task,
-                added_cond_kwargs=added,
-                return_dict=False,
-            )
+            if self.task is not None:  # a union's scale is within its network: it runs as it is
+                if self.compiler is not None:
+                    self.compiler.unprepared += not self.compiler.recording_now
+                of_task: Any = {"control_type": chosen.expand(len(x), -1), "control_type_idx": [self.task]}
+                text = cond.context, [given], cond.pooled, cond.time_ids
+                down, middle = self._call(x, timestep, *text, scale, **of_task)
+            else:
+                outputs = self._run(x, timestep, cond.context, given, cond.pooled, cond.time_ids)
+                *down, middle = (output * scale for output in outputs)
             return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
         return residuals
 
+    @cached_property
+    def _run(self) -> Any:
+        """The network as a function of tensors, prepared if that is wanted: an adapter's, or a ControlNet's."""
+
+        def run(*given: Any) -> tuple[Tensor, ...]:
+            if self.is_adapter:
+                return tuple(self.network(*given))
+            down, middle = self._call(*given)
+            return (*down, middle)
+
+        return run if self.compiler is None else self.compiler(run, blocks=self.network)
+
+    def _call(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        given: Any,
+        pooled: Tensor | None,
+        ids: Tensor | None,
+        scale: float = 1.0,
+        **of_task: Any,
+    ) -> Any:
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": ids}
+        return self.network(
+            x,
+            timestep,
+            context,
+            controlnet_cond=given,
+            conditioning_scale=float(scale),
+            **of_task,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+
     def _adapter(self, values: Tensor, scale: float) -> Control:
-        states = [state * scale for state in self.network(values)]  # they depend on the image alone
+        states = [state * scale for state in self._run(values)]  # they depend on the image alone
 
         def residuals(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:
             # A list of its own each time: the UNet empties it.

@@ -27,8 +27,10 @@ from dmd2.models.adapters.lora_keys import (
     read_json,
     read_settings,
 )
+from dmd2.runtime.compiled import Fp8Linear
 from dmd2.runtime.errors import UserError, first_line, shown
 from dmd2.runtime.files import read_object, sha256_file
+from dmd2.runtime.offload import kept
 
 logger = logging.getLogger(__name__)
 
@@ -281,18 +283,22 @@ class Fused:
 
     Args:
         parts: "unet", "text_encoder" or "text_encoder_2" → network. LoRAs for other parts are none of its business.
-            Layers whose weights are views of others' (see `fuse_projections`) change these, too.
+            Layers whose weights are views of others' (see `fuse_projections`) change these, too, and 8-bit layers are
+            rounded anew from what they were made of.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = dict(parts)
         self._modules: dict[Layer, nn.Module] = {}
         for part, network in parts.items():
-            for name, module in network.named_modules():
+            for name, found in network.named_modules():
+                module = found.source if isinstance(found, Fp8Linear) else found
                 if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
                     for alias in _aliases(part, name, network):
                         self._modules[part, alias.replace(".", "_")] = module
         self._originals: dict[_Place, Tensor] = {}
+        self._rounded = [m for part in parts.values() for m in part.modules() if isinstance(m, Fp8Linear)]
+        self._changed: set[int] = set()
         self._used: tuple[tuple[str, float], ...] = ()
 
     def __bool__(self) -> bool:
@@ -342,11 +348,14 @@ class Fused:
         try:
             for place, terms in changes.items():
                 value = self._value(place)
-                original = self._originals.setdefault(place, value.detach().to("cpu", copy=True))
+                if place not in self._originals:
+                    self._originals[place] = kept(value)
+                original = self._originals[place]
                 exact = original.to(value.device, torch.float32)
                 of_weight = place[1] == "weight"
                 added = ((f.change if of_weight else f.bias_change)(exact, scale) for f, scale in terms)
                 value.copy_(sum(added, exact))
+                self._changed.add(value.untyped_storage().data_ptr())
                 finite.append(torch.stack(torch.aminmax(value)).isfinite().all())
             if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
                 names = ", ".join(lora.name for lora, _ in loras)
@@ -359,10 +368,21 @@ class Fused:
             self._restore(list(self._originals))
             self._used = ()
             raise
+        finally:
+            self._round()
 
     def _restore(self, places: Iterable[_Place]) -> None:
         for place in places:
-            self._value(place).copy_(self._originals.pop(place))
+            value = self._value(place)
+            value.copy_(self._originals.pop(place))
+            self._changed.add(value.untyped_storage().data_ptr())
+
+    def _round(self) -> None:
+        """8-bit layers follow what was changed: their sources, or views of these."""
+        for layer in self._rounded:
+            if layer.source.weight.untyped_storage().data_ptr() in self._changed:
+                layer.round()
+        self._changed.clear()
 
     @staticmethod
     def _value(place: _Place) -> Tensor:

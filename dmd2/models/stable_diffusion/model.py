@@ -127,8 +127,10 @@ class StableDiffusionModel:
         loras = (*self._students_own(student), *loras)
         if not loras and not any(self._fused.values()):
             return ()
-        if loras and self.placement.go_fast:
-            raise UserError("LoRA: these networks run in 8-bit floats, which cannot be changed; unset DMD2_GO_FAST")
+        if loras and self.placement.go_fast and self.placement.offloader is not None:
+            raise UserError(
+                "LoRA: 8-bit networks that take turns on the GPU cannot be changed; unset DMD2_GO_FAST or DMD2_MEMORY"
+            )
         names = ("text_encoder", "text_encoder_2")[: len(self.encode_text.tokenizers)]
         for lora, _ in loras:
             for part, layer in lora.layers:
@@ -166,7 +168,7 @@ class StableDiffusionModel:
             loaded = load_control(folder, host, self.dtype, unets[0] if unets else None)
             if self.placement.offloader is not None:
                 self.placement.offloader.add(f"control {folder}", loaded.network)
-            self._controls[folder] = ControlModel(loaded.network, self.device, loaded.task)
+            self._controls[folder] = ControlModel(loaded.network, self.device, loaded.task, self.placement.compiler)
         return self._controls[folder]
 
     @cached_property

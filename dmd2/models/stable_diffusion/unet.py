@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dmd2.diffusion.noise import per_image, sd_sigmas
 from dmd2.models.stable_diffusion.text import TextCondition
@@ -82,11 +83,13 @@ class StableDiffusion:
         self._compile = compile
         self._traced = Traced(self._plain) if trace and compiler is None and run is None else None
         self._recorder = compiler or self._traced
+        self._compiler = compiler
+        self._guided: dict[str, Any] = {}
         self._network: Any = self._traced or run or self._plain
         if compile:
             self._network = torch.compile(self._plain)
         elif compiler is not None:
-            self._network = compiler(self._plain)
+            self._network = compiler(self._plain, blocks=self.unet)
         self.inpaints: bool = self.config.in_channels == INPAINTING_CHANNELS
         """whether each call needs what is known of the image, see `features`"""
         self.weights_changed = False
@@ -135,7 +138,7 @@ class StableDiffusion:
         control: Control | None = None,
         known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Denoiser`. With `control` the network runs as it is, neither compiled nor replayed.
+        """See `Denoiser`. With `control` no trace is used.
 
         `known` (1, 5, h, w) is for a network that inpaints (Rombach et al. 2022, sec. 4.5): the mask, 1 where to
         generate, and the latents of the image with that part grey. Its input are x's 4 channels and these.
@@ -150,12 +153,26 @@ class StableDiffusion:
                 full = torch.cat([scaled, known.to(scaled).expand(len(x), -1, -1, -1)], dim=1)
             inputs = (full, timestep, condition.context, condition.pooled, condition.time_ids)
             if control is not None:
-                output, bottleneck = self._plain(*inputs, **control(scaled, timestep, condition))
+                output, bottleneck = self._with(control(scaled, timestep, condition), inputs)
             elif (self.weights_changed and self._recorded) or not self._fits(full):
                 output, bottleneck = self._plain(*inputs)
             else:
                 output, bottleneck = self._network(*inputs)
         return self._x0(x, per_image(sigma, x), variance, output.float()), bottleneck.float()
+
+    def _with(self, residuals: dict[str, Any], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        """The network with what a control adds: prepared like the network alone."""
+        if self._compiler is None:
+            return self._plain(*inputs, **residuals)
+        flat, structure = tree_flatten(residuals)
+
+        def run(*given: Tensor | None) -> Any:
+            return self._plain(*given[: len(inputs)], **tree_unflatten(given[len(inputs) :], structure))
+
+        key = str(structure)
+        if key not in self._guided:
+            self._guided[key] = self._compiler(run, blocks=self.unet)
+        return self._guided[key](*inputs, *flat)
 
     def bottleneck(self, x: Tensor, sigma: Tensor, cond: TextCondition) -> Tensor:
         """The second of `features` alone, (B, C', h, w): the way up is not run."""

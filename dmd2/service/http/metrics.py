@@ -43,6 +43,7 @@ class Metrics:
                 ("queue_depth", "Requests that wait."),
                 ("running_images", "Images that are generated or about to be."),
                 ("compile_failures", "Shapes that could not be compiled: they run as they are."),
+                ("unprepared_calls", "Calls of networks in a shape that warm-up did not prepare: they are slow."),
             )
         }
         self._memory = Gauge(
@@ -53,7 +54,7 @@ class Metrics:
         )
 
     def watch(self, model: str, **values: Callable[[], float]) -> None:
-        """Gauges of a model: queue_depth, running_images, compile_failures."""
+        """Gauges of a model: queue_depth, running_images, compile_failures, unprepared_calls."""
         for name, value in values.items():
             self._gauges[name].labels(model).set_function(value)
 

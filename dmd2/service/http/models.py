@@ -46,6 +46,7 @@ class Served:
             queue_depth=lambda: self.admission.waiting,
             running_images=lambda: self.admission.running,
             compile_failures=lambda: self.compile_failures,
+            unprepared_calls=lambda: self.unprepared_calls,
         )
         from dmd2.runtime.offload import peak_memory  # torch, which the service has loaded by now
 
@@ -62,6 +63,11 @@ class Served:
     def compile_failures(self) -> int:
         compiler = self.service.engine.model.placement.compiler
         return 0 if compiler is None else compiler.failures
+
+    @property
+    def unprepared_calls(self) -> int:
+        compiler = self.service.engine.model.placement.compiler
+        return 0 if compiler is None else compiler.unprepared
 
     def offer(self, request: ImageRequest, *, bulk: bool = False, timeout: float = 600.0, n: int = 1) -> Run:
         """A place in the queue for `n` images. Whoever has it must `close` it.

@@ -19,7 +19,7 @@ from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.models.adapters.lora import Fused, Lora, read_lora
 from dmd2.models.stable_diffusion.text import TextEncoder
 from dmd2.models.stable_diffusion.unet import StableDiffusion
-from dmd2.runtime.compiled import fuse_projections
+from dmd2.runtime.compiled import fuse_projections, quantize_linears
 from dmd2.runtime.errors import UserError
 from tests.tiny_sdxl import PROMPTS, SIDE, STUDENTS, build_sdxl_unet, build_vae, noise, noise_for_diffusers, pipeline
 
@@ -270,6 +270,29 @@ def test_fused_projections_follow(text_models: Texts, tmp_path: Path) -> None:
     fuse_projections(unet)
     assert torch.allclose(generate(unet, text_models, [(lora, 1.0)]), expected, atol=1e-4)
     assert torch.allclose(generate(unet, text_models, []), plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_8_bit_layers_are_rounded_from_the_merged_weights(text_models: Texts, tmp_path: Path) -> None:
+    """Merge, then quantise: as if the LoRA had been there first."""
+    unet, merged = build_sdxl_unet(), build_sdxl_unet()
+    lora = read_lora(saved(tmp_path / "some.safetensors", NAMINGS["peft"](unet, text_models)))
+    Fused({"unet": merged}).use([(lora, 0.7)])
+    for network in (unet, merged):
+        fuse_projections(network)
+        assert quantize_linears(network)
+    original, fused = deepcopy(unet.state_dict()), Fused({"unet": unet})
+    addresses = {name: value.data_ptr() for name, value in unet.state_dict().items()}
+
+    def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[name].float(), b[name].float()) for name in a)
+
+    fused.use([(lora, 0.3)])
+    fused.use([(lora, 0.7)])
+    assert same(unet.state_dict(), merged.state_dict()) and not same(unet.state_dict(), original)
+    fused.use([])
+    assert same(unet.state_dict(), original)
+    assert addresses == {name: value.data_ptr() for name, value in unet.state_dict().items()}
 
 
 def test_loras_for_another_model_are_refused_by_name(unet: Any, tmp_path: Path) -> None:

@@ -332,6 +332,7 @@ def test_metrics_tell_of_everything() -> None:
         'dmd2_queue_depth{model="fake"} 0.0',
         'dmd2_running_images{model="fake"} 0.0',
         'dmd2_compile_failures{model="fake"} 0.0',
+        'dmd2_unprepared_calls{model="fake"} 0.0',
     ):
         assert line in text.splitlines(), text
     (memory,) = (line for line in text.splitlines() if line.startswith("dmd2_device_memory_bytes{"))
