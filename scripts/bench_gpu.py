@@ -6,13 +6,16 @@ import itertools
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,14 @@ SHAPES = ((1024, 1), (512, 1), (512, 8), (1024, 4), (512, 4), (1024, 8), (512, 2
 STEPS = {1: [399], 4: [999, 749, 499, 249]}
 UNET, VAE = {512: 1.59, 1024: 6.76}, {512: 2.52, 1024: 10.47}  # TFLOP of a forward pass, by side
 RATE, TEXT = 790, 0.00034  # of an H200: dense 16-bit TFLOP/s, seconds to read the text encoders' weights
+VARIANTS: dict[str, dict[str, Any]] = {  # dmd2's engines, the most important ones first
+    "fp16": {"dtype": "float16"},
+    "fp16, tiny VAE": {"dtype": "float16", "vae": "tiny"},
+    "fp8, tiny VAE": {"dtype": "float16", "vae": "tiny", "go_fast": True},
+    "bf16": {"dtype": "bfloat16"},
+    "fp8": {"dtype": "float16", "go_fast": True},
+}
+NEEDED = ("torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow", "typer")
 
 
 def start(weights: Path, system: str, device: str, size: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -108,7 +119,7 @@ def theirs(pipeline: Any, size: int, steps: int, batch: int) -> Callable[[], Non
 
 
 def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, ascending; they take turns, after two calls that do not count."""
+    """Milliseconds of each call, ascending; several take turns, after two calls that do not count."""
     import torch
 
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -128,35 +139,98 @@ def floor_ms(size: int, steps: int, batch: int) -> float:
     return 1000 * ((UNET[size] * steps + VAE[size]) * batch / RATE + TEXT)
 
 
-def gpu(device: str, minutes: float, size: int, rounds: int) -> dict[str, Any]:
-    """Everything that fits into `minutes`. Without a GPU: only the starts, one step at `size`."""
+class OutOfTime(BaseException):
+    """The deadline is over, or somebody wants this process to end: nothing that catches errors may go on."""
+
+
+@contextmanager
+def ending(deadline: float) -> Iterator[None]:
+    """Raises `OutOfTime` in what runs within it at the deadline, and at SIGTERM."""
+
+    def stop(number: int, frame: object) -> None:
+        raise OutOfTime(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGTERM)}
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, deadline - time.perf_counter()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def wheels() -> dict[str, str]:
+    """The packages that this needs, with the versions that are there; "" for one that is missing."""
+    found = {}
+    for name in NEEDED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # triton, where there is no GPU
+            found[name] = ""
+    return found
+
+
+def gpu(device: str, minutes: float, size: int, rounds: int, out: Path | None = None) -> dict[str, Any]:
+    """Everything that fits into `minutes`. Without a GPU: only the starts, one step at `size`.
+
+    Args:
+        out: file that has all there is so far, after each row.
+    """
     import torch
     from full_size import write_full_size
+
+    from dmd2.runtime.files import atomic_text
 
     deadline = BEGAN + minutes * 60
     cuda = device != "cpu" and torch.cuda.is_available()
     result: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "torch": torch.__version__,
+        "wheels": wheels(),
         "starts": [],
         "rows": [],
         "skipped": [],
     }
 
     def fits(what: str, seconds: float) -> bool:
+        if out is not None:
+            atomic_text(out, json.dumps(result, indent=2) + "\n")
         if time.perf_counter() + seconds < deadline:
             return True
         result["skipped"].append(f"{what}: {seconds:.0f} s, more than was left")
         return False
 
+    try:
+        with ending(deadline):
+            _measure(device, size, rounds, result, fits, cuda, write_full_size)
+    except OutOfTime as error:
+        result["skipped"].append(f"what had begun when time was up ({error})")
+    result["seconds"] = round(time.perf_counter() - BEGAN, 1)
+    if out is not None:
+        atomic_text(out, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _measure(
+    device: str,
+    size: int,
+    rounds: int,
+    result: dict[str, Any],
+    fits: Callable[[str, float], bool],
+    cuda: bool,
+    write_full_size: Callable[..., None],
+) -> None:
     with tempfile.TemporaryDirectory(prefix="dmd2-bench-") as temporary:
         began = time.perf_counter()
         weights = Path(temporary) / "weights"
-        write_full_size(weights, students=(1, 4) if cuda else (4, 1))
+        write_full_size(weights, students=(1, 4) if cuda else (4, 1), tiny=cuda)
         result["writing_s"] = round(time.perf_counter() - began, 1)
         os.environ["DMD2_CACHE"] = str(Path(temporary) / "cache")  # cold at first
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(temporary) / "inductor")
-        for system in ("dmd2", "dmd2", "diffusers") if cuda else ("dmd2", "diffusers"):
+        if cuda:  # before the starts: rows tell more
+            compare(weights, result, fits, rounds)
+        for system in ("dmd2", "diffusers"):
             if fits(f"start {system}", 200 if cuda else 120):
                 command = [sys.executable, __file__, str(weights), system, device, str(size), "1", str(rounds)]
                 child = subprocess.run(command, stdout=subprocess.PIPE, check=False)
@@ -165,61 +239,86 @@ def gpu(device: str, minutes: float, size: int, rounds: int) -> dict[str, Any]:
                     continue
                 result["starts"].append(json.loads(child.stdout))
                 print(json.dumps(result["starts"][-1]), file=sys.stderr)
-        if cuda:
-            compare(weights, result, fits, rounds)
-    result["seconds"] = round(time.perf_counter() - BEGAN, 1)
-    return result
 
 
 def compare(
     weights: Path, result: dict[str, Any], fits: Callable[[str, float], bool], rounds: int, device: str = "cuda"
 ) -> None:
-    """Rows of times, the most important ones first."""
+    """Rows of times, the most important ones first: all variants at the largest size, then the other shapes.
+
+    What a variant cannot do (fp8 on a GPU without) is named, and the next one has its turn.
+    """
     import torch
 
     from dmd2.inference.engine import Engine
+    from dmd2.runtime.errors import first_line
 
-    engine = Engine(weights, device, modes=("1", "4"), trace=True)
-    pipeline = load_pipeline(weights, engine.dtype, device)
     largest = SHAPES[0][0]
 
-    def against(name: str, other: Callable[..., Any], size: int = largest, batch: int = 1) -> None:
+    def attempt(what: str, seconds: float, run: Callable[[], None]) -> None:
+        if not fits(what, seconds):
+            return
+        try:
+            run()
+        except Exception as error:
+            result["skipped"].append(f"{what}: {type(error).__name__}: {first_line(error)}")
+
+    def rows(name: str, make: Callable[..., Callable[[], Any]], size: int, batch: int) -> None:
         for steps in STEPS:
             torch.cuda.reset_peak_memory_stats()
-            calls = {"dmd2": ours(engine, size, steps, batch), name: other(size, steps, batch)}
-            row(result, size, steps, batch, calls, rounds)
+            row(result, name, size, steps, batch, make(size, steps, batch), rounds)
 
-    for size, batch in SHAPES:
-        if fits(f"{size}², batch {batch}", 90):
-            engine.warm_up(("1", "4"), [(size, size)], batch)
-            against("diffusers", partial(theirs, pipeline), size, batch)
-    if fits("bf16 beside fp16", 120):
-        other = Engine(weights, device, dtype=torch.bfloat16, modes=("1", "4"), trace=True)
-        other.warm_up(("1", "4"), [(largest, largest)], 1)
-        against("dmd2_bf16", partial(ours, other))
-        del other
-    if fits("diffusers, compiled", 150):
+    def engine(vae: str = "kl", dtype: str = "float16", go_fast: bool = False) -> Engine:
+        os.environ["DMD2_GO_FAST"] = str(go_fast).lower()
+        return Engine(weights, device, dtype=getattr(torch, dtype), modes=("1", "4"), trace=True, vae=vae)
+
+    def variant(name: str, size: int, batch: int, made: Engine | None = None) -> None:
+        chosen = made or engine(**VARIANTS[name])
+        chosen.warm_up(("1", "4"), [(size, size)], batch, windows=1)
+        rows(f"dmd2, {name}", partial(ours, chosen), size, batch)
+
+    first = next(iter(VARIANTS))
+    kept: list[Engine] = []
+
+    def usual() -> None:
+        kept.append(engine(**VARIANTS[first]))
+        variant(first, largest, 1, kept[0])
+
+    attempt(f"dmd2, {first}", 90, usual)
+    pipeline = load_pipeline(weights, getattr(torch, VARIANTS[first]["dtype"]), device)
+    attempt("diffusers", 20, lambda: rows("diffusers", partial(theirs, pipeline), largest, 1))
+    for name in [*VARIANTS][1:]:
+        attempt(f"dmd2, {name}", 90, partial(variant, name, largest, 1))
+    for size, batch in SHAPES[1:]:
+        if kept:
+            attempt(f"dmd2, {first}, {size}², batch {batch}", 45, partial(variant, first, size, batch, kept[0]))
+        eager = partial(rows, "diffusers", partial(theirs, pipeline), size, batch)
+        attempt(f"diffusers, {size}², batch {batch}", 30, eager)
+
+    def compiled() -> None:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead", fullgraph=True)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="reduce-overhead", fullgraph=True)
-        against("diffusers_compiled", partial(theirs, pipeline))
+        rows("diffusers, compiled", partial(theirs, pipeline), largest, 1)
+
+    attempt("diffusers, compiled", 150, compiled)
 
 
-def row(result: dict[str, Any], size: int, steps: int, batch: int, calls: Any, rounds: int) -> None:
+def row(
+    result: dict[str, Any], name: str, size: int, steps: int, batch: int, call: Callable[[], Any], rounds: int
+) -> None:
     """Adds one row to the table."""
     import torch
 
-    found: dict[str, Any] = {"size": size, "steps": steps, "batch": batch}
-    taken = timed(calls, rounds)
-    for name, values in taken.items():
-        found[f"{name}_p50"] = round(statistics.median(values), 1)
-        found[f"{name}_p95"] = round(values[min(len(values) - 1, int(0.95 * len(values)))], 1)
-    other = next(name for name in taken if name != "dmd2")
-    found["ratio"] = round(found[f"{other}_p50"] / found["dmd2_p50"], 2)
-    found["times_floor"] = round(found["dmd2_p50"] / floor_ms(size, steps, batch), 2)
-    found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)  # of both, which are loaded together
-    found["stages_s"] = calls["dmd2"]()
+    values = timed({name: call}, rounds)[name]
+    found: dict[str, Any] = {"system": name, "size": size, "steps": steps, "batch": batch}
+    found["p50_ms"] = round(statistics.median(values), 1)
+    found["p95_ms"] = round(values[min(len(values) - 1, int(0.95 * len(values)))], 1)
+    found["times_floor"] = round(found["p50_ms"] / floor_ms(size, steps, batch), 2)
+    found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)  # of all that is loaded
+    if stages := call():
+        found["stages_s"] = stages
     result["rows"].append(found)
     print(json.dumps(found), file=sys.stderr)
 
@@ -228,7 +327,8 @@ def table(result: dict[str, Any]) -> str:
     """The rows and starts as text, one below the other."""
     entries = [*result["starts"], *result["rows"]]
     lines = ["  ".join(f"{key} {value}" for key, value in entry.items()) for entry in entries]
-    return "\n".join([*lines, *(f"skipped {what}" for what in result["skipped"])])
+    versions = ", ".join(f"{name} {found or 'missing'}" for name, found in result.get("wheels", {}).items())
+    return "\n".join([*lines, *(f"skipped {what}" for what in result["skipped"]), versions])
 
 
 if __name__ == "__main__":  # a child of `gpu`

@@ -25,10 +25,16 @@ PARAMETERS = {"sdxl": 2_567_463_684, "sd15": 859_520_964}
 """of the UNets"""
 
 
-def write_full_size(folder: Path, students: tuple[int, ...] = (1, 4)) -> None:
-    """Makes `folder`, SDXL with two students of the same weights. Takes 7 GB of disk, and 6 of memory on the way."""
+def write_full_size(folder: Path, students: tuple[int, ...] = (1, 4), tiny: bool = False) -> None:
+    """Makes `folder`, SDXL with two students of the same weights. Takes 7 GB of disk, and 6 of memory on the way.
+
+    Args:
+        tiny: with a tiny VAE beside its own.
+    """
     configs = _configs("sdxl")
     _write_parts(folder, "sdxl", configs, numbers=True)
+    if tiny:
+        _write(diffusers.AutoencoderTiny(), folder / "vae_tiny", UNET_FILE)
     names = {1: "unet_1step", 4: "unet"}
     first = folder / names[students[0]]
     _write(_unet("sdxl", configs), first, UNET_FILE)
