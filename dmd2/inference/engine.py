@@ -271,7 +271,7 @@ class Engine:
                             continue
                         now = time.perf_counter()
                         logger.info(
-                            "warm-up: %s steps at %dx%d, batch %d, prompts of %d characters%s: %.1f s (%.0f s so far)",
+                            "warm-up: %s steps at %dx%d, batch %d, prompts of %d letters%s: %.1f s (%.0f s so far)",
                             mode,
                             *size,
                             len(prompts),
