@@ -130,7 +130,7 @@ def test_images_of_prompts_are_scored_by_their_prompts_and_real_images() -> None
     assert [t for texts, _ in seen for t in texts] == prompts and [i for _, s in seen for i in s] == list(range(20))
     # What is generated are the real images themselves: in any order their distance is none.
     same = score.score(lambda texts, seeds: pixels[seeds])
-    assert same["patch_fid"] == pytest.approx(0, abs=1e-3) < found["patch_fid"] and same["clip_score"] < 1
+    assert same["patch_fid"] == pytest.approx(0, abs=1e-3) and found["patch_fid"] > 1 and same["clip_score"] < 1
     alone = TextScore(prompts, Path("clip"), None, lambda rows: pixels, 0, torch.device("cpu"))
     assert set(alone.score(bright)) == {"clip_score"}
     assert RowsPreview(prompts, judge=alone).scores and not RowsPreview(prompts).scores
