@@ -102,7 +102,9 @@ def generate(
     control: Annotated[
         Path | None, option(ADAPTERS, "Folder of a ControlNet or T2I-Adapter; or its name, if in the weights.")
     ] = None,
-    vae: Annotated[str, option(OUTPUT, "VAE: kl; or tiny (TAESDXL): faster, less sharp.")] = "kl",
+    vae: Annotated[
+        str, option(OUTPUT, "VAE: kl; or tiny (TAESDXL): faster, less sharp; auto: tiny on a CPU, if there is one.")
+    ] = "auto",
     churn: Annotated[str | None, option(WHAT, "Noise that an EDM teacher's sampler adds.", metavar=CHURN)] = None,
     out: Annotated[Path, option(OUTPUT, "Folder for the PNG files.")] = Path("outputs"),
     device: Annotated[str, option(OUTPUT, "Device: auto, cpu, cuda or cuda:1.")] = "auto",

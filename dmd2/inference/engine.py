@@ -62,7 +62,7 @@ class Engine:
         trace: `warm_up` records networks for repeated calls: on a GPU they are compiled (see `dmd2.runtime.placement`
             for the variables that say how), on a CPU small ones are traced, which makes them about 1.3 times as fast.
         vae: "kl" decodes with the folder's `vae`, whatever that is; "tiny" with its TAESDXL: a twentieth of the work,
-            and less sharp.
+            and less sharp; "auto" with that on a CPU where the folder has it.
         churn: noise that the sampler of an EDM teacher adds, by the images' seeds; None for none.
         text_cache: bytes of encoded prompts that are remembered on the device, at most.
     """

@@ -123,7 +123,7 @@ FAMILIES: dict[str, type[StableDiffusionModel] | type[EdmModel]] = {
 networks (None for what suits device and family), and
 
 - fast: prepare networks for repeated calls, within their `recording()`;
-- vae: "kl" for the folder's `vae`, "tiny" for its TAESDXL;
+- vae: "kl" for the folder's `vae`, "tiny" for its TAESDXL, "auto" for that on a CPU where it is there;
 - churn: of the teacher's sampler, where the family `takes_churn`.
 
 They raise UserError if a file is missing, damaged or not what the manifest says."""

@@ -99,7 +99,7 @@ class ImageService:
     - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
     - `DMD2_MAX_BATCH`: images in one batch, at most.
     - `DMD2_SIZES`: sizes that are compiled for during setup, beside the weights' own; others run as they are.
-    - `DMD2_VAE`: "kl" or "tiny", see `dmd2.inference.engine.Engine`.
+    - `DMD2_VAE`: "auto", "kl" or "tiny", see `dmd2.inference.engine.Engine`.
     - `DMD2_TEXT_CACHE`: megabytes of encoded prompts that are remembered on the device, at most.
     - `DMD2_CACHE`: LoRAs that callers name are kept there.
 
@@ -130,7 +130,7 @@ class ImageService:
         self._turn = turn or nullcontext()
         self._unsafe_allowed = may_be_disabled(environ)
         self._text_cache = _megabytes(environ, "DMD2_TEXT_CACHE", TEXT_CACHE)
-        self._vae = environ.get("DMD2_VAE", "").strip() or "kl"
+        self._vae = environ.get("DMD2_VAE", "").strip() or "auto"
         sizes = _sizes(environ)
         self.controls = {path.parent.name: path.parent for path in sorted(folder.glob("control/*/config.json"))}
         self.engine: Engine

@@ -275,12 +275,14 @@ def test_previews_say_whose_they_are_where_prompts_are_of_unequal_length(engine:
 def test_vae_tiny_decodes_with_taesdxl(folder: Path, engine: Engine, weights: Path, tmp_path: Path) -> None:
     tiny = Engine(folder, "cpu", vae="tiny")
     assert type(tiny.model.codec.vae).__name__ == "AutoencoderTiny"
+    assert type(Engine(folder, "cpu", vae="auto").model.codec.vae).__name__ == "AutoencoderTiny"
     assert difference(tiny.generate(["an owl"], [0], "1"), engine.generate(["an owl"], [0], "1")) > 2
     Engine(weights, "cpu", vae="tiny")  # the embedded model's own VAE is small
     copy = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("vae_tiny", "unet*")))
     with pytest.raises(UserError, match="has no vae_tiny; get it by scripts/download-weights --vae kl,tiny"):
         Engine(copy, "cpu", vae="tiny")
-    with pytest.raises(UserError, match="vae: small; expected kl or tiny"):
+    assert type(Engine(copy, "cpu", vae="auto").model.codec.vae).__name__ == "AutoencoderKL"
+    with pytest.raises(UserError, match="vae: small; expected auto, kl or tiny"):
         Engine(folder, "cpu", vae="small")
 
 

@@ -67,7 +67,7 @@ class StableDiffusionModel:
             self.dtype,
             trace=self._trace,
             placement=self.placement,
-            vae=vae_folder(folder, vae),
+            vae=vae_folder(folder, vae, device),
             kept=self._kept,
         )
         self.manifest, self.codec, self.encode_text = manifest, loaded.codec, loaded.encode_text
@@ -180,10 +180,18 @@ class StableDiffusionModel:
         return load_codec(self._folder, TINY, self.device, self.dtype, Placement(), self._kept)
 
 
-def vae_folder(folder: Path, vae: str) -> str:
-    """The subfolder of the VAE "kl" or "tiny". Raises UserError if there is none."""
-    if vae not in ("kl", "tiny"):
-        raise InvalidInput("vae", f"{shown(vae)}; expected kl or tiny")
+def vae_folder(folder: Path, vae: str, device: torch.device | None = None) -> str:
+    """The subfolder of the VAE "kl" or "tiny". Raises UserError if there is none.
+
+    "auto" is tiny on a CPU, where SDXL's own decoder takes longer than its UNet, if the folder has it beside another.
+    """
+    if vae not in ("auto", "kl", "tiny"):
+        raise InvalidInput("vae", f"{shown(vae)}; expected auto, kl or tiny")
+    if vae == "auto":
+        quick = device is not None and device.type == "cpu" and (folder / TINY).is_dir()
+        if quick:
+            logger.info("VAE: tiny, as this is a CPU; kl is sharper and takes twenty times the work")
+        vae = "tiny" if quick else "kl"
     if vae == "kl" or (folder / TINY).is_dir():
         return "vae" if vae == "kl" else TINY
     config = folder / "vae" / "config.json"
