@@ -126,6 +126,7 @@ def generate(
 
     from dmd2.inference.inputs import InputImages
     from dmd2.inference.mode import Mode, default_mode
+    from dmd2.models.openvino.choice import is_enabled
     from dmd2.weights.manifest import read_manifest
 
     if weights.is_file():
@@ -139,14 +140,12 @@ def generate(
     given = InputImages.read(
         request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
     )
-
-    from dmd2.models.openvino.choice import is_enabled
-
     if device in ("auto", "cpu") and is_enabled():
         from dmd2.models.openvino.kept import load_ahead
         from dmd2.runtime.paths import cache_folder
 
         load_ahead(weights, manifest, [Mode.parse(name, manifest).subfolder for name in modes], cache_folder())
+
     # Only now torch, which takes a second: what is wrong with the arguments alone is told without it.
     from dmd2.diffusion.sampling import Churn
     from dmd2.inference.engine import Engine

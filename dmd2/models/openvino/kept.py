@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dmd2.runtime.loading import Deferred
 
-FORMAT = 1
+FORMAT = 2
 """of these files; another one for another conversion of the same network"""
 READ = (".json", ".safetensors", ".txt")
 """endings of what a network or a tokenizer is made of"""
@@ -76,17 +76,19 @@ class Kept:
         found = {part: _AHEAD.pop(path, None) or self._read(path) for part, path in files.items()}
         here = {part: entry for part, entry in found.items() if entry is not None}
         if len(here) == len(parts):
-            settings = next(iter(here.values()))[0]
+            settings = next(iter(here.values()))[0]["config"]
             return Deferred(Settings(settings), load), {part: run for part, (_, run) in here.items()}
         began = time.perf_counter()
         loaded = load()
         settings = json.loads(json.dumps(dict(_config(loaded)), default=str))
         runs = {}
         for part, make in parts.items():
-            content = converted(*make(loaded), self._dtype)
+            network, example = make(loaded)
+            content = converted(network, example, self._dtype)
             runs[part] = Network(content, self._dtype)
+            shapes = [[*x.shape[1:]] for x in example]
             try:
-                _write(files[part], settings, content)
+                _write(files[part], {"config": settings, "shapes": shapes}, content)
             except OSError as error:
                 logger.warning("%s: cannot be kept (%s); every process converts it anew", files[part], error.strerror)
         logger.info("%s: converted for OpenVINO in %.1f s, once", name, time.perf_counter() - began)
@@ -148,6 +150,7 @@ def load_ahead(folder: Path, manifest: Manifest, unets: Iterable[str], cache: Pa
                 for part in parts[name]:
                     path = kept._path(name, part)
                     if entry := kept._read(path):
+                        entry[1].rehearse(entry[0]["shapes"])
                         _AHEAD[path] = entry
         except Exception as error:  # of any kind: the same happens again where it can be told
             logger.debug("not loaded ahead: %s", error)

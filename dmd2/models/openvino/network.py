@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ class Network:
         _, core = _openvino()
         compiled = core.import_model(io.BytesIO(content), "CPU", _settings(dtype))
         self._request, self._dtype = compiled.create_infer_request(), dtype
+        self._kinds = [x.get_element_type().to_dtype() for x in compiled.inputs]
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """The network's outputs, which the next call does not overwrite. Inputs that are None are left out."""
@@ -82,6 +84,16 @@ class Network:
         given = [self._plain(x) for x in inputs if x is not None]
         found = self._request.infer(given, share_inputs=True)
         return tuple(torch.from_numpy(x).to(getattr(torch, self._dtype)) for x in found.to_tuple())
+
+    def rehearse(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Runs once, on zeros: the first run of a batch and size makes its kernels.
+
+        Args:
+            shapes: of each input of a batch of one, without the batch.
+        """
+        import numpy
+
+        self._request.infer([numpy.zeros((1, *s), kind) for s, kind in zip(shapes, self._kinds, strict=True)])
 
     @staticmethod
     def _plain(x: Tensor) -> Any:
