@@ -36,7 +36,6 @@ def write_full_size(folder: Path, students: tuple[int, ...] = (1, 4), tiny: bool
     if tiny:
         _write(diffusers.AutoencoderTiny(), folder / "vae_tiny", UNET_FILE)
     names = {1: "unet_1step", 4: "unet"}
-    _write(diffusers.AutoencoderTiny(), folder / "vae_tiny", UNET_FILE, numbers=True)
     first = folder / names[students[0]]
     _write(_unet("sdxl", configs), first, UNET_FILE)
     for steps in students[1:]:
