@@ -242,7 +242,10 @@ def router(models: Models) -> APIRouter:
         served = chosen(request, (body.override_settings or {}).get("sd_model_checkpoint"))
         caller = request.state.caller
         try:
-            asked = await asyncio.to_thread(asked_by, body, served)
+            if isinstance(body, ImageToImage):  # megabytes of base64
+                asked = await asyncio.to_thread(asked_by, body, served)
+            else:
+                asked = asked_by(body, served)
         except UserError as error:
             raise Refusal.of(error) from None
         job = _Job(served.offer_for(request.state, asked, n, body.prompt, timeout=timeout or 600.0))
