@@ -126,7 +126,7 @@ def generate(
 
     from dmd2.inference.inputs import InputImages
     from dmd2.inference.mode import Mode, default_mode
-    from dmd2.models.openvino.choice import is_enabled
+    from dmd2.models.openvino.choice import give_way, is_enabled
     from dmd2.weights.manifest import read_manifest
 
     if weights.is_file():
@@ -140,6 +140,7 @@ def generate(
     given = InputImages.read(
         request.image, request.mask, request.prompt_strength, request.control_image, request.control_scale
     )
+    give_way()
     if device in ("auto", "cpu") and is_enabled():
         from dmd2.models.openvino.kept import load_ahead
         from dmd2.runtime.paths import cache_folder

@@ -32,12 +32,14 @@ def cog(
     if importlib.util.find_spec("cog") is None:
         raise UserError("Cog's Python package is not installed; pip install 'dmd2[serve]'")
 
+    from dmd2.models.openvino.choice import give_way
     from dmd2.service.cog.schema import write_schema
     from dmd2.service.cog.supervisor import check_port
 
     check_port(host, port)
     write_schema(ROOT)
     environment = os.environ | {"PORT": str(port)}
+    give_way(environment)
     if weights is not None:
         environment["DMD2_WEIGHTS"] = str(weights.resolve())
     sys.stdout.flush()
@@ -79,6 +81,10 @@ def serve(
             raise InvalidInput("cors", "expected an origin such as https://example.org", shown(origin))
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise UserError("what serving needs is not installed; pip install 'dmd2[serve]'")
+
+    from dmd2.models.openvino.choice import give_way
+
+    give_way()  # before torch is loaded
 
     from dmd2.service.http.guard import Rules, read_keys
     from dmd2.service.http.server import is_loopback

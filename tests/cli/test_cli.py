@@ -593,7 +593,7 @@ def test_generate_with_previews(
         (["--control", "canny"], "control, control_image: expected both or neither"),
         (["--control-image", "given.png"], "control, control_image: expected both or neither"),
         (["--control", "canny", "--control-image", "given.png"], "control canny: expected a folder"),
-        (["--vae", "huge"], "vae: huge; expected kl or tiny"),
+        (["--vae", "huge"], "vae: huge; expected auto, kl or tiny"),
     ],
 )
 def test_generate_refuses_what_is_given(

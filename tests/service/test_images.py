@@ -465,7 +465,7 @@ def test_an_out_of_memory_while_a_lora_is_put_in_leaves_the_next_request_intact(
 
 
 def test_the_small_vae_by_variable(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="vae: big; expected kl or tiny"):
+    with pytest.raises(UserError, match="vae: big; expected auto, kl or tiny"):
         ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_VAE": "big"})
 
 
