@@ -171,6 +171,15 @@ def serve(
     pipe.send({"loading_peak_gb": round(loading / 1e9, 3), "peak_gb": round(steps_peak(device) / 1e9, 3)})
 
 
+def apart(function: Callable[..., Any], *args: Any, **named: Any) -> None:
+    """Calls it in a process of its own, so that none of its memory stays."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args, kwargs=named)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__}: ended with {process.exitcode}; what it said stands above")
+
+
 def forget_peak(device: torch.device) -> None:
     """Loading is not counted in `steps_peak`, where that can be: on a GPU, and on Linux."""
     gc.collect()
@@ -231,7 +240,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "latents"
         write_images(data.with_name("images"), size, max(IMAGES, recipe.loop.batch_size))
-        make_latents(weights, data.with_name("images"), data, device=where)
+        apart(make_latents, weights, data.with_name("images"), data, device=where)
         try:
             for kind in kinds:
                 pipes[kind], theirs = context.Pipe()
