@@ -206,11 +206,12 @@ def test_shards_go_on_where_they_were(runs: Path) -> None:
     assert largest_difference(weights_of(runs / "resumed"), weights_of(runs / "fsdp2")) == 0
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_killed_process_ends_the_run_which_goes_on_with_any_number(
-    runs: Path, paths: Paths, tmp_path: Path
+    strategy: str, runs: Path, paths: Paths, tmp_path: Path
 ) -> None:
     killed = tmp_path / "killed"
-    started = torchrun(*command(job(paths, killed)))
+    started = torchrun(*command(job(paths, killed), "--parallel", strategy))
     deadline = time.monotonic() + LONG
     while not Checkpoints(killed).exist() or len(log(killed)) < 6:
         assert started.poll() is None and time.monotonic() < deadline, started.communicate()[0]
@@ -222,7 +223,8 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_any_number(
     assert started.returncode != 0, text
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
     alone = shutil.copytree(killed, tmp_path / "alone")
-    text = finish(torchrun(*command(job(paths, killed), "--resume", "--parallel", "ddp")))
+    kept = int(Checkpoints(killed).all()[0].name)
+    text = finish(torchrun(*command(job(paths, killed), "--resume", "--parallel", strategy)))
     assert text.count("done: ") == 1
     recipe = json.loads((alone / "recipe.json").read_text())
     assert recipe["loop"]["iterations"] == 20
@@ -235,10 +237,13 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_any_number(
             text=True,
         )
     )
-    assert log(killed) == log(runs / "ddp")
-    assert largest_difference(weights_of(killed), weights_of(runs / "ddp")) == 0
+    whole = runs / strategy
+    assert log(killed) == log(whole)
+    assert largest_difference(weights_of(killed), weights_of(whole)) == 0
     assert [line["step"] for line in log(alone)] == list(range(1, 21))
-    assert largest_difference(weights_of(alone), weights_of(runs / "ddp")) <= 1e-5
+    assert log(alone)[:kept] == log(whole)[:kept]
+    assert largest_difference(weights_of(alone), weights_of(whole)) <= 1e-5
+    assert not [path for out in (killed, alone) for path in out.rglob(".*") if path.name != ".lock"]
 
 
 def test_what_goes_wrong_is_told_once(paths: Paths, tmp_path: Path) -> None:
