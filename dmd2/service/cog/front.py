@@ -52,6 +52,8 @@ MOST_KNOWN = 1000  # ids of predictions whose end nobody waited for
 LINGER = 5.0  # seconds for which what a refused client still sends is thrown away, so that it can read why
 HEALTH = 2.0  # seconds that Cog has to answer a health check
 IDLE = 30.0  # seconds that a connection may take to bring a request's head
+KEPT, KEEP = 64, 5.0
+"""connections to Cog's server that are kept between requests, at most, and seconds for which each is"""
 READ, SLOWEST = 30.0, 100_000  # a body may take so many seconds, and one more for each so many bytes that came
 SMALL = 1 << 16  # bytes of a request that is let in however many large ones are held
 WRITE = 60.0  # seconds that a client may take no byte of its answer
@@ -135,8 +137,9 @@ class Front:
         self._held = 0  # bytes of bodies
         self._requests: set[Request] = set()
         self._known: OrderedDict[str, None] = OrderedDict()
-        # A new connection each time: one that was kept may be gone when it is needed; closing it is how to cancel.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+        # A connection is kept only after a whole answer: closing it before is how to cancel. One that ends closes
+        # its own, which httpx2 sees before it takes one; the next server has another port.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT, keepalive_expiry=KEEP)
         timeout = httpx2.Timeout(None, connect=5.0)
         self._client = httpx2.AsyncClient(transport=transport, limits=limits, timeout=timeout, trust_env=False)
 
@@ -330,6 +333,7 @@ class Front:
                 request.method, self._url(request.path), content=request.body, headers=headers
             ) as response:
                 if response.status_code == 409:
+                    await response.aread()  # so that the connection can be kept
                     return False
                 if response.status_code == 202 and request.id:
                     self._known[request.id] = None

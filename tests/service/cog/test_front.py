@@ -6,9 +6,11 @@ import asyncio
 import http.client
 import json
 import random
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal
 
 import httpx2
 import pytest
@@ -86,9 +88,11 @@ class Cog(httpx2.AsyncBaseTransport):
 
 
 class World:
-    def __init__(self, cog: Cog | None = None, **bounds: int) -> None:
-        self.cog, self.supervisor = cog or Cog(), Supervisor()
-        self.front = Front(self.supervisor, Bounds(**bounds), self.cog)
+    """`cog`: in the place of a server; "sockets": the front asks `supervisor.address`."""
+
+    def __init__(self, cog: Cog | Literal["sockets"] | None = None, **bounds: int) -> None:
+        self.cog, self.supervisor = cog if isinstance(cog, Cog) else Cog(), Supervisor()
+        self.front = Front(self.supervisor, Bounds(**bounds), None if cog == "sockets" else self.cog)
         self.client = httpx2.AsyncClient(
             transport=httpx2.ASGITransport(self.front), base_url="http://front", timeout=None
         )
@@ -661,6 +665,90 @@ def test_a_connection_that_brings_no_request_is_closed(monkeypatch: pytest.Monke
         connection.request("POST", "/predictions", b'{"input": {"name": "slow"}}', JSON)
         assert connection.getresponse().status == 200  # however long it takes
         connection.close()
+
+
+class Sockets:
+    """A server of HTTP on the loopback that keeps connections open; `answers` is waited for before each answer."""
+
+    def __init__(self) -> None:
+        self.opened = self.requests = self.cut = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self, port: int = 0) -> tuple[str, int]:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+        return "127.0.0.1", int(self._server.sockets[0].getsockname()[1])
+
+    async def end(self) -> None:
+        """As the end of its process: nobody listens, and every connection is closed."""
+        self._server.close()
+        for writer in self._writers.copy():
+            writer.close()
+        await until(lambda: not self._writers)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.opened += 1
+        self._writers.add(writer)
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := (await reader.readuntil(b"\r\n\r\n")).lower():
+                await reader.readexactly(int(re.findall(rb"content-length: (\d+)", head)[0]))
+                self.requests += 1
+                gone = asyncio.create_task(reader.read(1))
+                answers = asyncio.create_task(self.answers.wait())
+                await asyncio.wait({gone, answers}, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    self.cut += 1
+                    break
+                gone.cancel()
+                await asyncio.wait({gone})
+                content = b'{"status": "succeeded"}'
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n")
+                writer.write(b"content-length: %d\r\n\r\n%s" % (len(content), content))
+        writer.close()
+        self._writers.discard(writer)
+
+
+def test_a_connection_to_cog_is_used_again_and_none_of_a_server_that_ended() -> None:
+    async def test() -> None:
+        world, cog = World("sockets", slots=4), Sockets()
+        world.supervisor.address = address = await cog.start()
+        for name in range(20):
+            assert (await world.predict(name)).status_code == 200
+        assert cog.opened == 1
+        for port in (0, address[1]):  # a server that takes the place of the one before, elsewhere and where one was
+            answers = [world.start(name) for name in range(4)]
+            assert {(await answer).status_code for answer in answers} == {200}
+            await cog.end()
+            cog.opened = 0
+            world.supervisor.address = await cog.start(port)
+            for name in range(20):
+                assert (await world.predict(name)).status_code == 200
+            assert cog.opened == 1
+        await cog.end()
+        assert (await world.predict()).status_code == 503
+        await world.front._client.aclose()
+
+    run(test())
+
+
+def test_who_hangs_up_ends_the_prediction_on_a_kept_connection_too() -> None:
+    async def test() -> None:
+        world, cog = World("sockets"), Sockets()
+        world.supervisor.address = await cog.start()
+        assert (await world.predict()).status_code == 200
+        cog.answers.clear()
+        gone = world.start()
+        await until(lambda: cog.requests == 2)
+        gone.cancel()
+        await until(lambda: cog.cut)
+        cog.answers.set()
+        assert (await world.predict()).status_code == 200  # on another
+        assert (cog.opened, cog.requests, world.front.gate.inside) == (2, 3, 0)
+        await cog.end()
+        await world.front._client.aclose()
+
+    run(test())
 
 
 class Slow(Cog):
