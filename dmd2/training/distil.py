@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -161,13 +162,12 @@ def wire(
         if network is not None:
             whole = network is family.teacher_network and recipe.whole_teacher
             parallel.prepare(network, [] if whole else family.blocks(network), family.gathered, recipe.compile)
-    compile = recipe.compile and not parallel.collective
     data = data or _data(recipe, family, source, inputs)
     preview = source.preview()
     networks = Networks(
-        family.denoiser(student, compile),
-        family.denoiser(family.teacher_network, compile),
-        family.denoiser(family.teacher_network if fake_score is None else fake_score, compile),
+        family.denoiser(student),
+        family.denoiser(family.teacher_network),
+        family.denoiser(family.teacher_network if fake_score is None else fake_score),
     )
     dtype = training_dtype(recipe.precision, inputs.device)
     kit = Kit(family, student, fake_score, networks, sigmas, inputs, dtype)
@@ -177,7 +177,10 @@ def wire(
         denoiser = family.denoiser(module or student)
         noise = seeded_noise(seeds, (len(sigmas), *family.shape), inputs.device)
         denoise = conditioned(denoiser, family.condition(labels))
-        return family.codec.decode(sample_few_step(denoise, denoiser.scale_initial_noise, noise.unbind(1), sigmas))
+        # As many images as are shown are seen too rarely to compile anything for them.
+        with torch.compiler.set_stance("force_eager") if recipe.compile else nullcontext():
+            x0 = sample_few_step(denoise, denoiser.scale_initial_noise, noise.unbind(1), sigmas)
+        return family.codec.decode(x0)
 
     def export(module: nn.Module | None, out: Path) -> None:
         levels = recipe.levels

@@ -135,7 +135,7 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     module: Any = family.trainable()
     parallel = inputs.parallel
     parallel.prepare(module, family.blocks(module), family.gathered, recipe.compile)
-    denoiser = family.denoiser(module, recipe.compile and not parallel.collective)
+    denoiser = family.denoiser(module)
     dtype = training_dtype(recipe.precision, inputs.device)
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "muon":

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmd2.diffusion.draws import Ranks
 from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.training.parallel.blocks import compile_blocks
 from dmd2.training.parallel.dropout import share_dropout
 from dmd2.training.parallel.norm import share_batch_norms
 
@@ -60,10 +61,11 @@ class Parallel:
             blocks: its parts that are gathered one at a time, where it is sharded. Without any it stays whole, as
                 adapters and heads do.
             dtype: what they are gathered in; None for their own.
-            compile: whether they are compiled one by one, where it is sharded; what is whole is compiled as a whole,
-                by who runs it.
+            compile: whether they are compiled, one by one: those that are alike compile once. Of copies they are not.
         """
         share_dropout(network, self.ranks)
+        if compile:
+            compile_blocks(blocks)
 
     def copy(self, network: nn.Module) -> nn.Module:
         """Another network of the same weights."""
@@ -130,7 +132,7 @@ class Replicated(Parallel):
         dtype: torch.dtype | None = None,
         compile: bool = False,
     ) -> None:
-        super().prepare(network)
+        super().prepare(network, blocks, dtype, compile)
         share_batch_norms(network, self.ranks.world)
         # CPUs of two kinds need not initialise alike to the last bit
         for tensor in (*network.parameters(), *network.buffers()):

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dmd2.diffusion.draws import Ranks
+from dmd2.training.parallel.blocks import compile_blocks
 from dmd2.training.parallel.group import Replicated, full, local
 
 
@@ -40,22 +41,19 @@ class Sharded(Replicated):
             self._whole.update(network.parameters())
             return
         names = {id(module): name for name, module in network.named_modules()}
-        self._shard(network, [names[id(block)] for block in blocks if block is not network], dtype, compile)
+        self._shard(network, [names[id(block)] for block in blocks if block is not network], dtype)
+        if compile:
+            compile_blocks(blocks)
 
-    def _shard(self, network: nn.Module, blocks: list[str], dtype: torch.dtype | None, compile: bool = False) -> None:
+    def _shard(self, network: nn.Module, blocks: list[str], dtype: torch.dtype | None) -> None:
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout
         self._prepared[id(network)] = network, _bare(network), (blocks, dtype)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         how: dict[str, Any] = {"mesh": self.mesh, "mp_policy": policy}
         how["ignored_params"] = self._whole.intersection(network.parameters())  # of the adapters on it
-        if compile:  # blocks of one class share what is compiled: a graph for each shape of weights and each adapter
-            torch._dynamo.config.recompile_limit = 256
         for name in blocks:
-            block = network.get_submodule(name)
-            if compile:  # between gathering and freeing, through which the compiler cannot look
-                block.forward = torch.compile(block.forward)
-            fully_shard(block, **how)
+            fully_shard(network.get_submodule(name), **how)
         # A container is never called, so its members are sharded.
         for root in network.values() if isinstance(network, nn.ModuleDict) else [network]:
             fully_shard(root, **how)

@@ -157,6 +157,7 @@ DMD2 = SHORT | OURS | {"generator_every": 2, "precision": "fp32"}
 TOGETHER: dict[str, dict[str, Any]] = {
     "lora-beside-a-fake-score-bf16": DMD2 | LORA | {"networks": "separate", "precision": "bf16"},
     "full-checkpointing-bf16": DMD2 | GAN | {"precision": "bf16", "checkpointing": "true"},
+    "lora-compiled": DMD2 | LORA | {"compile": "true", "gan_generator": 0, "gan_critic": 0},
     "muon": DMD2 | {"optimizer": "muon"},
     "tiny-gdd": SHORT | {"precision": "fp32"},
 }
@@ -164,7 +165,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def together(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each of these by two processes with shards, by one alone, and the former's checkpoint gone on with by one."""
+    """Each of these by two processes with shards, by one alone, and the former's checkpoint gone on with by one.
+
+    Alone none is compiled.
+    """
     folder = tmp_path_factory.mktemp("together")
     jobs = []
     for name, values in TOGETHER.items():
@@ -172,8 +176,9 @@ def together(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append({"out": str(folder / name), "paths": paths, "set": sets(values), **recipe})
     finish(torchrun("-m", "tests.training.parallel.worker", json.dumps([j | {"strategy": "fsdp2"} for j in jobs])))
     for each in jobs:
-        run(each | {"out": each["out"] + "-one"})
-        run(each | {"out": each["out"] + "-resumed", "from": each["out"], "resume": True})
+        alone = each | {"set": [*each["set"], "compile=false"]}
+        run(alone | {"out": each["out"] + "-one"})
+        run(alone | {"out": each["out"] + "-resumed", "from": each["out"], "resume": True})
     return folder
 
 
