@@ -293,7 +293,10 @@ def _read_old(path: Path) -> Stored:
 def packed_optimizer(state: Mapping[str, Any], name: str, tensors: Tensors) -> State:
     """Puts the tensors of an optimizer's state beside others; returns the rest."""
     values = dict[str, Any]()
-    for i, each in state["state"].items():
+    for i, nested in state["state"].items():
+        each = dict[str, Any]()
+        for key, value in nested.items():  # bitsandbytes' tensors lie one level deeper, and come back from either
+            each |= value if isinstance(value, Mapping) else {key: value}
         tensors |= {f"{name}/optimizer/{i}/{k}": v for k, v in each.items() if isinstance(v, Tensor)}
         if rest := {k: v for k, v in each.items() if not isinstance(v, Tensor)}:
             values[str(i)] = rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from dmd2.training.methods.dmd import DmdRecipe
 from dmd2.training.methods.regression import RegressionRecipe
 from dmd2.training.preview import CaptionPreview
 from dmd2.training.recipes import inputs_of, resolve
+from dmd2.training.run.checkpoints import Checkpoints, read
 from dmd2.training.sources import Inputs
 from tests.training.pixels import write_set, write_teacher
 from tests.training.test_product import CPU, LOOP, METHODS, PROMPTS, equal, run
@@ -183,3 +185,35 @@ def test_an_optimizer_in_8_bits_is_one_that_is_installed(
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", type("Module", (), {"optim": Optimizers}))  # type: ignore[arg-type]
     assert all(type(phase.optimizer) is torch.optim.AdamW for phase in recipe.method(inputs).phases)
+
+
+class Hidden(torch.optim.AdamW):
+    """Its averages lie where bitsandbytes has its own: one level deeper than in torch's optimizers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict()
+        averages = ("exp_avg", "exp_avg_sq")
+        state["state"] = {
+            number: {"step": each["step"], "hidden": {key: each[key] for key in averages}}
+            for number, each in state["state"].items()
+        }
+        return state
+
+
+@pytest.mark.parametrize("package", ["as bitsandbytes", "bitsandbytes"])
+def test_states_in_8_bits_are_resumed_to_the_bit(
+    package: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = package == "bitsandbytes"
+    if real:
+        pytest.importorskip(package)
+    else:
+        module = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=Hidden, PagedAdamW8bit=Hidden))
+        monkeypatch.setitem(sys.modules, "bitsandbytes", module)  # type: ignore[arg-type]
+    recipe = made("dmd2", optimizer="adamw8bit")
+    run(recipe, inputs, tmp_path / "whole", 3)
+    run(recipe, inputs, tmp_path / "parts", 2)
+    run(recipe, inputs, tmp_path / "parts", 3, resume=True)
+    whole, parts = (read(Checkpoints(tmp_path / name).all()[0]).whole() for name in ("whole", "parts"))
+    assert equal(whole, parts)
+    assert any(value.dtype == torch.uint8 for name, value in whole.items() if "/optimizer/" in name) == real

@@ -74,6 +74,19 @@ def test_predicts_the_low_memory_mode(weights: Path, emoji_zip: Path) -> None:
     assert said.peak == pytest.approx(peak_of_real_steps(settings, inputs(weights, emoji_zip)), rel=0.1)
 
 
+def test_predicts_an_optimizer_in_8_bits(weights: Path, emoji_zip: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = [*SMALL, "adapter=lora", "networks=adapters", "checkpointing=true"]
+    plain, small = (
+        predict(
+            resolve("emoji-dmd2-4step", [*settings, f"optimizer={name}"]), {"init": weights}, CPU, count_flops=False
+        )
+        for name in ("adamw", "adamw8bit")
+    )
+    found = peak_of_real_steps([*settings, "optimizer=adamw8bit"], inputs(weights, emoji_zip))
+    assert small.peak == pytest.approx(found, rel=0.1) and small.optimizer < 0.4 * plain.optimizer
+
+
 def test_predicts_a_shard_of_four_processes(weights: Path, emoji_zip: Path) -> None:
     """Measured on real tensors in the first of four processes, whose others only seem to answer."""
     settings = [*SMALL]
