@@ -170,6 +170,7 @@ def checkpoint_activations(unet: Any) -> None:
 
     In backward another adapter may be in use, or none: a block runs again with those that it was called with.
     """
+    from torch.distributed.fsdp import FSDPModule
     from torch.utils.checkpoint import checkpoint
 
     def call(block: nn.Module, *inputs: Any) -> Any:
@@ -177,7 +178,8 @@ def checkpoint_activations(unet: Any) -> None:
         contexts = partial(_twice, switch, switch.names)
         # FSDP2 passes a block's inputs through `view_as`, in its first run alone. Where a size is 1, that changes its
         # stride, and what is compiled for another stride keeps other tensors. A second `view_as` changes nothing.
-        inputs = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
+        if isinstance(block, FSDPModule):
+            inputs = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
         return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
 
     unet.enable_gradient_checkpointing(call)
