@@ -257,7 +257,7 @@ class Fleet:
         replica = self.replicas[i]
         try:
             timeout = request.arrival + self.scenario.patience - self.now
-            request.ticket = replica.admission.offer(request.images, request.bulk, timeout)
+            request.ticket = replica.admission.offer(request.images, request.bulk, timeout, lambda: id(request))
         except Full as full:
             self._refusals += 1
             self._retry(request, full.retry_after, broken=False)

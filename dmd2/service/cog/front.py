@@ -137,8 +137,8 @@ class Front:
         self._held = 0  # bytes of bodies
         self._requests: set[Request] = set()
         self._known: OrderedDict[str, None] = OrderedDict()
-        # A connection is kept only after a whole answer: closing it before is how to cancel. One that ends closes
-        # its own, which httpx2 sees before it takes one; the next server has another port.
+        # A connection is kept only after a whole answer: closing it before is how to cancel. A server closes all of
+        # them when it ends, which httpx2 sees before it takes one; the next server has another port.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT, keepalive_expiry=KEEP)
         timeout = httpx2.Timeout(None, connect=5.0)
         self._client = httpx2.AsyncClient(transport=transport, limits=limits, timeout=timeout, trust_env=False)

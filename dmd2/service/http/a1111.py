@@ -14,7 +14,6 @@ import binascii
 import io
 import json
 import re
-import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -209,7 +208,7 @@ def asked_by(body: TextToImage, served: Served) -> ImageRequest:
         prompt=prompt,
         width=body.width,
         height=body.height,
-        seed=secrets.randbelow(2**32 - MOST_IMAGES) if body.seed in (None, -1) else body.seed,
+        seed=None if body.seed == -1 else body.seed,
         output_format="png",
         lora_weights=" ".join(loras) or None,
         **given,

@@ -1,14 +1,17 @@
 """Who is served next: a bounded queue before a model, as a state machine without threads, event loop or HTTP.
 
-Its clock is injected, so the code that serves is the code that a simulation runs.
+Who finds the queue full is told when to come back and is kept a place for that time, so that nobody who comes later
+can take it. Its clock is injected, so the code that serves is the code that a simulation runs.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +19,14 @@ SHARE = 4
 """while both wait, one of so many that are let in is bulk"""
 LONGEST_WAIT = 300
 """seconds that anybody is told to wait"""
+GRACE = 5.0
+"""seconds for which a place is kept for somebody who was told to come back"""
+SPREAD = 2
+"""those told to come back are this many times as far apart as the rate would allow: the rest is the newcomers'"""
 REMEMBERED = 64
-"""departures that the rate is measured over"""
+"""departures that the rate is measured over, and promises that the part of those who return is"""
+MOST_PROMISED = 10_000
+"""of each class, that a place is kept for"""
 
 
 class Full(Exception):
@@ -44,11 +53,103 @@ class Ticket:
     state: Literal["waiting", "running", "expired", "gone"] = "waiting"
 
 
+@dataclass(eq=False)
+class _Promise:
+    """To somebody who was refused."""
+
+    number: int
+    """of the refusal"""
+    who: Hashable
+    due: float
+    """on the admission's clock: when to come back"""
+
+
+class _Promises:
+    """Those of one class, of which `most` may wait, in the order in which they are due."""
+
+    def __init__(self, most: int) -> None:
+        self._most = max(1, most)
+        self._order: list[_Promise] = []
+        self._of: dict[Hashable, list[_Promise]] = {}
+        self._numbers = itertools.count()
+        self._kept_by = 1.0  # the part of those who were told lately that came
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def places(self, until: float) -> int:
+        """How many are kept for those who are due until then: half of all, at most."""
+        return min(max(1, self._most // 2), bisect_right(self._order, until, key=_due))
+
+    def claimed(self, who: Hashable, now: float) -> _Promise | None:
+        """The promise that somebody who comes now has, if it is due."""
+        first = self._of.get(who, [None])[0]
+        return first if first is not None and first.due <= now else None
+
+    def next_due(self, earliest: float, apart: float) -> float:
+        """When one more may come back: not before anybody who was refused earlier, and not more than `most` of
+        those who will come in so many times `apart` seconds."""
+        if not self._order:
+            return earliest
+        many = math.ceil(self._most / self._kept_by)
+        if len(self) >= many:
+            earliest = max(earliest, self._order[-many].due + self._most * apart)
+        return max(earliest, self._order[-1].due)
+
+    def rank(self, promise: _Promise) -> int:
+        """How many were refused before."""
+        return sum(other.number < promise.number for other in self._order)
+
+    def add(self, who: Hashable, due: float) -> None:
+        """Nothing where there are too many, or too many of one name."""
+        if len(self) < MOST_PROMISED and len(self._of.get(who, ())) < self._most:
+            self._insert(_Promise(next(self._numbers), who, due))
+
+    def keep(self, promise: _Promise) -> None:
+        """Somebody came when told to."""
+        self._remove(promise)
+        self._kept_by += (1 - self._kept_by) / REMEMBERED
+
+    def put_off(self, promise: _Promise, due: float) -> None:
+        """As `keep`, and another time is promised."""
+        self.keep(promise)
+        promise.due = due
+        self._insert(promise)
+
+    def expire(self, now: float) -> None:
+        """Forgets those who did not come."""
+        while self._order and self._order[0].due + GRACE < now:
+            self._remove(self._order[0])
+            self._kept_by = max(1 / REMEMBERED, self._kept_by - self._kept_by / REMEMBERED)
+
+    def _insert(self, promise: _Promise) -> None:
+        insort(self._order, promise, key=_due)
+        insort(self._of.setdefault(promise.who, []), promise, key=_due)
+
+    def _remove(self, promise: _Promise) -> None:
+        i = bisect_left(self._order, promise.due, key=_due)
+        while self._order[i] is not promise:
+            i += 1
+        del self._order[i]
+        own = self._of[promise.who]
+        own.remove(promise)
+        if not own:
+            del self._of[promise.who]
+
+
+def _due(promise: _Promise) -> float:
+    return promise.due
+
+
 class Admission:
     """Lets in requests of at most `slots` images together; at most `waiting` more requests wait.
 
     Each class is let in by order of arrival. Interactive requests go before bulk ones, which get every `SHARE`-th
     turn and at most half of the queue. Nobody is overtaken within a class; who costs more than `slots` runs alone.
+
+    Who is refused and gave a name is promised a place from the moment told to them, for `GRACE` seconds: then they
+    are let in ahead of all who were refused later, even where `waiting` wait already, up to twice as many. Half of
+    the queue, at most, is kept free for them; the rest, and an idle device, are for whoever comes first.
 
     Use: `offer`, then `admit` whenever something changed; whoever has a ticket must `leave` with it.
 
@@ -63,7 +164,7 @@ class Admission:
         self._since_bulk = 0
         self._left: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # when and how many; first: when work began
         self._each: float | None = None  # seconds an image, as last measured
-        self._told = -math.inf  # when the one refused last was told to come back
+        self._promises = {False: _Promises(waiting), True: _Promises(waiting // 2)}  # by `bulk`
         self.running = 0
         """images"""
         self.draining = False
@@ -73,8 +174,17 @@ class Admission:
         """requests"""
         return sum(map(len, self._queues.values()))
 
-    def offer(self, cost: int = 1, bulk: bool = False, timeout: float = math.inf) -> Ticket:
+    def offer(
+        self,
+        cost: int = 1,
+        bulk: bool = False,
+        timeout: float = math.inf,
+        who: Callable[[], Hashable] | None = None,
+    ) -> Ticket:
         """A place at the end of the queue for `cost` images that are of no use after `timeout` seconds.
+
+        Args:
+            who: the name by which somebody who comes back is known; asked only where it matters. None: nobody is.
 
         Raises:
             Full: there is none.
@@ -84,11 +194,16 @@ class Admission:
             raise Draining
         now = self._clock()
         self._drop(now)
-        most = self._most // 2 if bulk else self._most
-        waiting = len(self._queues[True]) if bulk else self.waiting
-        if (waiting >= most or self.waiting >= self._most) and (self.waiting or not self._fits(cost)):
-            raise Full(self._refuse(cost, now))
+        promises = self._promises[bulk]
+        for each in self._promises.values():
+            each.expire(now)
+        promise = promises.claimed(who(), now) if who is not None and len(promises) else None
+        if self._is_full(bulk, now, promise is not None) and (self.waiting or not self._fits(cost)):
+            raise Full(self._refuse(cost, bulk, now, who, promise))
+        if promise is not None:
+            promises.keep(promise)
         if not self.running and not self.waiting:  # idle until now
+            self.seconds_each()  # what is remembered until more are measured
             self._left.clear()
             self._left.append((now, 0))
         ticket = Ticket(cost, bulk, now + timeout)
@@ -135,14 +250,39 @@ class Admission:
             self._each = (end - self._left[0][0]) / done
         return self._each
 
-    def _refuse(self, cost: int, now: float) -> int:
-        """Whole seconds after which those who wait now are served, and those who were told so before."""
+    def _is_full(self, bulk: bool, now: float, promised: bool) -> bool:
+        """Whether all places are taken or kept, or those of bulk requests."""
+        most, kept = self._most, {False: 0, True: 0}
+        if promised:
+            most *= 2
+        elif any(map(len, self._promises.values())):
+            until = now + self._ahead()
+            kept = {kind: promises.places(until) for kind, promises in self._promises.items()}
+        if bulk and len(self._queues[True]) + kept[True] >= most // 2:
+            return True
+        return self.waiting + sum(kept.values()) >= most
+
+    def _ahead(self) -> float:
+        """Seconds until those who wait now are let in."""
         each = self.seconds_each() or 0.0
-        ahead = each * (sum(ticket.cost for queue in self._queues.values() for ticket in queue) or self.running)
-        self._told = max(now + ahead, self._told + each * cost)
-        if self._told > now + 2 * ahead:  # not all come back; nor shall one who asks too often delay the others
-            self._told = now + ahead
-        return min(LONGEST_WAIT, max(1, math.ceil(self._told - now)))
+        return each * (sum(ticket.cost for queue in self._queues.values() for ticket in queue) or self.running)
+
+    def _refuse(
+        self, cost: int, bulk: bool, now: float, who: Callable[[], Hashable] | None, promise: _Promise | None
+    ) -> int:
+        """Whole seconds after which to come back, which is promised."""
+        each, promises = self.seconds_each(), self._promises[bulk]
+        apart = (each or 0.0) * cost * SPREAD * (SHARE if bulk and self._queues[False] else 1)
+        if promise is not None:  # the device is slower than it was, or nothing was measured yet
+            due = now + (self._ahead() / 2 if each else now - self._left[0][0]) + promises.rank(promise) * apart
+        else:
+            due = promises.next_due(now + self._ahead(), apart)
+        wait = min(LONGEST_WAIT, max(1, math.ceil(due - now)))
+        if promise is not None:
+            promises.put_off(promise, now + wait)
+        elif who is not None and due <= now + wait:
+            promises.add(who(), now + wait)
+        return wait
 
     def _fits(self, cost: int) -> bool:
         return not self.running or self.running + cost <= self._slots

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
@@ -69,8 +70,19 @@ class Served:
         compiler = self.service.engine.model.placement.compiler
         return 0 if compiler is None else compiler.unprepared
 
-    def offer(self, request: ImageRequest, *, bulk: bool = False, timeout: float = 600.0, n: int = 1) -> Run:
+    def offer(
+        self,
+        request: ImageRequest,
+        *,
+        bulk: bool = False,
+        timeout: float = 600.0,
+        n: int = 1,
+        caller: str | None = None,
+    ) -> Run:
         """A place in the queue for `n` images. Whoever has it must `close` it.
+
+        Args:
+            caller: whose request is known when it comes again, if it was refused; None: nobody comes again.
 
         Raises:
             Refusal: the request is wrong, or there is no room.
@@ -80,14 +92,18 @@ class Served:
                 raise Refusal(503, "device_lost", "the device is gone: the server must be restarted", retry_after=30)
             if request.is_plain:
                 resolve_request(request, self.service.engine)  # before it waits for nothing
-            ticket = self.admission.offer(n, bulk, timeout)
+            # The same caller's same request, by a hash that is this process's own.
+            who = None if caller is None else lambda: hash((caller, n, *request.model_dump().values()))
+            ticket = self.admission.offer(n, bulk, timeout, who)
         except (Full, Draining, ValueError, Refusal) as error:
             refusal = Refusal.of(error)
             if refusal.status_code in (429, 503):
                 self.metrics.rejections.labels(refusal.code).inc()
             raise refusal from None
         # The bound on a request's images is each door's own.
-        run = self._runs[ticket] = Run(self, request.model_copy(update={"num_outputs": n}), ticket, timeout)
+        seed = secrets.randbelow(2**32 - n) if request.seed is None else request.seed
+        request = request.model_copy(update={"num_outputs": n, "seed": seed})
+        run = self._runs[ticket] = Run(self, request, ticket, timeout)
         self.pump()
         run.position = self.admission.position(ticket)
         return run
@@ -104,9 +120,9 @@ class Served:
 
     def offer_for(self, state: Any, request: ImageRequest, n: int, prompt: str, **more: Any) -> Run:
         """As `offer`; the access log is told through the `state` of an HTTP request."""
-        state.model, state.n, state.seed, state.prompt = self.name, n, request.seed, prompt
-        run = self.offer(request, n=n, **more)
-        state.position = run.position
+        state.model, state.n, state.prompt = self.name, n, prompt
+        run = self.offer(request, n=n, caller=state.caller, **more)
+        state.seed, state.position = run.request.seed, run.position
         return run
 
 

@@ -109,7 +109,7 @@ class Generation(BaseModel):
             prompt=self.prompt,
             width=width,
             height=height,
-            seed=secrets.randbelow(2**32 - MOST_IMAGES) if self.seed is None else self.seed,
+            seed=self.seed,
             output_format=FORMATS[self.output_format or "png"],
             output_quality=max(1, 100 if self.output_compression is None else self.output_compression),
             lora_weights=lora_text(self.loras or ()),

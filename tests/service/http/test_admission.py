@@ -1,16 +1,22 @@
-"""The queue, on a clock that tests turn by hand: bounds, order, shares, deadlines, what the refused are told."""
+"""The queue, on a clock that tests turn by hand: bounds, order, shares, deadlines, what the refused are promised."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
-from collections import deque
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from dmd2.service.http.admission import LONGEST_WAIT, SHARE, Admission, Draining, Full, Ticket
+import dmd2.service.http.admission as admission_module
+from dmd2.service.http.admission import GRACE, LONGEST_WAIT, SHARE, SPREAD, Admission, Draining, Full, Ticket
 
 SLOTS, WAITING = 6, 8
 
@@ -24,7 +30,10 @@ class Clock:
 
 
 class Machine(RuleBasedStateMachine):
-    """Requests come, are let in, leave, give up and time out in any order; a plain model keeps the books."""
+    """Requests come, are let in, leave, give up and time out in any order; a plain model keeps the books.
+
+    Some have names, and are kept places when they were refused; the model knows between what bounds only.
+    """
 
     tickets = Bundle("tickets")
 
@@ -35,19 +44,30 @@ class Machine(RuleBasedStateMachine):
         self.queued: list[Ticket] = []
         self.inside: list[Ticket] = []
         self.interactive_in_a_row = 0
+        self.named = False  # somebody with a name was refused
 
-    @rule(target=tickets, cost=st.integers(1, 10), bulk=st.booleans(), timeout=st.sampled_from([1.0, 5.0, math.inf]))
-    def offer(self, cost: int, bulk: bool, timeout: float) -> Ticket | None:
+    @rule(
+        target=tickets,
+        cost=st.integers(1, 10),
+        bulk=st.booleans(),
+        timeout=st.sampled_from([1.0, 5.0, math.inf]),
+        name=st.sampled_from([None, "a", "b", "c"]),
+    )
+    def offer(self, cost: int, bulk: bool, timeout: float, name: str | None) -> Ticket | None:
         self.expire()
-        room = len(self.queued) < WAITING and (not bulk or sum(t.bulk for t in self.queued) < WAITING // 2)
+
+        def room(places: int) -> bool:
+            return len(self.queued) < places and (not bulk or sum(t.bulk for t in self.queued) < places // 2)
+
         free = not self.queued and (not self.inside or sum(t.cost for t in self.inside) + cost <= SLOTS)
         try:
-            ticket = self.admission.offer(cost, bulk, timeout)
+            ticket = self.admission.offer(cost, bulk, timeout, None if name is None else lambda: name)
         except Full as full:
-            assert not room and not free
+            assert not free and not room(WAITING // 4 if self.named else WAITING)
             assert 1 <= full.retry_after <= LONGEST_WAIT
+            self.named = self.named or name is not None
             return None
-        assert room or free
+        assert free or room(2 * WAITING if self.named else WAITING)
         self.queued.append(ticket)
         return ticket
 
@@ -162,54 +182,177 @@ def test_the_refused_are_told_by_the_measured_rate() -> None:
     admission.admit()
     for _ in range(WAITING):
         admission.offer(2)
-    told = []
-    for _ in range(4):
-        with pytest.raises(Full) as full:
-            admission.offer(4)
-        told.append(full.value.retry_after)
-    assert told[0] == WAITING * 2 * 0.5 and told == sorted(told) and told[-1] > told[0]  # not all at once
+    told = [refused(admission, name, cost=4) for name in range(2 * WAITING + 1)]
+    assert told[0] == WAITING * 2 * 0.5 and told == sorted(told)
+    # Not all at once: by twice what each takes, as many as may wait
+    assert told[WAITING] - told[0] == told[2 * WAITING] - told[WAITING] == WAITING * 4 * 0.5 * SPREAD
 
 
-def test_who_asks_too_often_does_not_delay_the_others() -> None:
-    clock = Clock()
-    admission, tickets = filled(clock)
-    clock.now += 6.0
-    admission.leave(tickets[0])
+def refused(admission: Admission, name: object, cost: int = 1) -> int:
+    """What one who comes too many is told."""
+    with pytest.raises(Full) as full:
+        admission.offer(cost, who=lambda: name)
+    return full.value.retry_after
+
+
+def measured(clock: Clock) -> tuple[Admission, list[Ticket]]:
+    """As `filled`, after it has measured one second an image."""
+    admission = Admission(SLOTS, WAITING, clock)
+    ticket = admission.offer()
     admission.admit()
-    for _ in range(SLOTS):
-        admission.offer()
-    told = []
+    clock.now += 1.0
+    admission.leave(ticket)
+    running = admission.offer(SLOTS)
+    admission.admit()
+    return admission, [running, *(admission.offer() for _ in range(WAITING))]
+
+
+def test_who_asks_too_often_delays_the_others_by_little() -> None:
+    admission, _ = measured(Clock())
     for _ in range(500):
-        with pytest.raises(Full) as full:
-            admission.offer()
-        told.append(full.value.retry_after)
-    assert max(told) <= 2 * WAITING * 1.0 + 1
+        refused(admission, "impatient")
+    assert refused(admission, "patient") <= WAITING + WAITING * SPREAD
+    assert len(admission._promises[False]) == WAITING + 1
 
 
-def test_every_client_that_does_as_it_is_told_is_served() -> None:
-    """Hundreds of clients, one place in the queue for each twenty: each comes back when told, until it is served."""
+def test_a_place_is_kept_from_the_time_told_and_not_for_ever() -> None:
     clock = Clock()
-    admission = Admission(SLOTS, 10, clock)
-    returns: list[tuple[float, int]] = [(clock.now, client) for client in range(200)]
-    inside: deque[tuple[float, Ticket]] = deque()
-    served, attempts = 0, 0
-    while returns or inside or admission.waiting:
-        returns.sort()
-        clock.now = min([*(at for at, _ in returns[:1]), *(at for at, _ in list(inside)[:1])])
-        while inside and inside[0][0] <= clock.now:
-            admission.leave(inside.popleft()[1])
-            served += 1
-        while returns and returns[0][0] <= clock.now:
-            _, client = returns.pop(0)
-            attempts += 1
-            try:
-                admission.offer()
-            except Full as full:
-                returns.append((clock.now + full.retry_after, client))
-        for ticket in admission.admit():  # one after another, 0.3 s each
-            inside.append((max(clock.now, inside[-1][0] if inside else 0.0) + 0.3, ticket))
-    assert served == 200
-    assert attempts < 12 * 200
+    admission, (running, *_) = measured(clock)
+    clock.now += refused(admission, "patient")
+    admission.leave(running)
+    admission.admit()
+    for _ in range(SLOTS - 1):  # all but one of the places that are free now
+        admission.offer()
+    refused(admission, "newcomer")
+    admission.offer(who=lambda: "patient")
+    refused(admission, "patient")  # it was for once
+    clock.now += LONGEST_WAIT + GRACE
+    assert admission.waiting == WAITING and admission._promises[False]._order
+    refused(admission, "another")
+    assert not admission._promises[False]._of.keys() & {"patient", "newcomer"}
+
+
+def test_those_who_do_not_return_take_half_of_the_queue_at_most() -> None:
+    clock = Clock()
+    admission, tickets = measured(clock)
+    for name in range(100):
+        refused(admission, name)
+    for ticket in tickets[1:]:
+        admission.leave(ticket, served=False)
+    clock.now += WAITING
+    for _ in range(WAITING // 2):
+        admission.offer()
+    refused(admission, "another")
+    clock.now += LONGEST_WAIT + GRACE
+    for _ in range(WAITING // 2):
+        admission.offer()
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "MOST_PROMISED", 5)
+    admission = filled(Clock())[0]  # nothing is measured: all are told a time soon
+    assert all(1 <= refused(admission, name) <= LONGEST_WAIT for name in range(100))
+    assert len(admission._promises[False]) == len(admission._promises[False]._of) == 5
+
+
+@dataclass
+class Crowd:
+    """Clients at a device that makes batches of `SLOTS` / 2 images, `each` seconds an image in a full one.
+
+    Args:
+        jitter: a batch takes up to so many times as long, or as short.
+        latency: seconds by which a client comes later than it was told, at most.
+    """
+
+    queue: int
+    each: float
+    jitter: float
+    latency: float
+    random: random.Random
+
+    def run(self, patient: list[float], flood: list[float], again: int) -> None:
+        """Until all `patient` are served, who come back when they are told to, and ask `again` so many times; of the
+        `flood` nobody comes back. Times of arrival."""
+        self.clock = Clock()
+        self.admission = Admission(SLOTS, self.queue, self.clock)
+        ticket = self.admission.offer()
+        self.admission.admit()
+        self.clock.now += self.each * SLOTS / 2
+        self.admission.leave(ticket)
+        self.tries: Counter[tuple[int, int]] = Counter()
+        self.refused: dict[tuple[int, int], int] = {}
+        """in this order → when to come"""
+        self.entered: list[tuple[int, int]] = []
+        """of those"""
+        self._names: dict[Ticket, tuple[int, int] | None] = {}
+        self._device: list[Ticket] = []
+        self._busy, self._again, self._events, count = False, again, list[Any](), itertools.count()
+        self.at = lambda when, what, *of: heapq.heappush(self._events, (when, next(count), what, of))
+        began = self.clock.now
+        for name, when in enumerate(patient):
+            self.at(began + when, self._ask, (name, 0))
+        for when in flood:
+            self.at(began + when, self._ask, None)
+        while self._events:
+            self.clock.now, _, what, of = heapq.heappop(self._events)
+            what(*of)
+
+    def _ask(self, name: tuple[int, int] | None) -> None:
+        if name is not None:
+            self.tries[name] += 1
+        try:
+            ticket = self.admission.offer(who=lambda: name or object())
+        except Full as full:
+            if name is not None:
+                when = self.clock.now + full.retry_after
+                self.refused[name] = when
+                self.at(when + self.random.uniform(0, self.latency), self._ask, name)
+            return
+        if name in self.refused:
+            self.entered.append(name)
+        self._names[ticket] = name
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._device += self.admission.admit()
+        if self._device and not self._busy:
+            batch, self._device = self._device[: SLOTS // 2], self._device[SLOTS // 2 :]
+            seconds = self.each * (SLOTS / 2 + len(batch)) / 2 * self.jitter ** self.random.uniform(-1, 1)
+            self._busy = True
+            self.at(self.clock.now + seconds, self._done, batch)
+
+    def _done(self, batch: list[Ticket]) -> None:
+        self._busy = False
+        for ticket in batch:
+            self.admission.leave(ticket)
+            name = self._names.pop(ticket)
+            if name is not None and name[1] < self._again:
+                self.at(self.clock.now + self.random.uniform(0, 0.01), self._ask, (name[0], name[1] + 1))
+        self._go_on()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    queue=st.integers(SLOTS, 40),
+    each=st.sampled_from([0.02, 0.1, 0.5]),
+    jitter=st.sampled_from([1.0, 1.5]),
+    latency=st.sampled_from([0.0, 0.3, 2.0]),
+    patient=st.lists(st.floats(0, 20), min_size=1, max_size=100) | st.integers(1, 100).map(lambda n: [0.0] * n),
+    flood=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    again=st.integers(0, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_who_comes_back_when_told_is_served_whatever_others_do(
+    queue: int, each: float, jitter: float, latency: float, patient: list[float], flood: float, again: int, seed: int
+) -> None:
+    """At the first or second return; newcomers too, since those who are refused are told a time; and in order."""
+    crowd = Crowd(queue, each, jitter, latency, random.Random(seed))
+    crowd.run(patient, [i * each / flood for i in range(300)] if flood else [], again)
+    assert len(crowd.tries) == len(patient) * (1 + again)
+    assert max(crowd.tries.values()) <= 3
+    once = [name for name in crowd.refused if crowd.tries[name] == 2]
+    if not latency:
+        assert [name for name in crowd.entered if crowd.tries[name] == 2] == once
 
 
 def test_who_is_late_is_never_let_in() -> None:

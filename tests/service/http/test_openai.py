@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dmd2.service.http.app import create_app
+from dmd2.service.http.guard import Rules
 from dmd2.service.http.openai import Kept
 from tests.service.http.fake import FakeService, client_of, fake_app, until
 
@@ -227,6 +229,37 @@ def test_the_queue_is_bounded_and_says_when_to_return() -> None:
             assert sorted(answer.headers["x-queue-position"] for answer in answers) == ["0", "1", "2"]
             assert admission.waiting == admission.running == 0
             assert b'dmd2_rejections_total{reason="queue_full"} 1.0' in (await client.get("/metrics")).content
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, "/sdapi/v1/txt2img"])
+def test_who_was_refused_is_known_by_key_and_request(path: str) -> None:
+    """At the time told: the same request finds a place where the queue is full, another's does not."""
+
+    async def run() -> None:
+        service, keys = FakeService(held=True), ("a" * 20, "b" * 20)
+        rules = Rules(keys=tuple(hashlib.sha256(key.encode()).digest() for key in keys))
+        app = fake_app(service, rules, waiting=2)
+        async with client_of(app) as client:
+            admission, now = app.state.models.served["fake"].admission, 0.0
+            admission._clock = lambda: now
+
+            def ask(prompt: str, key: str) -> asyncio.Task[httpx.Response]:
+                headers = {"authorization": f"Bearer {key}"}
+                return asyncio.create_task(client.post(path, json={"prompt": prompt}, headers=headers))
+
+            taken = [ask(f"{i}", keys[0]) for i in range(4 + 2)]
+            await until(lambda: admission.waiting == 2)
+            refused = await ask("an owl", keys[0])
+            assert refused.status_code == 429
+            now += int(refused.headers["retry-after"])
+            assert (await ask("an owl", keys[1])).status_code == 429
+            assert (await ask("a cat", keys[0])).status_code == 429
+            taken.append(ask("an owl", keys[0]))
+            await until(lambda: admission.waiting == 3)
+            service.open.set()
+            assert {(await task).status_code for task in taken} == {200}
 
     asyncio.run(run())
 
