@@ -200,8 +200,12 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel]:
     """The processes that torchrun has started, joined for the block. Without torchrun this one is alone.
 
+    Args:
+        device: "cuda" is for each process the GPU of its place on its machine.
+
     Raises:
-        UserError: `strategy` is named, and there is no torchrun.
+        UserError: `strategy` is named, and there is no torchrun; one GPU is named for all processes; a machine has
+            fewer GPUs than processes.
     """
     if strategy is not None and "RANK" not in os.environ:
         example = f"torchrun --nproc-per-node 2 -m dmd2.cli train NAME --parallel {strategy}"
@@ -210,7 +214,12 @@ def joined(strategy: Strategy | None, device: torch.device) -> Iterator[Parallel
         yield ALONE
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if device != torch.device("cuda"):
+            raise InvalidInput("device", "expected cuda: torchrun's processes each have a GPU of their own", device)
+        if number >= count:
+            raise UserError(f"process {number} of this machine: expected a GPU for each, and there are {count}")
+        torch.cuda.set_device(number)
     store, rank, world = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)

@@ -11,13 +11,14 @@ import torch
 
 from dmd2.data.pairs import make_pairs
 from dmd2.diffusion.draws import Ranks
+from dmd2.runtime.errors import UserError
 from dmd2.training.loop import Batch, LoopSettings
 from dmd2.training.methods.common import Samples, generate
 from dmd2.training.methods.denoising import NETWORKS, DenoisingRecipe
 from dmd2.training.methods.dmd import DmdRecipe
 from dmd2.training.methods.dmd2 import Dmd2Recipe
 from dmd2.training.methods.gdd import GddRecipe
-from dmd2.training.parallel.group import Parallel
+from dmd2.training.parallel.group import Parallel, joined
 from dmd2.training.recipes import RECIPES
 from dmd2.training.sources import EmojiSource, Inputs
 from tests.training.pixels import CONFIG, write_set, write_teacher
@@ -122,3 +123,12 @@ def test_emoji_are_shared_by_their_place_in_the_batch(tmp_path: Path) -> None:
     for i, one in enumerate(whole):
         assert one.labels == halves[0][i].labels + halves[1][i].labels
         assert torch.equal(one.images, torch.cat([half[i].images for half in halves]))
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, expected in (("cuda:1", "cuda:1: expected cuda: torchrun's"), ("cuda", "process 2 .* there are 2")):
+        with pytest.raises(UserError, match=expected), joined("ddp", torch.device(device)):
+            pass
