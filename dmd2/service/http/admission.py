@@ -6,7 +6,6 @@ can take it. Its clock is injected, so the code that serves is the code that a s
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from bisect import bisect_left, bisect_right, insort
@@ -57,21 +56,21 @@ class Ticket:
 class _Promise:
     """To somebody who was refused."""
 
-    number: int
-    """of the refusal"""
+    turn: float
+    """in the order of refusals, on the admission's clock"""
     who: Hashable
     due: float
-    """on the admission's clock: when to come back"""
+    """when to come back: whole seconds after the refusal, at the turn or within a second after it"""
 
 
 class _Promises:
-    """Those of one class, of which `most` may wait, in the order in which they are due."""
+    """Those of one class, of which `most` may wait."""
 
     def __init__(self, most: int) -> None:
         self._most = max(1, most)
         self._order: list[_Promise] = []
         self._of: dict[Hashable, list[_Promise]] = {}
-        self._numbers = itertools.count()
+        self._last = -math.inf  # turn
         self._kept_by = 1.0  # the part of those who were told lately that came
 
     def __len__(self) -> int:
@@ -86,24 +85,20 @@ class _Promises:
         first = self._of.get(who, [None])[0]
         return first if first is not None and first.due <= now else None
 
-    def next_due(self, earliest: float, apart: float) -> float:
-        """When one more may come back: not before anybody who was refused earlier, and not more than `most` of
-        those who will come in so many times `apart` seconds."""
-        if not self._order:
-            return earliest
-        many = math.ceil(self._most / self._kept_by)
-        if len(self) >= many:
-            earliest = max(earliest, self._order[-many].due + self._most * apart)
-        return max(earliest, self._order[-1].due)
+    def next_turn(self, earliest: float, apart: float) -> float:
+        """When one more may come back: after those who were refused before and will come, each so many seconds
+        `apart`, and no more than `most` in a second, in which all of them may come at once."""
+        return max(earliest, self._last + max(apart, 1 / self._most) * self._kept_by)
 
     def rank(self, promise: _Promise) -> int:
         """How many were refused before."""
-        return sum(other.number < promise.number for other in self._order)
+        return sum(other.turn < promise.turn for other in self._order)
 
-    def add(self, who: Hashable, due: float) -> None:
+    def add(self, who: Hashable, turn: float, due: float) -> None:
         """Nothing where there are too many, or too many of one name."""
         if len(self) < MOST_PROMISED and len(self._of.get(who, ())) < self._most:
-            self._insert(_Promise(next(self._numbers), who, due))
+            self._last = turn
+            self._insert(_Promise(turn, who, due))
 
     def keep(self, promise: _Promise) -> None:
         """Somebody came when told to."""
@@ -148,8 +143,9 @@ class Admission:
     turn and at most half of the queue. Nobody is overtaken within a class; who costs more than `slots` runs alone.
 
     Who is refused and gave a name is promised a place from the moment told to them, for `GRACE` seconds: then they
-    are let in ahead of all who were refused later, even where `waiting` wait already, up to twice as many. Half of
-    the queue, at most, is kept free for them; the rest, and an idle device, are for whoever comes first.
+    are let in even where `waiting` wait already, up to twice as many. They are told to come in the order of their
+    refusals, but for less than a second. Half of the queue, at most, is kept free for them; the rest, and an idle
+    device, are for whoever comes first.
 
     Use: `offer`, then `admit` whenever something changed; whoever has a ticket must `leave` with it.
 
@@ -273,15 +269,15 @@ class Admission:
         """Whole seconds after which to come back, which is promised."""
         each, promises = self.seconds_each(), self._promises[bulk]
         apart = (each or 0.0) * cost * SPREAD * (SHARE if bulk and self._queues[False] else 1)
-        if promise is not None:  # the device is slower than it was, or nothing was measured yet
-            due = now + (self._ahead() / 2 if each else now - self._left[0][0]) + promises.rank(promise) * apart
-        else:
-            due = promises.next_due(now + self._ahead(), apart)
-        wait = min(LONGEST_WAIT, max(1, math.ceil(due - now)))
+        if promise is None:
+            turn = promises.next_turn(now + self._ahead(), apart)
+        else:  # the device is slower than it was, or nothing was measured yet
+            turn = now + (self._ahead() / 2 if each else now - self._left[0][0]) + promises.rank(promise) * apart
+        wait = min(LONGEST_WAIT, max(1, math.ceil(turn - now)))
         if promise is not None:
             promises.put_off(promise, now + wait)
-        elif who is not None and due <= now + wait:
-            promises.add(who(), now + wait)
+        elif who is not None and turn <= now + wait:
+            promises.add(who(), turn, now + wait)
         return wait
 
     def _fits(self, cost: int) -> bool:
