@@ -80,7 +80,22 @@ def start(weights: Path, system: str, device: str, size: int, steps: int, rounds
     if target.type == "cpu":  # the peak counts pages of mapped files, which the system may drop
         status = Path("/proc/self/status").read_text()
         result["anonymous_gb"] = round(int(status.partition("RssAnon:")[2].split()[0]) * 1024 / 1e9, 2)
+        result["product_gflops"] = round(product_rate(dtype) / 1e9)
+        if stages:
+            result["unet_gflops"] = round(1000 * UNET[size] * steps / stages["denoise"])
     return result
+
+
+def product_rate(dtype: Any) -> float:
+    """Operations a second of a large matrix product, by torch."""
+    import torch
+
+    a, best = torch.randn(2048, 2048).to(dtype), float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * len(a) ** 3 / best
 
 
 def ours(engine: Any, size: int, steps: int, batch: int) -> Callable[[], dict[str, float]]:
@@ -230,7 +245,8 @@ def _measure(
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(temporary) / "inductor")
         if cuda:  # before the starts: rows tell more
             compare(weights, result, fits, rounds)
-        for system in ("dmd2", "diffusers") if cuda else ("dmd2 tiny", "dmd2", "diffusers"):
+        # On a CPU the first process of all converts the networks.
+        for system in ("dmd2", "diffusers") if cuda else ("dmd2, converting", "dmd2", "dmd2 tiny", "diffusers"):
             if fits(f"start {system}", 200 if cuda else 120):
                 command = [sys.executable, __file__, str(weights), system, device, str(size), "1", str(rounds)]
                 child = subprocess.run(command, stdout=subprocess.PIPE, check=False)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tomllib
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -115,5 +116,7 @@ def _random(name: str, shape: torch.Size, numbers: Tensor) -> Tensor:
     if len(shape) == 1:
         return (torch.zeros if name.endswith("bias") else torch.ones)(shape, dtype=torch.float16)
     count = shape.numel()
+    # No two tensors are equal: what keeps equal ones once, as OpenVINO does, would look better than it is.
+    numbers = numbers.roll(zlib.crc32(name.encode()) % len(numbers))
     drawn = numbers.repeat(-(-count // len(numbers)))[:count].reshape(shape)
     return drawn.mul_(1 / math.sqrt(count / shape[0]))

@@ -72,9 +72,8 @@ def default_dtype(
     Raises:
         UserError: the variable's value is not valid.
     """
-    wanted = _choice(environ, "DMD2_DTYPE", ("auto", *DTYPES))
-    if wanted != "auto":
-        return DTYPES[wanted]
+    if not leaves_dtype(environ):
+        return DTYPES[_wanted_dtype(environ)]
     if device.type == "cuda":
         return torch.float16
     if max(parameters.values(), default=0) < LARGE_MODEL_PARAMS:
@@ -86,6 +85,15 @@ def default_dtype(
         logger.warning("fp32 is faster here, but takes %.1f GB of %.1f GB: bf16", needed / 1e9, memory / 1e9)
     logger.info("precision: %s (%s)", name, speeds)
     return DTYPES[name]
+
+
+def leaves_dtype(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `DMD2_DTYPE` leaves it to this program what networks compute in."""
+    return _wanted_dtype(environ) == "auto"
+
+
+def _wanted_dtype(environ: Mapping[str, str]) -> str:
+    return _choice(environ, "DMD2_DTYPE", ("auto", *DTYPES))
 
 
 def prefers_gpu(environ: Mapping[str, str] = os.environ) -> bool:

@@ -139,6 +139,6 @@ class OneWay(nn.Module):
         super().__init__()
         self.vae, self._run = vae, {ENCODE: _encoded, DECODE: _decoded}[way]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor]:
         """(B, 3, H, W) in [−1, 1] → (B, C, H/f, W/f), the most likely latents; or back."""
-        return self._run(self.vae, x)
+        return (self._run(self.vae, x),)

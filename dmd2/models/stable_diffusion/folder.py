@@ -27,7 +27,7 @@ from dmd2.models.stable_diffusion.configs import (
     read_vae_config,
 )
 from dmd2.models.stable_diffusion.text import KeptTokenizer, States, TextEncoder
-from dmd2.models.stable_diffusion.unet import PredictionType, StableDiffusion, WithBottleneck
+from dmd2.models.stable_diffusion.unet import OfWaves, PredictionType, StableDiffusion
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import atomic_text, read_object
 from dmd2.runtime.loading import load_network
@@ -92,14 +92,14 @@ def load_text_to_image(
         for name in names:
             check(name)
 
-            def encoder(name: str = name) -> Any:
-                file = folder / name / "model.safetensors"
-                network = load_network(network_class(name, folder / name), file, placement.host(device), dtype)
+            def encoder(kind: torch.dtype, name: str = name) -> Any:
+                file, host = folder / name / "model.safetensors", placement.host(device)
+                network = load_network(network_class(name, folder / name), file, host, kind)
                 placement.prepare_module(name, network)
                 return network
 
             if kept is None:
-                encoders.append(encoder())
+                encoders.append(encoder(dtype))
             else:
                 parts = {STATES: partial(_states_of, alone=len(names) == 1, window=words[len(encoders)])}
                 one, run = kept.network(name, encoder, parts)
@@ -123,15 +123,15 @@ def load_codec(
 ) -> LatentCodec:
     """The VAE in a subfolder as a `Codec`. Raises UserError if there is none, or a damaged one."""
 
-    def load() -> Any:
-        vae = load_vae(folder / name, placement.host(device), dtype)
+    def load(kind: torch.dtype) -> Any:
+        vae = load_vae(folder / name, placement.host(device), kind)
         placement.prepare_module("vae", vae)
         if placement.offloader is not None:
             save_memory(vae, placement.plan.tiles)
         return vae
 
     if kept is None:
-        return LatentCodec(load(), compiler=placement.compiler, device=device)
+        return LatentCodec(load(dtype), compiler=placement.compiler, device=device)
     vae, runs = kept.network(name, load, {way: partial(_way_of, way=way) for way in (ENCODE, DECODE)})
     return LatentCodec(vae, device=device, dtype=dtype, runs=runs)
 
@@ -153,11 +153,12 @@ def _unet_of(unet: Any) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     config, dtype = unet.config, unet.dtype
     side, tokens = 2 ** (len(config.block_out_channels) + 1), 32
     zeros = partial(torch.zeros, dtype=dtype)
-    inputs = [zeros(2, config.in_channels, side, side), torch.zeros(2), zeros(2, tokens, config.cross_attention_dim)]
+    time = torch.zeros(2, config.block_out_channels[0])
+    inputs = [zeros(2, config.in_channels, side, side), time, zeros(2, tokens, config.cross_attention_dim)]
     if config.addition_embed_type is not None:
         numbers = 6 * config.addition_time_embed_dim
-        inputs += [zeros(2, config.projection_class_embeddings_input_dim - numbers), zeros(2, 6)]
-    return WithBottleneck(unet), tuple(inputs)
+        inputs += [zeros(2, config.projection_class_embeddings_input_dim - numbers), torch.zeros(2, numbers)]
+    return OfWaves(unet), tuple(inputs)
 
 
 def _tokenizer(folder: Path, name: str, kept: Kept | None) -> Any:
@@ -238,19 +239,18 @@ def _load_denoisers(
     for name in subfolders:
         check(name)
 
-        def load(name: str = name) -> Any:
-            unet = load_network(
-                network_class("unet", folder), folder / name / UNET_FILE, placement.host(device), dtype
-            )
+        def load(kind: torch.dtype, name: str = name) -> Any:
+            file, host = folder / name / UNET_FILE, placement.host(device)
+            unet = load_network(network_class("unet", folder), file, host, kind)
             placement.prepare_module(name, unet)
             return unet
 
         how: dict[str, Any] = {"trace": trace, "compiler": placement.compiler}
         if kept is not None and kept.takes(name):
             unet, runs = kept.network(name, load, {X0: _unet_of})
-            how = {"dtype": dtype, "run": runs[X0]}
+            how = {"dtype": dtype, "run": OfWaves.run_by(runs[X0], unet.config)}
         else:
-            unet = load()
+            unet = load(dtype)
         denoisers[name] = StableDiffusion(unet, schedule.prediction_type, sigmas, device=device, **how)
     return denoisers
 

@@ -15,6 +15,7 @@ from dmd2.models.adapters.control import ControlModel, load_control
 from dmd2.models.adapters.lora import Fused, Loras, read_lora
 from dmd2.models.openvino.choice import describe, is_enabled
 from dmd2.models.openvino.kept import Kept
+from dmd2.models.openvino.network import HINTS
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import load_codec, load_denoisers, load_text_to_image
 from dmd2.models.stable_diffusion.unet import StableDiffusion
@@ -22,7 +23,7 @@ from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import read_object
 from dmd2.runtime.offload import LARGE_MODEL_PARAMS
 from dmd2.runtime.paths import cache_folder
-from dmd2.runtime.placement import Placement, count_parameters, default_dtype, place
+from dmd2.runtime.placement import Placement, count_parameters, default_dtype, leaves_dtype, place
 from dmd2.weights.manifest import Student, read_manifest, verify
 
 TINY = "vae_tiny"
@@ -56,10 +57,13 @@ class StableDiffusionModel:
         small = max(parameters.values(), default=0) < LARGE_MODEL_PARAMS
         self._folder, self._trace = folder, fast and small and device.type == "cpu"
         self._kept: Kept | None = None
-        if device.type == "cpu" and small and self.dtype == torch.float32 and is_enabled():
-            self._kept = Kept(folder, manifest, cache_folder())
         if device.type == "cpu":
-            logger.info("networks run by %s", "torch" if self._kept is None else describe())
+            kind, by = str(self.dtype).removeprefix("torch."), "torch"
+            if is_enabled() and kind in (["float32"] if small else HINTS):
+                int8 = not small and dtype is None and leaves_dtype()
+                self._kept, by = Kept(folder, manifest, cache_folder(), kind, large=not small, int8=int8), describe()
+                by += ", linear layers of int8 weights" if int8 else ""
+            logger.info("networks run by %s, in %s", by, kind)
         loaded = load_text_to_image(
             folder,
             subfolders,

@@ -5,6 +5,7 @@ This is the only file that knows integer timesteps, ᾱ, eps- and v-prediction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -254,6 +255,54 @@ class WithBottleneck(nn.Module):
             self._runs, self._caught = False, None
         assert caught is not None, "the UNet's mid_block was not run"
         return output, caught
+
+
+class OfWaves(nn.Module):
+    """`WithBottleneck`, but for timesteps and sizes, in whose place their `waves` are given.
+
+    What computes in bf16 throughout, as OpenVINO does, would round 999 to 1000 before it takes the sine.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.network = WithBottleneck(unet)
+        self._given: dict[str, Tensor] = {}
+        for name in ("time_proj", "add_time_proj"):
+            if hasattr(unet, name):
+                getattr(unet, name).register_forward_hook(lambda *_, name=name: self._given.get(name))
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Waves: `time` (B, D) and `sizes` (B, 6 · D')."""
+        self._given = {"time_proj": time} | ({} if sizes is None else {"add_time_proj": sizes})
+        try:
+            output, bottleneck = self.network(x, time[:, 0], context, pooled, sizes)
+        finally:
+            self._given = {}
+        return output, bottleneck
+
+    @staticmethod
+    def run_by(run: Callable[..., Any], config: Any) -> Callable[..., Any]:
+        """With the arguments of `WithBottleneck`, a function that has this class's."""
+
+        def call(
+            x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
+        ) -> Any:
+            time = waves(timestep, config.block_out_channels[0], config)
+            if sizes is not None:
+                sizes = waves(sizes.flatten(), config.addition_time_embed_dim, config).reshape(len(sizes), -1)
+            return run(x, time, context, pooled, sizes)
+
+        return call
+
+
+def waves(numbers: Tensor, count: int, config: Any) -> Tensor:
+    """(N,) numbers as fp32 (N, count) sines and cosines (Vaswani et al. 2017, sec. 3.5), as the UNet makes them."""
+    half = count // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - config.freq_shift)
+    angles = numbers.float()[:, None] * exponents.exp().to(numbers.device)
+    return torch.cat([angles.cos(), angles.sin()] if config.flip_sin_to_cos else [angles.sin(), angles.cos()], dim=1)
 
 
 def _call(

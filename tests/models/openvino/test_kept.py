@@ -9,19 +9,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import Timesteps
 from safetensors.torch import save_file
 
 from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.models.adapters.lora import read_lora
 from dmd2.models.openvino.choice import is_installed
+from dmd2.models.stable_diffusion import model
 from dmd2.models.stable_diffusion.folder import load_tokenizer
 from dmd2.models.stable_diffusion.text import KeptTokenizer
+from dmd2.models.stable_diffusion.unet import waves
+from dmd2.runtime import placement
 from dmd2.runtime.paths import EMOJI, ROOT
+from dmd2.runtime.precision import Throughput
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="openvino is not installed")
 CLOSE = 2
@@ -133,3 +139,62 @@ def test_the_kept_tokenizer_is_transformers_own(text: str) -> None:
     ours = KeptTokenizer(KeptTokenizer.described(theirs))
     assert ours(text).input_ids == theirs(text, add_special_tokens=False).input_ids
     assert len(ours) == len(theirs) and ours.model_max_length == theirs.model_max_length
+
+
+# Networks of gigabytes, with the embedded model in their place.
+
+
+@pytest.fixture
+def large(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMD2_COMPILE", "auto")
+    monkeypatch.setenv("DMD2_CACHE", str(cache))
+    monkeypatch.setattr(model, "LARGE_MODEL_PARAMS", 0)
+    monkeypatch.setattr(placement, "LARGE_MODEL_PARAMS", 0)
+    monkeypatch.setattr(placement.precision, "measure_cpu", lambda: Throughput(bf16=1, fp32=2))
+
+
+@pytest.mark.usefixtures("large")
+def test_large_networks_are_kept_as_graphs(
+    plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = Engine(EMOJI, "cpu", dtype=torch.float32, modes=("1",))
+    assert apart(first, plain, ["an owl", "heart", ""]) <= CLOSE
+    assert "unet_1step: converted" in caplog.text
+    caplog.clear()
+    second = Engine(EMOJI, "cpu", dtype=torch.float32, modes=("1",))
+    assert "converted" not in caplog.text
+    assert second.generate(["an owl"], [0], "1").equal(first.generate(["an owl"], [0], "1"))
+    assert apart(second, plain, ["an owl"], size=(68, 76)) <= CLOSE  # torch's, loaded besides
+
+
+@pytest.mark.usefixtures("large")
+def test_weights_in_int8_change_images_little(plain: Engine, cache: Path) -> None:
+    kept = set(cache.glob("openvino/unet_1step-*"))
+    fast = Engine(EMOJI, "cpu", modes=("1",))
+    (path,) = set(cache.glob("openvino/unet_1step-*")) - kept
+    weights = EMOJI / "unet_1step" / "diffusion_pytorch_model.safetensors"
+    assert path.stat().st_size < 0.9 * weights.stat().st_size * 2  # of fp32
+    prompts, seeds = ["an owl", "heart", "a slice of pizza", "a red apple on a blue background"], [0, 1, 2, 3]
+    images = [engine.generate(prompts, seeds, "1").float() for engine in (fast, plain)]
+    apart = (images[0] - images[1]).abs()
+    assert 0 < apart.mean() < 1, "of 255, on average"
+
+
+@pytest.mark.usefixtures("large")
+def test_without_room_on_the_disk_torch_runs(
+    plain: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DMD2_CACHE", str(tmp_path / "none" / "yet"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    engine = Engine(EMOJI, "cpu", dtype=torch.float32, modes=("1",))
+    assert apart(engine, plain, ["an owl", "heart"]) <= CLOSE
+    assert "unet_1step: run by torch" in caplog.text
+    assert not [*tmp_path.rglob("unet_1step-*")]
+
+
+@pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1)])
+def test_waves_are_diffusers_own(flip: bool, shift: int) -> None:
+    numbers = torch.tensor([0.0, 399.0, 999.0, 12.5])
+    theirs = Timesteps(320, flip_sin_to_cos=flip, downscale_freq_shift=shift)(numbers)
+    assert waves(numbers, 320, SimpleNamespace(flip_sin_to_cos=flip, freq_shift=shift)).equal(theirs)
