@@ -40,6 +40,9 @@ ROOM = 2
 STATES, ENCODE, DECODE, X0 = "states", "encode", "decode", "x0"
 """parts of Stable Diffusion's networks: of text encoders, of VAEs, of UNets"""
 
+Run = Callable[..., Any]
+"""tensors, or None, to a tuple of tensors"""
+
 logger = logging.getLogger(__name__)
 
 
@@ -82,8 +85,10 @@ class Kept:
         name: str,
         load: Callable[[torch.dtype], Any],
         parts: Mapping[str, Callable[[Any], tuple[nn.Module, tuple[Tensor, ...]]]],
-    ) -> tuple[Deferred, dict[str, Network]]:
+    ) -> tuple[Deferred, dict[str, Run]]:
         """A network, of which only what is kept is loaded, if it is kept: its parts, such as a VAE's two ways.
+
+        For a large one that the disk has no room for, the parts are torch's.
 
         Args:
             name: its subfolder.
@@ -110,7 +115,7 @@ class Kept:
             logger.info("%s: being converted for OpenVINO, which takes minutes, once", name)
         loaded = load(torch.float16 if self._large else dtype)
         settings = json.loads(json.dumps(dict(_config(loaded)), default=str))
-        runs = {}
+        runs: dict[str, Run] = {}
         for part, make in parts.items():
             network, example = make(loaded)
             about = {"config": settings, "shapes": [[*x.shape[1:]] for x in example]}

@@ -40,13 +40,15 @@ def runs_on() -> dict[str, object]:
 
 def _settings(dtype: str) -> dict[str, object]:
     _, core = _openvino()
-    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    # OpenVINO chooses by the CPU, but its kernels by this variable as well: it would choose some that are not there.
+    limited = bool(os.environ.get("ONEDNN_MAX_CPU_ISA"))
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and not limited
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[dtype] if has_bf16 else "f32",
         # Else it binds its threads to cores: those of two processes to the same ones.
         "ENABLE_CPU_PINNING": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0 if limited else GROUP,
     }
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return settings | ({"INFERENCE_NUM_THREADS": int(threads)} if threads.isdecimal() else {})
@@ -73,10 +75,21 @@ def write_graph(network: nn.Module, example: tuple[Tensor, ...], folder: Path, i
         int8: rounds the weights of linear layers to 8 bits, with a scale for each output.
     """
     openvino, _ = _openvino()
-    from openvino.frontend.pytorch.patch_model import __make_16bit_traceable as make_traceable
+    from openvino.frontend.pytorch import ModuleExtension
+    from torch import full, nn
 
-    make_traceable(network)  # layers are noted, not run, and their weights stay in fp16
-    model = _graph(network, tuple(x.float() if x.is_floating_point() else x for x in example))
+    # Linear layers, most of the weights, are noted and not run, and stay in fp16; all else is traced in fp32.
+    linear = ModuleExtension(
+        nn.Linear,
+        "ov_ext::linear",
+        evaluate=lambda layer, x, *_: full((*x.shape[:-1], layer.out_features), 0.5),
+        convert=lambda layer, operation, x: operation(x, layer.weight, layer.bias),
+    )
+    for module in network.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and type(module) is not nn.Linear:
+                tensor.data = tensor.data.float()
+    model = _graph(network, tuple(x.float() if x.is_floating_point() else x for x in example), linear)
     if int8:
         _round_weights(model)
     graph = folder / "network.xml"
@@ -84,14 +97,15 @@ def write_graph(network: nn.Module, example: tuple[Tensor, ...], folder: Path, i
     return graph, graph.with_suffix(".bin")
 
 
-def _graph(network: nn.Module, example: tuple[Tensor, ...]) -> Any:
+def _graph(network: nn.Module, example: tuple[Tensor, ...], extension: Any = None) -> Any:
     import torch
 
     openvino, _ = _openvino()
     # Tracing warns of each branch on a shape; callers use a record only where all of these go the same way.
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return openvino.convert_model(network.eval(), example_input=tuple(x.clone() for x in example))
+        given = tuple(x.clone() for x in example)
+        return openvino.convert_model(network.eval(), example_input=given, extension=extension)
 
 
 def _round_weights(model: Any) -> None:
