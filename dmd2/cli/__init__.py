@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Callable
@@ -134,3 +135,5 @@ def run(commands: typer.Typer, name: str) -> None:
         where = f"{shown(error.filename, 300)}: " if error.filename else ""
         Terminal(sys.stderr).write(f"{name}: {where}{shown(error.strerror or error)}\n")
         sys.exit(2)
+    finally:
+        gc.freeze()  # or Python looks for garbage in all of torch before it ends, for a third of a second

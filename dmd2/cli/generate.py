@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from inspect import Parameter, Signature, signature
 from itertools import product
@@ -147,15 +149,17 @@ def generate(
 
         load_ahead(weights, manifest, [Mode.parse(name, manifest).subfolder for name in modes], cache_folder())
 
-    # Only now torch, which takes a second: what is wrong with the arguments alone is told without it.
-    from dmd2.diffusion.sampling import Churn
-    from dmd2.inference.engine import Engine
-    from dmd2.inference.image_output import image_metadata, save_grid, save_png
-    from dmd2.models.model import family_of
+    with _uncollected():
+        # Only now torch, which takes a second: what is wrong with the arguments alone is told without it.
+        from dmd2.diffusion.sampling import Churn
+        from dmd2.inference.engine import Engine
+        from dmd2.inference.image_output import image_metadata, save_grid, save_png
+        from dmd2.models.model import family_of
 
-    if classes is not None and family_of(weights).takes_prompts:
-        raise InvalidInput("classes", f"{weights} takes prompts; expected a class-conditional model", classes)
-    engine = Engine(weights, device, modes=modes, vae=vae, churn=None if churn is None else Churn.parse(churn))
+        if classes is not None and family_of(weights).takes_prompts:
+            raise InvalidInput("classes", f"{weights} takes prompts; expected a class-conditional model", classes)
+        noise = None if churn is None else Churn.parse(churn)
+        engine = Engine(weights, device, modes=modes, vae=vae, churn=noise)
     for prompt in prompts:
         engine.model.encode_text.token_chunks(prompt)
     pixels = given.size(pixels, manifest.native_size, engine.model.size_unit)
@@ -185,6 +189,16 @@ def generate(
             names = [manifest.class_names[int(n)] if manifest.class_names else f"class {n}" for n in prompts]
             grid = save_grid(drawn, names, out / f"classes-{classes}_{mode}_{first}.png")
             print(json.dumps({"grid": str(grid)}) if as_json else grid)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within it no garbage is looked for: of what imports make there is little, and looking takes a tenth of them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _tell(
