@@ -503,7 +503,7 @@ def test_a_prediction_cancelled_in_the_middle_ends_early_and_says_so(server: Cog
     wait_for(lambda: begun(server, "cancelled"), "its start")
     assert server.client.post("/predictions/cancelled/cancel").status_code == 200
     server.generate(**OWL)
-    assert stopped_early(server) > before
+    wait_for(lambda: stopped_early(server) > before, "the end of its batch in the log")
     hooks = wait_for(lambda: receiver.requests, "the webhook")
     assert [json.loads(received.body)["status"] for received in hooks] == ["canceled"]
     assert server.client.post("/predictions/cancelled/cancel").status_code == 404  # there is none any more
@@ -526,7 +526,7 @@ def test_a_client_that_hangs_up_stops_its_images(server: CogServer, accept: str)
         httpx.post(f"{server.client.base_url}/predictions", json=request, headers={"Accept": accept}, timeout=1)
     assert begun(server, name) == 1
     server.generate(**OWL)
-    assert stopped_early(server) > before
+    wait_for(lambda: stopped_early(server) > before, "the end of its batch in the log")
     cancelled = f'"message":"Prediction cancelled","prediction_id":"{name}"'
     wait_for(lambda: cancelled in server.log, "the end of it")
 
