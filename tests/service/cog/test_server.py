@@ -131,6 +131,23 @@ def stopped_early(server: CogServer) -> int:
     return server.log.count("nobody waits any more: stopped before the end of a batch")
 
 
+def stops_a_batch(server: CogServer, leave: Callable[[int, float], None]) -> bool:
+    """Whether `leave`, called with its number and seconds until it leaves, has a batch end before its last step.
+
+    On a slow machine what is left too soon was still in the queue, and is dropped from there: hence some attempts.
+    """
+    before = stopped_early(server)
+    for attempt, seconds in enumerate((1.0, 2.0, 4.0, 8.0)):
+        leave(attempt, seconds)
+        server.generate(**OWL)  # once the batch before it is gone
+        until = time.monotonic() + 5  # the log may come a moment after the answer
+        while time.monotonic() < until:
+            if stopped_early(server) > before:
+                return True
+            time.sleep(0.05)
+    return False
+
+
 # Start
 
 
@@ -497,16 +514,21 @@ def test_no_request_gets_anothers_image(server: CogServer, engine: Engine) -> No
 
 
 def test_a_prediction_cancelled_in_the_middle_ends_early_and_says_so(server: CogServer, receiver: Receiver) -> None:
-    before = stopped_early(server)
-    request = {"input": HUGE, "webhook": receiver.url, "webhook_events_filter": ["completed"]}
-    server.client.put("/predictions/cancelled", json=request, headers=ASYNC)
-    wait_for(lambda: begun(server, "cancelled"), "its start")
-    assert server.client.post("/predictions/cancelled/cancel").status_code == 200
-    server.generate(**OWL)
-    wait_for(lambda: stopped_early(server) > before, "the end of its batch in the log")
-    hooks = wait_for(lambda: receiver.requests, "the webhook")
-    assert [json.loads(received.body)["status"] for received in hooks] == ["canceled"]
-    assert server.client.post("/predictions/cancelled/cancel").status_code == 404  # there is none any more
+    names = []
+
+    def cancel(attempt: int, seconds: float) -> None:
+        name = f"cancelled-{attempt}"
+        names.append(name)
+        request = {"input": HUGE, "webhook": receiver.url, "webhook_events_filter": ["completed"]}
+        server.client.put(f"/predictions/{name}", json=request, headers=ASYNC)
+        wait_for(lambda: begun(server, name), "its start")
+        time.sleep(seconds)
+        assert server.client.post(f"/predictions/{name}/cancel").status_code == 200
+
+    assert stops_a_batch(server, cancel)
+    hooks = wait_for(lambda: receiver.requests if len(receiver.requests) == len(names) else None, "the webhooks")
+    assert {json.loads(received.body)["status"] for received in hooks} == {"canceled"}
+    assert server.client.post(f"/predictions/{names[-1]}/cancel").status_code == 404  # there is none any more
 
 
 def test_a_cancelled_client_that_waits_is_told(server: CogServer) -> None:
@@ -519,16 +541,16 @@ def test_a_cancelled_client_that_waits_is_told(server: CogServer) -> None:
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
 def test_a_client_that_hangs_up_stops_its_images(server: CogServer, accept: str) -> None:
-    before = stopped_early(server)
-    name = f"hung-up-{accept.replace('/', '-')}"
-    request = {"id": name, "input": HUGE}
-    with pytest.raises(httpx.ReadTimeout):  # which closes the connection
-        httpx.post(f"{server.client.base_url}/predictions", json=request, headers={"Accept": accept}, timeout=1)
-    assert begun(server, name) == 1
-    server.generate(**OWL)
-    wait_for(lambda: stopped_early(server) > before, "the end of its batch in the log")
-    cancelled = f'"message":"Prediction cancelled","prediction_id":"{name}"'
-    wait_for(lambda: cancelled in server.log, "the end of it")
+    def hang_up(attempt: int, seconds: float) -> None:
+        name = f"hung-up-{accept.replace('/', '-')}-{attempt}"
+        request, headers = {"id": name, "input": HUGE}, {"Accept": accept}
+        with pytest.raises(httpx.ReadTimeout):  # which closes the connection
+            httpx.post(f"{server.client.base_url}/predictions", json=request, headers=headers, timeout=seconds)
+        cancelled = f'"message":"Prediction cancelled","prediction_id":"{name}"'
+        wait_for(lambda: cancelled in server.log, "the end of it")
+        assert begun(server, name) == 1
+
+    assert stops_a_batch(server, hang_up)
 
 
 def test_one_more_than_the_slots_waits_and_all_are_served(server: CogServer, receiver: Receiver) -> None:
