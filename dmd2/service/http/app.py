@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from dmd2 import __version__
 from dmd2.service.http import a1111, live, openai
@@ -128,7 +129,9 @@ def create_app(
     pages = frozenset[str]()
     if (page / "index.html").is_file():
         pages = frozenset({"/", *(f"/{path.relative_to(page).as_posix()}" for path in page.rglob("*"))})
-        app.mount("/", StaticFiles(directory=page, html=True), name="page")
+        # Not mounted at "/", which would say of every other path that only its method is wrong.
+        static = StaticFiles(directory=page, html=True)
+        app.router.routes.extend(Route(path, static, include_in_schema=False) for path in sorted(pages))
     for kind in (RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
     app.add_middleware(Guard, rules=rules, metrics=metrics, pages=pages)

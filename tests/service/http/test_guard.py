@@ -285,6 +285,18 @@ def test_the_page_needs_no_key_but_what_it_calls_does(tmp_path: Path, keys: tupl
     assert asyncio.run(run()) == [200, 200, 401, 401, 401]
 
 
+def test_a_path_that_is_none_is_said_to_be_none_whatever_the_method() -> None:
+    """With the real page, whose files have no other method."""
+
+    async def run() -> dict[str, int]:
+        async with client_of(create_app({"fake": FakeService})) as client:
+            paths = ["/v1/images/variations", "/sdapi/v1/png-info", "/", "/style.css", GENERATIONS]
+            found = {path: (await client.put(path)).status_code for path in paths}
+            return found | {f"GET {path}": (await client.get(path)).status_code for path in ("/style.css", "/style")}
+
+    assert list(asyncio.run(run()).values()) == [404, 404, 405, 405, 405, 200, 404]
+
+
 @pytest.mark.parametrize("prompts", [False, True])
 def test_the_access_log_is_json_and_holds_prompts_only_if_asked(
     caplog: pytest.LogCaptureFixture, keys: tuple[bytes, ...], prompts: bool
