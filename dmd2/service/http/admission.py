@@ -159,7 +159,7 @@ class Admission:
         self._queues: dict[bool, deque[Ticket]] = {False: deque(), True: deque()}  # by `bulk`
         self._since_bulk = 0
         self._left: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # when and how many; first: when work began
-        self._each: float | None = None  # seconds an image, as last measured
+        self._before: float | None = None  # seconds an image, until the device was idle last
         self._promises = {False: _Promises(waiting), True: _Promises(waiting // 2)}  # by `bulk`
         self.running = 0
         """images"""
@@ -199,7 +199,7 @@ class Admission:
         if promise is not None:
             promises.keep(promise)
         if not self.running and not self.waiting:  # idle until now
-            self.seconds_each()  # what is remembered until more are measured
+            self._before = self.seconds_each()
             self._left.clear()
             self._left.append((now, 0))
         ticket = Ticket(cost, bulk, now + timeout)
@@ -239,12 +239,17 @@ class Admission:
         return own + min(other, max(0, own - 1 - first) // (SHARE - 1) + (own > first))
 
     def seconds_each(self) -> float | None:
-        """Seconds an image, over the last departures; None: nothing was measured yet."""
+        """Seconds an image, over the last departures; None: nothing was measured yet.
+
+        They leave by the batch, so that the first few say little: what was measured before makes them up to `slots`.
+        """
         done = sum(cost for _, cost in self._left)
-        if done:
-            end = self._clock() if self.running else self._left[-1][0]
-            self._each = (end - self._left[0][0]) / done
-        return self._each
+        if not done:
+            return self._before
+        seconds = (self._clock() if self.running else self._left[-1][0]) - self._left[0][0]
+        if self._before is not None and done < self._slots:
+            return (seconds + self._before * (self._slots - done)) / self._slots
+        return seconds / done
 
     def _is_full(self, bulk: bool, now: float, promised: bool) -> bool:
         """Whether all places are taken or kept, or those of bulk requests."""

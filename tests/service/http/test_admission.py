@@ -372,6 +372,20 @@ def test_a_drained_one_finishes_what_waits_and_takes_no_more() -> None:
     assert admission.admit() == waiting
 
 
+def test_a_batch_under_way_does_not_look_like_a_slow_device() -> None:
+    clock = Clock()
+    admission, (running, *_) = measured(clock)  # one second an image
+    admission.leave(running, served=False)
+    one, *others = admission.admit()
+    clock.now += 1.0
+    admission.leave(one)
+    clock.now += 5.0  # for the batch of the others
+    assert admission.seconds_each() == pytest.approx((6.0 + SLOTS - 1) / SLOTS)
+    for ticket in others:
+        admission.leave(ticket)
+    assert admission.seconds_each() == pytest.approx(1.0)
+
+
 def test_idle_time_says_nothing_about_the_rate() -> None:
     clock = Clock()
     admission = Admission(SLOTS, WAITING, clock)
