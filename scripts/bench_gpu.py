@@ -90,12 +90,18 @@ def product_rate(dtype: Any) -> float:
     """Operations a second of a large matrix product, by torch."""
     import torch
 
-    a, best = torch.randn(2048, 2048).to(dtype), float("inf")
+    a = torch.randn(2048, 2048).to(dtype)
+    return rate(lambda: a @ a, 2 * len(a) ** 3)
+
+
+def rate(call: Callable[[], object], amount: float) -> float:
+    """Of which a call does `amount`: so much a second, in the best of ten calls."""
+    best = float("inf")
     for _ in range(10):
         began = time.perf_counter()
-        a @ a
+        call()
         best = min(best, time.perf_counter() - began)
-    return 2 * len(a) ** 3 / best
+    return amount / best
 
 
 def ours(engine: Any, size: int, steps: int, batch: int) -> Callable[[], dict[str, float]]:

@@ -37,6 +37,8 @@ ALIGNED = 64
 """bytes: what weights are read from begins at a multiple of it"""
 ROOM = 2
 """times a large network's files: of disk that converting it takes, at most"""
+CONVERTING, STALE = ".converting-", 3600.0
+"""how folders begin in which large networks are on their way; seconds after which such a one was left behind"""
 STATES, ENCODE, DECODE, X0 = "states", "encode", "decode", "x0"
 """parts of Stable Diffusion's networks: of text encoders, of VAEs, of UNets"""
 
@@ -88,7 +90,7 @@ class Kept:
     ) -> tuple[Deferred, dict[str, Run]]:
         """A network, of which only what is kept is loaded, if it is kept: its parts, such as a VAE's two ways.
 
-        For a large one that the disk has no room for, the parts are torch's.
+        For a large one that the cache folder does not take, the parts are torch's.
 
         Args:
             name: its subfolder.
@@ -107,7 +109,9 @@ class Kept:
         if len(here) == len(parts):
             settings = next(iter(here.values()))[0]["config"]
             return Deferred(Settings(settings), partial(load, dtype)), {part: run for part, (_, run) in here.items()}
-        if self._large and not self._has_room(name):
+        if self._large and (obstacle := self._obstacle(name)):
+            told = "%s: run by torch; converted for OpenVINO it is faster, but %s %s"
+            logger.warning(told, name, self._cache, obstacle)
             loaded = load(dtype)
             return Deferred.of(loaded), {part: make(loaded)[0] for part, make in parts.items()}
         began = time.perf_counter()
@@ -130,20 +134,28 @@ class Kept:
             content = converted(network, example, self._dtype)
             _keep(path, about, content)
             return Network(content, self._dtype)
-        with TemporaryDirectory(dir=_existing(self._cache), prefix=".converting-") as folder:
+        for left in self._cache.glob(f"{CONVERTING}*"):
+            with suppress(OSError):  # another process may be as tidy
+                if time.time() - left.stat().st_mtime > STALE:
+                    shutil.rmtree(left)
+        with TemporaryDirectory(dir=self._cache, prefix=CONVERTING) as folder:
             graph, weights = (_mapped(file) for file in write_graph(network, example, Path(folder), self._int8))
         # Both are mapped still: where they cannot be kept, they can be used.
         padded = bytes(graph) + b"\n" * (-len(graph) % ALIGNED)
         _keep(path, about | {"graph": len(padded)}, padded, weights)
         return Network(padded, self._dtype, weights)
 
-    def _has_room(self, name: str) -> bool:
+    def _obstacle(self, name: str) -> str:
+        """Why the cache folder does not take a large network; empty if it does."""
         needed = ROOM * sum(path.stat().st_size for path in (self._folder / name).glob("*.safetensors"))
-        free = shutil.disk_usage(_existing(self._cache)).free
-        if needed > free:
-            told = "%s: run by torch; converted for OpenVINO it is faster, but %s has %.1f GB left, and it takes %.1f"
-            logger.warning(told, name, self._cache, free / 1e9, needed / 1e9)
-        return needed <= free
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"cannot be made ({error.strerror})"
+        if not os.access(self._cache, os.W_OK):
+            return "cannot be written to"
+        free = shutil.disk_usage(self._cache).free
+        return "" if needed <= free else f"has {free / 1e9:.1f} GB left, and it takes {needed / 1e9:.1f}"
 
     def takes(self, name: str) -> bool:
         """Whether the UNet in a subfolder is run by OpenVINO: a student's, if its weights are what it runs with.
@@ -228,13 +240,6 @@ def _config(network: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else config.to_dict()
 
 
-def _existing(folder: Path) -> Path:
-    """A folder, made if it can be; else what there is of its path."""
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
 def _mapped(path: Path) -> memoryview:
     """A file's bytes. A copy of what is written to: OpenVINO takes none that cannot be."""
     with path.open("rb") as file:
@@ -246,7 +251,7 @@ def _read(path: Path) -> tuple[dict[str, Any], memoryview] | None:
     """Settings and content; None if there is no such file, or a damaged one."""
     try:
         data = _mapped(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     start = DIGEST + LENGTH
     if hashlib.sha256(data[DIGEST:]).digest() != data[:DIGEST]:

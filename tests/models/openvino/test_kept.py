@@ -193,6 +193,29 @@ def test_without_room_on_the_disk_torch_runs(
     assert not [*tmp_path.rglob("unet_1step-*")]
 
 
+@pytest.mark.usefixtures("large")
+def test_without_a_cache_folder_torch_runs(
+    plain: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DMD2_CACHE", str(tmp_path / "file"))
+    engine = Engine(EMOJI, "cpu", dtype=torch.float32, modes=("1",))
+    assert apart(engine, plain, ["an owl"]) <= CLOSE
+    assert f"unet_1step: run by torch; converted for OpenVINO it is faster, but {tmp_path / 'file'}" in caplog.text
+
+
+@pytest.mark.usefixtures("large")
+def test_what_killed_conversions_left_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMD2_CACHE", str(tmp_path))
+    left, running = (tmp_path / "openvino" / f".converting-{name}" for name in ("left", "running"))
+    for folder in (left, running):
+        folder.mkdir(parents=True)
+        (folder / "network.bin").touch()
+    os.utime(left, (0, 0))
+    Engine(EMOJI, "cpu", dtype=torch.float32, modes=("1",))
+    assert [*(tmp_path / "openvino").glob(".converting-*")] == [running]
+
+
 @pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1)])
 def test_waves_are_diffusers_own(flip: bool, shift: int) -> None:
     numbers = torch.tensor([0.0, 399.0, 999.0, 12.5])
