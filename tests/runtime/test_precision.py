@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,30 @@ def test_what_is_measured_is_a_throughput() -> None:
     speeds = measure_cpu()
     assert speeds.bf16 > 0 and speeds.fp32 > 0 and speeds is measure_cpu()  # once a process
     assert speeds.fastest == ("bf16" if speeds.bf16 > speeds.fp32 else "fp32")
+
+
+def test_a_busy_machine_does_not_decide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: bf16 takes half of fp32's time, but four of its rounds meet other work."""
+    now, calls = 0.0, {torch.bfloat16: 0, torch.float32: 0}
+
+    def work(dtype: torch.dtype) -> Callable[[], object]:
+        def run() -> None:
+            nonlocal now
+            calls[dtype] += 1
+            disturbed = dtype == torch.bfloat16 and calls[dtype] <= 5  # the first is not measured
+            now += (1 if dtype == torch.bfloat16 else 2) + 4 * disturbed
+
+        return run
+
+    monkeypatch.setattr(precision, "_work", work)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: now)
+    measured = measure_cpu.__wrapped__()
+    assert measured.fastest == "bf16" and measured.bf16 == pytest.approx(2 * measured.fp32)
+    assert calls[torch.bfloat16] == precision.MOST_ROUNDS + 1
+
+    monkeypatch.setattr(precision, "MOST_ROUNDS", precision.ROUNDS)
+    calls.update({torch.bfloat16: 0})
+    assert measure_cpu.__wrapped__().fastest == "fp32"  # what three rounds alone would have said
 
 
 def test_a_cpu_without_avx512_computes_in_fp32() -> None:
