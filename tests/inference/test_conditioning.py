@@ -23,8 +23,11 @@ from dmd2.models.adapters.lora import Lora, read_lora
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import load_vae, save_vae
 from dmd2.runtime.errors import UserError
+from dmd2.runtime.offload import Offloader, Plan
+from dmd2.runtime.placement import Placement
 from dmd2.weights.manifest import Student, read_manifest, write_manifest
 from tests.models.adapters.test_lora import ATTENTION, kohya_style, with_text
+from tests.runtime.test_compiled import needs_8_bit_floats
 from tests.tiny_sdxl import (
     PROMPTS,
     SEEDS,
@@ -400,3 +403,38 @@ def test_sizes_follow_the_given_image_unless_one_is_asked_for() -> None:
     assert size((5000, 10)) == (2048, 512)
     assert size((10, 10), (512, 768)) == (512, 768)
     assert InputImages().size(None, (1024, 1024), 64) == (1024, 1024)
+
+
+@needs_8_bit_floats
+@torch.no_grad()
+def test_8_bit_networks_take_images_and_loras_also_where_they_take_turns(
+    engine: Engine, folder: Path, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA goes into the 16-bit weights on the host, and what is rounded of them anew is what is run."""
+    some = lora(engine, tmp_path)
+    offloader = Offloader(torch.device("cpu"), 1)  # room for one network
+    monkeypatch.setenv("DMD2_COMPILE", "off")
+    engines = []
+    for placement in (Placement(go_fast=True), Placement(Plan("8gb", 1), offloader, go_fast=True)):
+        monkeypatch.setattr("dmd2.models.stable_diffusion.model.place", lambda *_, found=placement, **__: found)
+        engines.append(Engine(folder, "cpu", dtype=torch.float32, modes=("4",)))
+    edits = {
+        "text": ImageConditioning(),
+        "image": ImageConditioning(image=image, strength=0.5),
+        "LoRA": ImageConditioning(loras=((some, 9.0),)),
+        "LoRA on an image": ImageConditioning(image=image, strength=0.5, loras=((some, 6.0),)),
+        "text again": ImageConditioning(),
+    }
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a.float() - b.float()).abs().mean())
+
+    made: dict[str, Tensor] = {}
+    for name, edit in edits.items():
+        made[name], swapped = (each.generate(PROMPTS, SEEDS, "4", SIZE, edit) for each in engines)
+        assert apart(swapped, made[name]) < 0.01, name  # a VAE that takes turns encodes one by one
+        exact = engine.generate(PROMPTS, SEEDS, "4", SIZE, edit)
+        assert 0 < apart(made[name], exact) < 1, name
+    assert list(offloader.there) == ["vae"]
+    assert torch.equal(made["text again"], made["text"])
+    assert apart(made["LoRA"], made["text"]) > 1 and apart(made["LoRA on an image"], made["image"]) > 1

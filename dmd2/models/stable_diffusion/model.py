@@ -131,10 +131,6 @@ class StableDiffusionModel:
         loras = (*self._students_own(student), *loras)
         if not loras and not any(self._fused.values()):
             return ()
-        if loras and self.placement.go_fast and self.placement.offloader is not None:
-            raise UserError(
-                "LoRA: 8-bit networks that take turns on the GPU cannot be changed; unset DMD2_GO_FAST or DMD2_MEMORY"
-            )
         names = ("text_encoder", "text_encoder_2")[: len(self.encode_text.tokenizers)]
         for lora, _ in loras:
             for part, layer in lora.layers:
