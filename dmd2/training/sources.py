@@ -75,6 +75,15 @@ class Examples:
             return self.latents.to(device)
         return None if self.images is None else family.codec.encode(self.images.to(device))
 
+    def encoded(self, family: Family, device: torch.device) -> Examples:
+        """With latents in place of the images, in fp16 on the CPU: to be kept, and used as `whole`."""
+        x0 = self.x0(family, device)
+        return replace(self, images=None, latents=None if x0 is None else x0.to("cpu", torch.float16))
+
+    def whole(self) -> Examples:
+        """What was `encoded`, in fp32 again."""
+        return replace(self, latents=None if self.latents is None else self.latents.float())
+
 
 class Source(Protocol):
     """Batches that are a pure function of (seed, step).

@@ -71,6 +71,9 @@ class DenoisingRecipe(Recipe):
     """the step until which scenes have no freedom: what things look like is learned before where they may lie"""
     free_from: Steps = 0
     """the step from which they have all of it"""
+    lessons: Steps = 0
+    """after how many batches the same images come again; 0: never. What they become in x0's space is kept in fp16, so
+    that composing and encoding them, on a CPU a third of a step, is paid for once"""
     data: DataName = "images"
     compile: bool = False
     kind = "denoising"
@@ -145,11 +148,21 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     preview = source.preview()
     steps = recipe.sample_steps or family.sample_steps
     guidance = family.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
+    kept: dict[tuple[int, float], Examples] = {}
 
     def data(step: int) -> Examples:
         freedom = (step - recipe.still_until) / max(1, recipe.free_from - recipe.still_until)
         freedom = min(1.0, max(0.0, freedom))
-        return source.lesson(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, freedom=freedom)
+        place = step % recipe.lessons if recipe.lessons else step
+        if (place, freedom) in kept:
+            return kept[place, freedom].whole()
+        lesson = source.lesson(recipe.loop.batch_size, seed=recipe.loop.seed, step=place, freedom=freedom)
+        if not recipe.lessons:
+            return lesson
+        if any(of != freedom for _, of in kept):  # the freedom grows, and never comes back
+            kept.clear()
+        kept[place, freedom] = lesson.encoded(family, inputs.device)
+        return kept[place, freedom].whole()  # rounded as it will be when it comes again, or when the run is resumed
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
         x0, told = batch.data.x0(family, inputs.device), None

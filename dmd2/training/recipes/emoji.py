@@ -80,6 +80,7 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         prediction_type="v_prediction",
         still_until=1500,
         free_from=4000,
+        lessons=1000,
         compile=True,
     ),
     "emoji-dmd2-4step": FOUR_STEPS,

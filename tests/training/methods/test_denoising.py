@@ -20,7 +20,7 @@ from dmd2.training.loop import Batch, LoopSettings, train, training_step
 from dmd2.training.losses import denoising
 from dmd2.training.methods.denoising import DenoisingRecipe
 from dmd2.training.recipes import build_method, resolve
-from dmd2.training.sources import Inputs
+from dmd2.training.sources import Examples, Inputs
 from dmd2.weights.manifest import read_manifest
 from tests.training.pixels import CONFIG, same_weights, write_set
 
@@ -114,9 +114,27 @@ def test_the_network_is_told_of_augmentation_in_training_but_never_in_samples(
     assert "augment" in str(replace(RECIPE, augment=0.5).conflict()) and recipe.conflict() is None
 
 
-def test_a_run_writes_a_teacher_and_resumes_bit_for_bit(images: ImageSet, tmp_path: Path) -> None:
+def test_images_that_come_again_are_encoded_once(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, lessons=3, still_until=6, free_from=8)
+    method = recipe.method(Inputs({"data": images.path}, CPU))
+    encoded = []
+    x0 = Examples.x0
+    monkeypatch.setattr(Examples, "x0", lambda self, *args: encoded.append(1) or x0(self, *args))
+    drawn = [method.data(step) for step in range(12)]
+    # Three without freedom, one on the way, three with all of it.
+    assert len(encoded) == 3 + 1 + 3 and not any(lesson.images is not None for lesson in drawn)
+    for step in (0, 1, 2):
+        assert torch.equal(drawn[step].latents, drawn[step + 3].latents)
+        assert torch.equal(drawn[step].labels, drawn[step + 3].labels)
+    assert torch.equal(drawn[8].latents, drawn[11].latents) and not torch.equal(drawn[8].latents, drawn[9].latents)
+    afresh = RECIPE.method(Inputs({"data": images.path}, CPU)).data(1)
+    assert torch.allclose(drawn[1].latents, afresh.x0(EdmFamily.new(CONFIG, "tiny", (), CPU, "fp32"), CPU), atol=1e-3)
+
+
+@pytest.mark.parametrize("lessons", [0, 2])
+def test_a_run_writes_a_teacher_and_resumes_bit_for_bit(images: ImageSet, tmp_path: Path, lessons: int) -> None:
     def run(out: Path, iterations: int, resume: bool = False) -> None:
-        recipe = replace(RECIPE, loop=replace(RECIPE.loop, iterations=iterations, decay=False))
+        recipe = replace(RECIPE, lessons=lessons, loop=replace(RECIPE.loop, iterations=iterations, decay=False))
         method = build_method(recipe, {"data": images.path}, CPU)
         assert train(method, recipe.loop, out, resume=resume, recipe={"name": "tiny", **asdict(recipe)})
 
