@@ -167,7 +167,8 @@ def open_family(folder: Path, device: torch.device, precision: Precision, host: 
     """The teacher in a folder of weights.
 
     Args:
-        host: where text encoders and VAE stay, if not on `device`.
+        host: where the VAE is, for data that were encoded before; text encoders are loaded to it only if they are
+            needed. None: all are on `device`.
 
     Raises:
         UserError: there is none.

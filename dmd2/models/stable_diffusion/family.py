@@ -105,7 +105,8 @@ class StableDiffusionFamily:
             raise WeightsError("holds no teacher; `dmd2 train emoji-teacher` makes one", folder)
         name = manifest.teacher.subfolder
         together = host in (None, device)
-        model = load_text_to_image(folder, [name] if together else [], host or device, torch.float32)
+        loaded = [name] if together else []
+        model = load_text_to_image(folder, loaded, host or device, torch.float32, defer_text=host is not None)
         denoisers = model.denoisers if together else load_denoisers(folder, [name], device, torch.float32)
         return cls(
             folder,
@@ -221,7 +222,7 @@ class StableDiffusionFamily:
     def embedded(self, rows: Mapping[str, Tensor]) -> TextCondition:
         context, pooled = (rows[name].to(self.device, torch.float32) if name in rows else None for name in EMBEDDED)
         width = self.teacher_network.config.cross_attention_dim
-        two = len(self.encode_text.encoders) > 1
+        two = len(self.encode_text.tokenizers) > 1
         if context is None or context.ndim != 3 or context.shape[-1] != width or (pooled is not None) != two:
             found = {name: tuple(value.shape[1:]) for name, value in rows.items()}
             told = f"holds {found}; {self.name} takes a context of {width} channels"

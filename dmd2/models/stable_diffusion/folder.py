@@ -30,7 +30,7 @@ from dmd2.models.stable_diffusion.text import KeptTokenizer, States, TextEncoder
 from dmd2.models.stable_diffusion.unet import OfWaves, PredictionType, StableDiffusion
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import atomic_text, read_object
-from dmd2.runtime.loading import load_network
+from dmd2.runtime.loading import Deferred, build_network, check_network, load_network
 from dmd2.runtime.offload import save_memory
 from dmd2.runtime.placement import Placement
 from dmd2.runtime.tensors import os_errors, save_tensors
@@ -67,11 +67,13 @@ def load_text_to_image(
     placement: Placement | None = None,
     vae: str = "vae",
     kept: Kept | None = None,
+    defer_text: bool = False,
 ) -> TextToImage:
     """Text encoders (SDXL's two, or SD 1.5's one), VAE and the UNets in `subfolders`, in `dtype` on `device`, frozen.
 
     `trace` records the UNets for repeated calls (see `StableDiffusion`); `placement` says what else is done to them.
-    `vae` is the VAE's subfolder. With `kept`, networks run by OpenVINO, and torch's are loaded when they are needed.
+    `vae` is the VAE's subfolder. With `kept`, networks run by OpenVINO, and torch's are loaded when they are needed;
+    with `defer_text` the text encoders are.
 
     Raises:
         UserError: a file is missing, damaged or not what the manifest says.
@@ -98,7 +100,12 @@ def load_text_to_image(
                 placement.prepare_module(name, network)
                 return network
 
-            if kept is None:
+            if kept is None and defer_text:
+                kind = network_class(name, folder / name)
+                check_network(kind, folder / name / "model.safetensors")
+                described = build_network(kind, folder / name / "config.json")
+                encoders.append(Deferred(described.config, partial(encoder, dtype)))
+            elif kept is None:
                 encoders.append(encoder(dtype))
             else:
                 parts = {STATES: partial(_states_of, alone=len(names) == 1, window=words[len(encoders)])}

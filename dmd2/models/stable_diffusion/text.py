@@ -73,7 +73,7 @@ class TextEncoder:
     along the sequence; `pooled` is then the first window's.
 
     Args:
-        encoders: transformers' own; or `Deferred` ones, with `runs` and a device.
+        encoders: transformers' own; or `Deferred` ones, with a device.
         runs: what else than torch runs each encoder while its weights are as they are: see `States`.
     """
 
@@ -104,7 +104,7 @@ class TextEncoder:
 
     @property
     def _plain(self) -> list[Any]:
-        return [partial(_states, encoder, len(self._encoders) == 1) for encoder in self.encoders]
+        return [partial(_states_of, encoder, len(self._encoders) == 1) for encoder in self._encoders]
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
         """Encodes B prompts for images of `size` (width, height) in pixels. An empty prompt is "no text"."""
@@ -222,6 +222,10 @@ class KeptTokenizer:
     def __call__(self, text: str, **_: Any) -> Any:
         """As transformers' own, without marks of begin and end; for what has `input_ids`."""
         return SimpleNamespace(input_ids=self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _states_of(encoder: Deferred, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:
+    return _states(encoder.network, alone, tokens)
 
 
 def _states(encoder: nn.Module, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -26,6 +26,7 @@ from dmd2.diffusion.noise import seeded_noise, zero_snr_sigmas
 from dmd2.emoji.architecture import build_unet
 from dmd2.inference.engine import Engine
 from dmd2.inference.mode import default_mode
+from dmd2.models.stable_diffusion.family import StableDiffusionFamily
 from dmd2.models.stable_diffusion.folder import (
     UNET_FILE,
     load_text_to_image,
@@ -545,3 +546,25 @@ def test_writing_a_manifest_again_changes_nothing(copy: Path) -> None:
     before = (copy / MANIFEST).read_bytes()
     write_manifest(copy, read_manifest(copy))
     assert (copy / MANIFEST).read_bytes() == before
+
+
+def test_for_data_that_were_encoded_text_encoders_are_not_loaded(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = dmd2.models.stable_diffusion.folder.load_network
+    name = "dmd2.models.stable_diffusion.folder.load_network"
+    monkeypatch.setattr(name, lambda kind, path, *args: loaded.append(path.parent.name) or load(kind, path, *args))
+    family = StableDiffusionFamily.open(weights, CPU, "fp32", CPU)
+    together = StableDiffusionFamily.open(weights, CPU, "fp32")
+    expected = together.condition(["an owl", ""])
+    assert {"text_encoder", "text_encoder_2"} < set(loaded)
+    loaded.clear()
+    rows = {"context": expected.context, "pooled": expected.pooled}
+    cond = family.embedded({name: tensor for name, tensor in rows.items() if tensor is not None})
+    assert not family.unconditional(cond).context.any()
+    x, sigma = torch.randn(2, *family.shape), torch.ones(2)
+    assert torch.equal(family.teacher(x, sigma, cond), together.teacher(x, sigma, expected))
+    assert loaded == []
+    assert torch.equal(family.condition(["an owl", ""]).context, expected.context)  # but they can be
+    assert loaded == ["text_encoder", "text_encoder_2"]
