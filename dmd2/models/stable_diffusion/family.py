@@ -106,7 +106,10 @@ class StableDiffusionFamily:
         name = manifest.teacher.subfolder
         together = host in (None, device)
         loaded = [name] if together else []
-        model = load_text_to_image(folder, loaded, host or device, torch.float32, defer_text=host is not None)
+        later = (
+            host is not None and host.type != "meta"
+        )  # there they take nothing, and a prediction counts no loading
+        model = load_text_to_image(folder, loaded, host or device, torch.float32, defer_text=later)
         denoisers = model.denoisers if together else load_denoisers(folder, [name], device, torch.float32)
         return cls(
             folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,3 +121,17 @@ def test_what_makes_no_student_is_not_predicted(weights: Path) -> None:
             predict(resolve(name, []), {"init": weights}, CPU)
     with pytest.raises(UserError, match=r"batch_size=4.*multiple of the 3"):
         predict(resolve("emoji-dmd2-4step", SMALL), {"init": weights}, CPU, 3)
+
+
+def test_configurations_are_enough_and_text_encoders_do_not_count_for_data_that_were_encoded(
+    weights: Path, tmp_path: Path
+) -> None:
+    recipe = resolve("emoji-dmd2-4step", [*SMALL, "data=latents"])
+    whole = predict(recipe, {"init": weights}, CPU, count_flops=False)
+    alone = shutil.copytree(weights, tmp_path / "alone")
+    for name in ("text_encoder", "text_encoder_2"):
+        (alone / name / "model.safetensors").unlink()
+        config = json.loads((alone / name / "config.json").read_text())
+        config |= {"num_hidden_layers": 20 * config["num_hidden_layers"]}
+        (alone / name / "config.json").write_text(json.dumps(config))
+    assert predict(recipe, {"init": alone}, CPU, count_flops=False) == whole
