@@ -67,22 +67,13 @@ class Examples:
     image_labels: Labels = None
     """of the real ones"""
     latents: Tensor | None = None
-    """fp32 (B, C, h, w): real images instead of `images`, where these were encoded before"""
+    """float (B, C, h, w): real images instead of `images`, where these were encoded before"""
 
     def x0(self, family: Family, device: torch.device) -> Tensor | None:
-        """The real images in the family's x0 space, on `device`."""
+        """The real images in the family's x0 space, fp32 (B, C, h, w) on `device`."""
         if self.latents is not None:
-            return self.latents.to(device)
+            return self.latents.to(device, torch.float32)
         return None if self.images is None else family.codec.encode(self.images.to(device))
-
-    def encoded(self, family: Family, device: torch.device) -> Examples:
-        """With latents in place of the images, in fp16 on the CPU: to be kept, and used as `whole`."""
-        x0 = self.x0(family, device)
-        return replace(self, images=None, latents=None if x0 is None else x0.to("cpu", torch.float16))
-
-    def whole(self) -> Examples:
-        """What was `encoded`, in fp32 again."""
-        return replace(self, latents=None if self.latents is None else self.latents.float())
 
 
 class Source(Protocol):

@@ -106,9 +106,8 @@ class StableDiffusionFamily:
         name = manifest.teacher.subfolder
         together = host in (None, device)
         loaded = [name] if together else []
-        later = (
-            host is not None and host.type != "meta"
-        )  # there they take nothing, and a prediction counts no loading
+        # On "meta" text encoders take nothing, and a prediction must not count their being loaded in a step.
+        later = host is not None and host.type != "meta"
         model = load_text_to_image(folder, loaded, host or device, torch.float32, defer_text=later)
         denoisers = model.denoisers if together else load_denoisers(folder, [name], device, torch.float32)
         return cls(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +103,8 @@ class TextEncoder:
 
     @property
     def _plain(self) -> list[Any]:
-        return [partial(_states_of, encoder, len(self._encoders) == 1) for encoder in self._encoders]
+        alone = len(self._encoders) == 1
+        return [lambda tokens, one=one: _states(one.network, alone, tokens) for one in self._encoders]
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> TextCondition:
         """Encodes B prompts for images of `size` (width, height) in pixels. An empty prompt is "no text"."""
@@ -222,10 +222,6 @@ class KeptTokenizer:
     def __call__(self, text: str, **_: Any) -> Any:
         """As transformers' own, without marks of begin and end; for what has `input_ids`."""
         return SimpleNamespace(input_ids=self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _states_of(encoder: Deferred, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:
-    return _states(encoder.network, alone, tokens)
 
 
 def _states(encoder: nn.Module, alone: bool, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -72,8 +72,7 @@ class DenoisingRecipe(Recipe):
     free_from: Steps = 0
     """the step from which they have all of it"""
     lessons: Steps = 0
-    """after how many batches the same images come again; 0: never. What they become in x0's space is kept in fp16, so
-    that composing and encoding them, on a CPU a third of a step, is paid for once"""
+    """after how many batches the same images come again; 0: never. See `Lessons`"""
     data: DataName = "images"
     compile: bool = False
     kind = "denoising"
@@ -129,6 +128,39 @@ def _take_weights(models: nn.ModuleDict, init: Path, device: torch.device) -> No
         models[name].load_state_dict(network.state_dict())
 
 
+def _lesson(source: Source, recipe: DenoisingRecipe, step: int, freedom: float) -> Examples:
+    return source.lesson(recipe.loop.batch_size, seed=recipe.loop.seed, step=step, freedom=freedom)
+
+
+class Lessons:
+    """Batches that come again after `recipe.lessons` of them, so that images are composed and encoded only once.
+
+    Kept in fp16 on the CPU, in one tensor: among the blocks of a step, which come and go, hundreds that stay would
+    leave gaps. What a batch becomes is the same whenever it comes, so that a run that is resumed goes on to the bit.
+    """
+
+    def __init__(self, source: Source, family: Family, recipe: DenoisingRecipe, inputs: Inputs) -> None:
+        self._source, self._family, self._recipe, self._device = source, family, recipe, inputs.device
+        rows = inputs.rows(recipe.loop.batch_size)
+        size = recipe.lessons, rows.stop - rows.start, *family.shape
+        self._x0 = torch.empty(size, dtype=torch.float16)
+        self._kept: dict[int, Examples] = {}
+        self._freedom = 0.0
+
+    def __call__(self, step: int, freedom: float) -> Examples:
+        if freedom != self._freedom:  # it grows, and what had less of it never comes back
+            self._kept.clear()
+            self._freedom = freedom
+        place = step % self._recipe.lessons
+        if place not in self._kept:
+            made = _lesson(self._source, self._recipe, place, freedom)
+            x0 = made.x0(self._family, self._device)
+            assert x0 is not None
+            self._x0[place] = x0
+            self._kept[place] = replace(made, images=None, latents=self._x0[place])
+        return self._kept[place]
+
+
 def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, inputs: Inputs) -> Method:
     """The one phase, on whatever `family.trainable` returns.
 
@@ -148,21 +180,11 @@ def train_teacher(recipe: DenoisingRecipe, family: Family, source: Source, input
     preview = source.preview()
     steps = recipe.sample_steps or family.sample_steps
     guidance = family.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
-    kept: dict[tuple[int, float], Examples] = {}
+    lesson = Lessons(source, family, recipe, inputs) if recipe.lessons else partial(_lesson, source, recipe)
 
     def data(step: int) -> Examples:
         freedom = (step - recipe.still_until) / max(1, recipe.free_from - recipe.still_until)
-        freedom = min(1.0, max(0.0, freedom))
-        place = step % recipe.lessons if recipe.lessons else step
-        if (place, freedom) in kept:
-            return kept[place, freedom].whole()
-        lesson = source.lesson(recipe.loop.batch_size, seed=recipe.loop.seed, step=place, freedom=freedom)
-        if not recipe.lessons:
-            return lesson
-        if any(of != freedom for _, of in kept):  # the freedom grows, and never comes back
-            kept.clear()
-        kept[place, freedom] = lesson.encoded(family, inputs.device)
-        return kept[place, freedom].whole()  # rounded as it will be when it comes again, or when the run is resumed
+        return lesson(step, min(1.0, max(0.0, freedom)))
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
         x0, told = batch.data.x0(family, inputs.device), None

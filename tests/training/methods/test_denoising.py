@@ -127,8 +127,10 @@ def test_images_that_come_again_are_encoded_once(images: ImageSet, monkeypatch: 
         assert torch.equal(drawn[step].latents, drawn[step + 3].latents)
         assert torch.equal(drawn[step].labels, drawn[step + 3].labels)
     assert torch.equal(drawn[8].latents, drawn[11].latents) and not torch.equal(drawn[8].latents, drawn[9].latents)
-    afresh = RECIPE.method(Inputs({"data": images.path}, CPU)).data(1)
-    assert torch.allclose(drawn[1].latents, afresh.x0(EdmFamily.new(CONFIG, "tiny", (), CPU, "fp32"), CPU), atol=1e-3)
+    family = EdmFamily.new(CONFIG, "tiny", (), CPU, "fp32")
+    afresh = RECIPE.method(Inputs({"data": images.path}, CPU)).data(1).x0(family, CPU)
+    again = drawn[1].x0(family, CPU)
+    assert again.dtype == torch.float32 and torch.allclose(again, afresh, atol=1e-3)
 
 
 @pytest.mark.parametrize("lessons", [0, 2])
