@@ -10,10 +10,10 @@ UserError (a ValueError)    bad input, of whatever kind
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -109,8 +109,23 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+_PATTERNS: dict[str, str] = {}
+
+
+def pattern(regular: str, words: str) -> str:
+    """A regular expression for a field of pydantic's, whose complaints then say these words instead of it."""
+    _PATTERNS[regular] = words
+    return regular
+
+
+def complaint(found: Mapping[str, Any]) -> str:
+    """What is wrong, of one of pydantic's `errors()`."""
+    words = _PATTERNS.get(found.get("ctx", {}).get("pattern", ""))
+    return f"expected {words}" if words else str(found["msg"])
+
+
 def first_error(error: ValidationError) -> str:
     """The first of pydantic's complaints, as part of a line: "FIELD: what is wrong"."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where, what = shown(".".join(map(str, first["loc"]))), shown(first["msg"])
+    first = error.errors(include_url=False, include_input=False)[0]
+    where, what = shown(".".join(map(str, first["loc"]))), shown(complaint(first))
     return f"{where}: {what}" if where else what.removeprefix("Value error, ")

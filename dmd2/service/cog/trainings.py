@@ -27,7 +27,7 @@ from dmd2.data.prompts import read_prompts
 from dmd2.models.family import export_weights
 from dmd2.models.locate import locate
 from dmd2.models.stable_diffusion.configs import TIMESTEPS
-from dmd2.runtime.errors import InvalidInput, UserError, first_error, one_line, shown
+from dmd2.runtime.errors import InvalidInput, UserError, first_error, one_line, pattern, shown
 from dmd2.runtime.paths import ROOT
 from dmd2.service.cog import leash
 from dmd2.service.outbox import Outbox
@@ -43,7 +43,13 @@ GAN = ("gan_generator=5e-3", "gan_critic=1e-2")
 LINE = 2000
 """bytes of a line that is passed on, at most"""
 
-Url = Annotated[str, Field(pattern=r"^(https://|data:)", max_length=3 * MOST_IMAGE_BYTES)]
+Url = Annotated[
+    str,
+    Field(
+        pattern=pattern(r"^(https://|data:)", "a URL that begins with https:// or data:"),
+        max_length=3 * MOST_IMAGE_BYTES,
+    ),
+]
 
 
 class TrainingRequest(BaseModel):

@@ -28,7 +28,7 @@ from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
 from dmd2.service.http.models import Models, Run, Served, request_of, timing
 from dmd2.service.http.openai import ERRORS, MOST_IMAGES, Timeout
-from dmd2.service.http.refusal import Refusal
+from dmd2.service.http.refusal import NOT_BLANK, Refusal
 
 if TYPE_CHECKING:
     from dmd2.service.images import OutputImage
@@ -63,7 +63,7 @@ class TextToImage(BaseModel):
     """The body of `txt2img`: what has an effect. The rest of what clients send is ignored."""
 
     model_config = ConfigDict(extra="ignore")
-    prompt: str = Field(min_length=1, max_length=5000, pattern=r"\S")
+    prompt: str = Field(min_length=1, max_length=5000, pattern=NOT_BLANK)
     negative_prompt: str | None = Field("", max_length=5000, description="Inert.")
     width: int | None = Field(None, ge=16, le=2048)
     height: int | None = Field(None, ge=16, le=2048)

@@ -37,7 +37,7 @@ from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
 from dmd2.service.http.models import Models, request_of
 from dmd2.service.http.openai import LoraChoice, lora_text
-from dmd2.service.http.refusal import Refusal
+from dmd2.service.http.refusal import NOT_BLANK, Refusal
 
 if TYPE_CHECKING:
     from dmd2.service.images import OutputImage
@@ -48,7 +48,7 @@ class Live(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     id: int = Field(ge=0, le=2**53)
-    prompt: str = Field(min_length=1, max_length=5000, pattern=r"\S")
+    prompt: str = Field(min_length=1, max_length=5000, pattern=NOT_BLANK)
     model: str | None = Field(None, max_length=200)
     num_inference_steps: int | None = Field(None, ge=1, le=100, description="By default the fewest that there are.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1)

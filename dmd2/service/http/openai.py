@@ -22,15 +22,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from dmd2.inference.request import ImageRequest, parse_size
-from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.errors import InvalidInput, pattern
 from dmd2.service.http.models import Models, Run, Served, request_of, timing
-from dmd2.service.http.refusal import ErrorBody, Refusal
+from dmd2.service.http.refusal import NOT_BLANK, ErrorBody, Refusal
 
 if TYPE_CHECKING:
     from dmd2.service.images import OutputImage
 
 MOST_IMAGES = 10
 LONGEST_TIMEOUT = 3600
+SIZE = pattern(r"^(auto|[1-9]\d{1,4}x[1-9]\d{1,4})$", "auto or WIDTHxHEIGHT in pixels, such as 1024x1024")
+LORA = pattern(r"^[^\s,]+$", "a URL or a name, without spaces and commas")
 FORMATS: dict[str, Literal["png", "jpg", "webp"]] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -59,7 +61,7 @@ class LoraChoice(BaseModel):
     """A LoRA: an https URL, owner/name of the Hugging Face hub, or a name in the weights' own folder."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    path: str = Field(pattern=r"^[^\s,]+$", max_length=1000)
+    path: str = Field(pattern=LORA, max_length=1000)
     scale: float = Field(1.0, ge=-4, le=4)
 
 
@@ -72,10 +74,10 @@ class Generation(BaseModel):
     """The body of `/v1/images/generations`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: str = Field(min_length=1, max_length=5000, pattern=r"\S")
+    prompt: str = Field(min_length=1, max_length=5000, pattern=NOT_BLANK)
     model: str | None = Field(None, max_length=200, description="One of /v1/models; the first if none is named.")
     n: int | None = Field(1, ge=1, le=MOST_IMAGES)
-    size: str | None = Field("auto", pattern=r"^(auto|[1-9]\d{1,4}x[1-9]\d{1,4})$", description="WxH or auto.")
+    size: str | None = Field("auto", pattern=SIZE, description="WxH or auto.")
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
         "auto", description="low: the student of the fewest steps; else of the most."
     )

@@ -11,11 +11,13 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from dmd2.inference.batcher import Busy, Stopped
-from dmd2.runtime.errors import InvalidInput, UserError, one_line, shown
+from dmd2.runtime.errors import InvalidInput, UserError, complaint, one_line, pattern, shown
 from dmd2.service.http.admission import Draining, Full
 
 NAMES = {"width, height": "size", "width": "size", "height": "size", "num_outputs": "n", "lora_weights": "loras"}
 """of the fields of an image request, in OpenAI's API"""
+NOT_BLANK = pattern(r"\S", "text that is not blank")
+"""of prompts"""
 
 
 class OpenAIError(BaseModel):
@@ -82,7 +84,7 @@ class Refusal(HTTPException):
         """Of a body that is not what its schema says: the first complaint."""
         first = error.errors()[0]
         path = [str(part) for part in first["loc"] if part not in ("body", "query")]
-        where, message = shown(".".join(path), 100), shown(first["msg"], 300)
+        where, message = shown(".".join(path), 100), shown(complaint(first), 300)
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
         return cls(400, code, f"{where}: {message}" if where else message, where or None)
 

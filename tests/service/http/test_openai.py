@@ -102,6 +102,7 @@ def test_defaults_are_the_weights_own() -> None:
         ({"size": "3000x64"}, "size", "invalid_value"),
         ({"size": "2048x2048"}, "size", "invalid_value"),
         ({"size": "huge"}, "size", "invalid_value"),
+        ({"prompt": " "}, "prompt", "invalid_value"),
         ({"background": "transparent"}, "background", "invalid_value"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),
         ({"output_compression": 101}, "output_compression", "invalid_value"),
@@ -126,6 +127,7 @@ def test_what_is_wrong_is_named_in_openais_shape(change: dict[str, Any], param: 
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert not any(sign in error["message"] for sign in ("\\", "[^", "^("))  # words, and no regular expression
     assert len(error["message"]) <= 500 and "\n" not in error["message"]
     assert service.asked == []
 
@@ -208,6 +210,7 @@ def test_a_failed_generation_is_one_line_of_json() -> None:
     answer = ask({"prompt": "an owl"}, FakeService(error=fail))
     error = answer.json()["error"]
     assert answer.status_code == 500 and error["type"] == "server_error" and error["code"] == "generation_failed"
+    assert not any(sign in error["message"] for sign in ("\\", "[^", "^("))  # words, and no regular expression
     assert len(error["message"]) <= 500 and "\n" not in error["message"]
 
 
