@@ -13,9 +13,18 @@ def is_installed() -> bool:
     return find_spec("openvino") is not None
 
 
+def is_limited(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `ONEDNN_MAX_CPU_ISA` forbids instructions that the CPU may have.
+
+    OpenVINO 2026.4 obeys it in part: under AVX2 it mixed kernels of both kinds and crashed on images of 32x64.
+    """
+    return environ.get("ONEDNN_MAX_CPU_ISA", "").strip().upper() not in ("", "ALL", "DEFAULT")
+
+
 def is_enabled(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether it runs networks on a CPU: where it is installed, unless `DMD2_COMPILE` asks for something else."""
-    return (environ.get("DMD2_COMPILE", "").strip().lower() or "auto") == "auto" and is_installed()
+    """Whether it runs networks on a CPU: where it is installed and not limited, unless `DMD2_COMPILE` forbids it."""
+    wanted = (environ.get("DMD2_COMPILE", "").strip().lower() or "auto") == "auto"
+    return wanted and is_installed() and not is_limited(environ)
 
 
 def give_way(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -32,4 +41,5 @@ def describe(environ: Mapping[str, str] = os.environ) -> str:
     """For people: what runs students' networks on a CPU."""
     if is_enabled(environ):
         return f"OpenVINO {version('openvino')}"
-    return f"torch (OpenVINO: {'off by DMD2_COMPILE' if is_installed() else 'not installed'})"
+    off = "off by ONEDNN_MAX_CPU_ISA" if is_limited(environ) else "off by DMD2_COMPILE"
+    return f"torch (OpenVINO: {off if is_installed() else 'not installed'})"

@@ -35,20 +35,18 @@ def runs_on() -> dict[str, object]:
     """What compiled networks depend on besides their weights: OpenVINO's version and the CPU's abilities."""
     openvino, core = _openvino()
     able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return {"openvino": openvino.get_version(), "cpu": sorted(able), "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "")}
+    return {"openvino": openvino.get_version(), "cpu": sorted(able)}
 
 
 def _settings(dtype: str) -> dict[str, object]:
     _, core = _openvino()
-    # OpenVINO chooses by the CPU, but its kernels by this variable as well: it would choose some that are not there.
-    limited = bool(os.environ.get("ONEDNN_MAX_CPU_ISA"))
-    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and not limited
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[dtype] if has_bf16 else "f32",
         # Else it binds its threads to cores: those of two processes to the same ones.
         "ENABLE_CPU_PINNING": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0 if limited else GROUP,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
     }
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return settings | ({"INFERENCE_NUM_THREADS": int(threads)} if threads.isdecimal() else {})

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.models.adapters.lora import read_lora
-from dmd2.models.openvino.choice import is_installed
+from dmd2.models.openvino.choice import is_installed, is_limited
 from dmd2.models.stable_diffusion import model
 from dmd2.models.stable_diffusion.folder import load_tokenizer
 from dmd2.models.stable_diffusion.text import KeptTokenizer
@@ -29,7 +29,9 @@ from dmd2.runtime import placement
 from dmd2.runtime.paths import EMOJI, ROOT
 from dmd2.runtime.precision import Throughput
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="openvino is not installed")
+pytestmark = pytest.mark.skipif(
+    not is_installed() or is_limited(), reason="OpenVINO is not installed, or may not run"
+)
 CLOSE = 2
 """of 255"""
 
