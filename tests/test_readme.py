@@ -25,6 +25,7 @@ from PIL import Image
 from dmd2.cli import app
 from dmd2.training.loop import LoopSettings, train
 from dmd2.training.recipes import RECIPES, build_method, resolve
+from dmd2.weights.manifest import DEFAULT, read_manifest
 from tests.service.cog.cog_server import CogServer
 from tests.service.http.serve_process import ServeProcess
 from tests.training.pixels import same_weights, write_teacher
@@ -134,7 +135,7 @@ def test_what_the_service_is_asked_runs_as_written(folder: Path) -> None:
     assert len(said) >= 4
     for name in ("apple.png", "owl-0.webp", "owl-1.webp"):
         with Image.open(folder / name) as image:
-            assert image.size == (64, 64)
+            assert image.size == read_manifest(DEFAULT).native_size
     assert any("event: output" in text for text in said)
 
 
@@ -150,7 +151,7 @@ def test_what_dmd2_serve_is_asked_runs_as_written(folder: Path) -> None:
     assert [image["seed"] for image in json.loads(curl)["data"]] == [7, 8]
     assert python.split() == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
     with Image.open(folder / "lion-7.png") as image:
-        assert image.size == (64, 64)
+        assert image.size == read_manifest(DEFAULT).native_size
 
 
 def parsed(words: list[str]) -> None:

@@ -24,8 +24,10 @@ from dmd2.runtime.paths import ROOT
 from dmd2.service.images import ImageService
 from dmd2.training.loop import train
 from dmd2.training.recipes import build_method, resolve
+from dmd2.weights.manifest import read_manifest
 
 EMOJI = ROOT / "weights" / "emoji"
+SIZE = read_manifest(EMOJI).native_size  # width and height
 CPU = torch.device("cpu")
 
 
@@ -41,7 +43,7 @@ def pil(image: Tensor) -> Image.Image:
 
 def test_generate(engine: Engine) -> None:
     images = engine.generate(["an owl", "a slice of pizza"], seeds=[0, 1], mode="4")  # in four steps
-    assert images.shape == (2, 3, 64, 64) and images.dtype == torch.uint8
+    assert images.shape == (2, 3, *SIZE[::-1]) and images.dtype == torch.uint8
     apple = engine.generate(["a red apple on a blue background"], seeds=[7], mode="1")[0]  # in one
     red, _, blue = apple[:, 2, 2].tolist()
     assert blue > red  # the corner shows the background that was asked for
@@ -50,15 +52,16 @@ def test_generate(engine: Engine) -> None:
 def test_generate_from_an_image(engine: Engine, tmp_path: Path) -> None:
     lion = engine.generate(["a lion on a white background"], seeds=[7])[0]
     pil(lion).save(tmp_path / "lion.png")
-    upper_half = numpy.zeros((64, 64), numpy.uint8)
-    upper_half[:32] = 255
+    upper_half = numpy.zeros(SIZE[::-1], numpy.uint8)
+    half = SIZE[1] // 2
+    upper_half[:half] = 255
     Image.fromarray(upper_half).save(tmp_path / "mask.png")
 
     given = InputImages.read(tmp_path / "lion.png", tmp_path / "mask.png", 1.0, None, 1.0)
-    painted = engine.generate(["a tiger on a white background"], seeds=[7], edit=given.edit((64, 64)))[0]
+    painted = engine.generate(["a tiger on a white background"], seeds=[7], edit=given.edit(SIZE))[0]
 
     change = (painted.int() - lion.int()).abs().float().mean(dim=(0, 2))  # of each row
-    assert change[:32].mean() > 4 * change[32:].mean()
+    assert change[:half].mean() > 4 * change[half:].mean()
 
 
 def test_from_a_request_to_files(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_from_a_request_to_files(tmp_path: Path) -> None:
         return found
 
     try:
-        assert asyncio.run(sizes()) == [(3, (64, 64)), (4, (64, 64))]
+        assert asyncio.run(sizes()) == [(3, SIZE), (4, SIZE)]
     finally:
         service.close()
 

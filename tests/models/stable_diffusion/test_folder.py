@@ -174,7 +174,7 @@ def test_embedded_weights_are_whole_and_small() -> None:
     manifest = read_manifest(DEFAULT)
     assert set(manifest.students) == {1, 4} and manifest.teacher is not None
     verify(DEFAULT, manifest)
-    assert sum(p.stat().st_size for p in DEFAULT.rglob("*") if p.is_file()) <= 60e6
+    assert sum(p.stat().st_size for p in DEFAULT.rglob("*") if p.is_file()) <= 80e6
 
 
 # diffusers reads it too

@@ -28,6 +28,7 @@ from dmd2.service.http import server as served
 from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import Rules
 from dmd2.service.images import ImageService
+from dmd2.weights.manifest import read_manifest
 from tests.service.cog.cog_server import wait_for
 from tests.service.http.fake import FakeService, client_of
 from tests.service.http.serve_process import ServeProcess
@@ -64,22 +65,25 @@ def seeds_of(answer: Future[httpx.Response]) -> list[int]:
 @pytest.mark.slow
 def test_a_process_serves_openais_client_and_finishes_what_it_took(tmp_path: Path) -> None:
     server, lines = ServeProcess(tmp_path, "--weights", str(EMOJI)), ExitStack()
+    width, height = read_manifest(EMOJI).native_size
     try:
         wait_for(lambda: server.log.count("listening on"), "its socket")
         server.wait_until_ready()
         with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0) as client:
             made = client.images.generate(prompt="an owl", n=2, extra_body={"seed": 5})
-            assert made.data is not None and made.usage is not None and made.size == "64x64"
-            assert pixels(made.data[0].b64_json).shape == (64, 64, 3)
+            assert made.data is not None and made.usage is not None
+            assert made.size == f"{width}x{height}"
+            assert pixels(made.data[0].b64_json).shape == (height, width, 3)
             owl = base64.b64decode(str(made.data[0].b64_json))
             mask = io.BytesIO()
-            half = Image.new("L", (64, 64))
-            half.paste(255, (0, 0, 64, 32))
+            half = Image.new("L", (width, height))
+            half.paste(255, (0, 0, width, height // 2))
             half.save(mask, "PNG")
             edited = client.images.edit(image=owl, mask=("mask.png", mask.getvalue()), prompt="a cat")
             assert edited.data is not None
             painted = pixels(edited.data[0].b64_json)
-            assert (painted[32:] == pixels(owl)[32:]).all() and (painted[:32] != pixels(owl)[:32]).any()
+            changed = painted != pixels(owl)
+            assert changed[: height // 2].any() and not changed[height // 2 :].any()
             stream: Any = client.images.generate(
                 prompt="an owl", stream=True, partial_images=3, extra_body={"seed": 5}
             )

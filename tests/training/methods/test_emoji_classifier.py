@@ -58,7 +58,7 @@ def test_one_batch_is_learned_by_heart_and_exported(
 
     method.export(None, tmp_path)
     classifier = EmojiClassifier.load(tmp_path / "classifier.safetensors")
-    assert classifier.names == scenes.names and classifier.size == 64
+    assert classifier.names == scenes.names and classifier.size == scenes.size
     model.eval()
     with torch.no_grad():
         expected, _ = model(images.float() / 127.5 - 1)
