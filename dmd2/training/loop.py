@@ -158,6 +158,9 @@ def train(
                 method.export(run.ema_model, out)
             return finished
         except OSError as error:
+            if not out.is_dir():
+                gone = f"{out}: was moved or removed while a training ran there"
+                raise UserError(f"{gone}; `resume` goes on from its newest checkpoint, in its new place") from error
             kept = (
                 "its checkpoint is whole: `resume` goes on from there" if checkpoints.exist() else "nothing is kept"
             )

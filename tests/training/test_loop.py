@@ -439,6 +439,24 @@ def test_a_log_line_cut_short_by_a_crash_does_not_stop_a_resume(whole: Path, tmp
     assert_same_runs(whole, out)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
+def test_a_run_whose_folder_is_moved_ends_and_goes_on_from_the_new_place(whole: Path, tmp_path: Path) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    method = toy(TOY)
+
+    def data(step: int) -> Tensor:
+        if step == 24:
+            out.rename(moved)
+        return method.data(step)  # type: ignore[no-any-return]
+
+    recipe = {"name": "toy", "loop": asdict(TOY)}
+    with pytest.raises(UserError, match="run: was moved or removed while a training ran there; `resume` goes on"):
+        train(replace(method, data=data), TOY, out, recipe=recipe)
+    assert not out.exists() and checkpoint(moved)["step"] == 21
+    train(toy(TOY), TOY, moved, resume=True, recipe=recipe)
+    assert_same_runs(whole, moved)
+
+
 def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(toy(TOY), replace(TOY, iterations=1), tmp_path / "run")

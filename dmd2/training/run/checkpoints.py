@@ -6,6 +6,7 @@ any number of processes reads them, and `state.json`: everything that is no tens
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -132,9 +133,12 @@ class Checkpoints:
             tensors: by names that are the same in every process; those in shards as they are.
 
         Raises:
-            OSError: the one before it could not be written; the older ones stay.
+            OSError: the one before it could not be written; the older ones stay. Or the run's folder is no longer
+                where it was: a new one there would not be locked.
         """
         self.wait()
+        if self.parallel.any(not self.folder.parent.is_dir()):
+            raise FileNotFoundError(errno.ENOENT, "moved or removed", str(self.folder.parent))
         staged = {name: self.parallel.staged(tensor) for name, tensor in tensors.items()}
         about = json.loads(json.dumps({**about, "format": FORMAT}))  # as it is now
         self._writing = self._thread.submit(self._write, about, staged)

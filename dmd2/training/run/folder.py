@@ -60,7 +60,8 @@ def open_run(out: Path, resume: bool) -> Iterator[None]:
             check_out(out, resume)  # another trainer may have written there until now
             yield
         except BaseException:
-            if new and [path.name for path in out.iterdir()] == [LOCK]:  # ours: whoever waits for it is refused
+            # The lock is ours: whoever waits for it is refused.
+            if new and out.is_dir() and [path.name for path in out.iterdir()] == [LOCK]:
                 (out / LOCK).unlink()
                 for folder in new:
                     if any(folder.iterdir()):
