@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -22,6 +23,28 @@ def test_the_update_is_the_gradient_without_its_singular_values() -> None:
     found = orthogonalised(gradient[None])[0]
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), (u @ v).flatten(), dim=0)
     assert cosine > 0.97
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 16, 16), (3, 16, 64), (2, 200, 16), (2, 1, 9)])
+def test_the_five_steps_are_those_of_the_polynomial(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrices[0, :, 0] = 0
+    x = matrices.double() if shape[1] <= shape[2] else matrices.double().mT
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    expected = x if shape[1] <= shape[2] else x.mT
+    torch.testing.assert_close(orthogonalised(matrices).double(), expected, rtol=0, atol=1e-5)
+    assert not orthogonalised(torch.zeros(shape)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_low_rank_stay_bounded(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((96, 864), (128, 128), (512, 64)):
+        low = torch.randn(2, rows, 4, generator=generator) @ torch.randn(2, 4, columns, generator=generator)
+        assert torch.linalg.svdvals(orthogonalised(low.to(dtype)).float()).max() < 1.3
 
 
 def model() -> nn.Module:
