@@ -1,4 +1,4 @@
-"""setup-venv and demo, run with a Python that only notes what it is asked to do; bench-server, a false service."""
+"""setup-venv and demo, run with a Python that only notes what it is asked; bench-server, a false service; grid."""
 
 import http.server
 import itertools
@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from dmd2.emoji.scenes import EmojiScenes
+from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.paths import EMOJI
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,3 +226,13 @@ def test_bench_server_compares_one_client_with_many(service: Service) -> None:
     assert report["ratio"] == pytest.approx(rates[0] / rates[1], abs=0.01)
     assert report["steps"] == 4 and report["torch"]
     assert report["resident_mb_start_middle_end"] == [None] * 3  # of a service that it did not start
+
+
+def test_captions_by_chance_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    drawn, scenes = runpy.run_path(str(ROOT / "scripts/grid"))["drawn"], EmojiScenes(EMOJI / "emoji.zip")
+    captions = drawn(scenes, 40, 0)
+    assert len(captions) == 40 and all(captions)
+    assert captions == drawn(scenes, 40, 0) != drawn(scenes, 40, 1)
+    with pytest.raises(InvalidInput, match="drawn 9999: expected at most"):
+        drawn(scenes, 9999, 0)

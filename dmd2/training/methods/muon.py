@@ -91,7 +91,7 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
     x ← (a + b·g + c·g²)·x with g = x·xᵀ, `steps` times, in their own dtype. Stepping on g alone, and multiplying x
     once, would take fewer products; but g rounded to bf16 has negative eigenvalues where a gradient is of low rank,
-    which the steps blow up, and in fp32 it is no faster.
+    which the steps blow up, and in fp32 it is, over all shapes, no faster.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
