@@ -143,6 +143,10 @@ class EmojiScenes:
         """The number of emoji."""
         return len(self.names)
 
+    def glyphs(self, side: int) -> Tensor:
+        """float (N, 4, side, side): the emoji's images, premultiplied RGBA in [0, 255], brought to `side` pixels."""
+        return F.interpolate(self._glyphs.float(), size=(side, side), mode="area")
+
     def is_held_out(self, emoji: Tensor, background: Tensor) -> Tensor:
         """bool (B,): which of these int64 (B,) pairs "seen" batches never show. Names alone decide."""
         return self._held_out[emoji, background]

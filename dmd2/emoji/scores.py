@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmd2.emoji.classifier import Classifier
+from dmd2.emoji.likeness import GOOD, likeness
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes, Split, with_article
 from dmd2.evaluation.classifiers import load_classifier_file
 from dmd2.evaluation.frechet import frechet_distance_of
@@ -22,6 +23,9 @@ from dmd2.runtime.errors import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
 """(B captions, B seeds) → B images, uint8 (B, 3, 64, 64), on any device"""
+
+View = Callable[[Tensor, slice], Tensor]
+"""images and which of all captions they are of → (B, …)"""
 
 BATCH = 64  # images asked of a `Generate` at once, at most
 OPEN_CAPTIONS, SEEDS, REAL_SEEDS = 50, 4, 16  # of the diversity score
@@ -48,9 +52,7 @@ class EmojiClassifier:
         model, config = load_classifier_file(
             path,
             "emoji",
-            lambda c: Classifier(
-                len(c["emoji"]) + bool(c.get("none")), len(c["backgrounds"]), tuple(c["widths"]), c["features"]
-            ),
+            lambda c: Classifier(len(c["emoji"]), len(c["backgrounds"]), tuple(c["widths"]), c["features"]),
         )
         names, backgrounds = config["emoji"], config["backgrounds"]
         return cls(model.to(device), names, backgrounds, config["size"])
@@ -72,10 +74,7 @@ class EmojiClassifier:
 
     @torch.no_grad()
     def answers(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features (B, F) → logits (B, emoji) and (B, backgrounds), on the CPU.
-
-        Of a classifier that may answer "none of them" there is one more logit after the emoji's.
-        """
+        """Pooled features (B, F) → logits (B, emoji) and (B, backgrounds), on the CPU."""
         emoji, background = self.model.heads(features.to(self.model.emoji.weight.device))
         return emoji.cpu(), background.cpu()
 
@@ -128,14 +127,15 @@ def score_emoji(
     """Every score of a generator of emoji images. Asks it for n + 200 images.
 
     Half of the n captions name an (emoji, background) pair that training has seen, half one that was held
-    out. The first three scores are shares in [0, 1], of "all" captions, the "seen" and the "held_out":
+    out. The first four scores are shares in [0, 1], of "all" captions, the "seen" and the "held_out":
 
-    - `top1`, `top5`: the classifier names the right emoji, first or among its five best guesses. For one that may
-      answer "none of them", that is a guess like any other.
-    - `accepted`: it does not answer "none of them" first; only of a classifier that may.
+    - `top1`, `top5`: the classifier names the right emoji, first or among its five best guesses. It is kind: it
+      names smears by their colours.
+    - `right`: it names the right emoji first, and the image is like it enough (`dmd2.emoji.likeness`).
     - `background`: the classifier names the right background.
     - `fd`: Fréchet distance between the classifier's features of the n images and of n real scenes of the same
       captions. `fd_real`: the same of n other real scenes, the floor.
+    - `likeness`: the mean of that.
     - `precision`, `recall`: shares of the images among the real scenes' features, and of these among the images'
       (see `prdc`); left out where n is too small for them.
     - `diversity`: mean distance, in the classifier's features, between four images of one caption, relative to
@@ -157,31 +157,33 @@ def score_emoji(
     real = real or RealScenes(scenes)
     emoji, background, held_out = _pairs(scenes, classifier, n, seed)
     captions = [scenes.caption(e, b) for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
-    found = _features(generate, captions, _seeds("drawn", seed, n), classifier)
-    references = [_features(real, captions, _seeds(f"real {i}", seed, n), classifier) for i in range(2)]
+
+    def alike(images: Tensor, rows: slice) -> Tensor:
+        return likeness(images, emoji[rows], scenes)
+
+    judges = [classifier] if second is None else [classifier, second]
+    views: list[View] = [lambda images, _, judge=judge: judge.features(images) for judge in judges]  # type: ignore[misc]
+    *drawn, like = _viewed(generate, captions, _seeds("drawn", seed, n), *views, alike)
+    found, references = drawn[0], [_viewed(real, captions, _seeds(f"real {i}", seed, n), *views) for i in range(2)]
 
     emoji_logits, background_logits = classifier.answers(found)
-    none = {}
-    if emoji_logits.shape[1] > len(classifier.names):
-        none = {"accepted": _shares(emoji_logits.argmax(1) < len(classifier.names), held_out)}
     opinion = {}
     if second is not None:
-        drawn = _features(generate, captions, _seeds("drawn", seed, n), second)
-        shown = [_features(real, captions, _seeds(f"real {i}", seed, n), second) for i in range(2)]
         opinion = {
-            "second_fd": frechet_distance_of(drawn, shown[0]),
-            "second_fd_real": frechet_distance_of(shown[1], shown[0]),
+            "second_fd": frechet_distance_of(drawn[1], references[0][1]),
+            "second_fd_real": frechet_distance_of(references[1][1], references[0][1]),
         }
-    shares = prdc(references[0], found) if n > max(NEIGHBOURS) else {}
+    shares = prdc(references[0][0], found) if n > max(NEIGHBOURS) else {}
     best = emoji_logits.topk(min(5, len(classifier.names)), dim=1).indices == emoji[:, None]
     return {
         "n": n,
         "top1": _shares(best[:, 0], held_out),
         "top5": _shares(best.any(1), held_out),
-        **none,
+        "right": _shares(best[:, 0] & (like >= GOOD), held_out),
+        "likeness": float(like.double().mean()),
         "background": _shares(background_logits.argmax(1) == background, held_out),
-        "fd": frechet_distance_of(found, references[0]),
-        "fd_real": frechet_distance_of(references[1], references[0]),
+        "fd": frechet_distance_of(found, references[0][0]),
+        "fd_real": frechet_distance_of(references[1][0], references[0][0]),
         **opinion,
         **{name: shares[name] for name in ("precision", "recall") if name in shares},
         "diversity": _diversity(generate, real, scenes, classifier, seed),
@@ -239,14 +241,19 @@ def _seeds(purpose: str, seed: int, n: int) -> list[int]:
 
 def _features(generate: Generate, captions: list[str], seeds: list[int], classifier: EmojiClassifier) -> Tensor:
     """The classifier's features (B, F) of one image for each caption and seed."""
+    return _viewed(generate, captions, seeds, lambda images, _: classifier.features(images))[0]
+
+
+def _viewed(generate: Generate, captions: list[str], seeds: list[int], *views: View) -> list[Tensor]:
+    """What each view says, (B, …), of one image for each caption and seed."""
     parts = []
     for start in range(0, len(captions), BATCH):
-        batch = captions[start : start + BATCH]
-        images = generate(batch, seeds[start : start + BATCH])
-        if len(images) != len(batch):
-            raise ValueError(f"expected {len(batch)} images, not {len(images)}")
-        parts.append(classifier.features(images))
-    return torch.cat(parts)
+        rows = slice(start, min(start + BATCH, len(captions)))
+        images = generate(captions[rows], seeds[rows])
+        if len(images) != rows.stop - start:
+            raise ValueError(f"expected {rows.stop - start} images, not {len(images)}")
+        parts.append([view(images, rows) for view in views])
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
 def _shares(right: Tensor, held_out: Tensor) -> dict[str, float]:

@@ -88,7 +88,8 @@ def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, classifier: Emo
 
     scores = score_emoji(generate, scenes, classifier, n=400, seed=1)
     assert sum(batches) == 400 + 200 and max(batches) <= 64
-    for name in ("top1", "top5", "background"):
+    assert scores["likeness"] > 0.98
+    for name in ("top1", "top5", "right", "background"):
         share = scores[name]
         assert isinstance(share, dict) and set(share) == {"all", "seen", "held_out"}
         assert all(0.97 <= value <= 1 for value in share.values())

@@ -113,11 +113,18 @@ def test_the_card_says_what_was_measured(weights: Path, tmp_path: Path) -> None:
     shutil.copytree(weights, tmp_path / "weights")
     shutil.copyfile(ROOT / "weights" / "emoji" / "emoji.zip", tmp_path / "weights" / "emoji.zip")
     shares = {"all": 0.5, "seen": 0.875, "held_out": 0.125}
-    score = {"n": 123, "top1": shares, "background": shares, "fd": 2.25, "diversity": 0.99}
-    scores = {mode: dict(score, second_fd=4.5, accepted=shares) if mode == "4" else score for mode in MODES}
+    score = {
+        "n": 123,
+        "top1": shares,
+        "right": shares,
+        "likeness": 0.75,
+        "background": shares,
+        "fd": 2.25,
+        "diversity": 0.99,
+    }
+    scores = {mode: dict(score, second_fd=4.5) if mode == "4" else score for mode in MODES}
     text = model_card(tmp_path, scores, {"vae": 600.0, "data": 0.0}, "a machine, today")
-    assert "| **student, 4 steps** | 0.875 / 0.125 | 0.500 | 0.500 | 2.25 | 4.50 | 0.99 |" in text
-    assert (
-        "| real scenes | 0.875 / 0.125 |  | 0.500 |" in text and "| vae | 10 min |" in text and "| data |" not in text
-    )
+    assert "| **student, 4 steps** | 0.875 / 0.125 | 0.750 | 0.500 | 0.500 | 2.25 | 4.50 | 0.99 |" in text
+    assert "| real scenes | 0.875 / 0.125 | 0.750 | 0.500 | 0.500 | 2.25 |  | 0.99 |" in text
+    assert "| vae | 10 min |" in text and "| data |" not in text
     assert "64×64 pixels" in text and "123 captions" in text and "a machine, today" in text

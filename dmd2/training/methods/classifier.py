@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dmd2.data.images import ImageSet
 from dmd2.emoji.classifier import Classifier
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes
-from dmd2.emoji.smears import smeared
 from dmd2.evaluation.classifiers import save_classifier_file
 from dmd2.evaluation.image_classifier import ImageClassifier
 from dmd2.runtime.errors import InvalidInput
@@ -24,7 +23,6 @@ from dmd2.training.methods.common import Recipe
 from dmd2.training.ranges import Blur, Name, Part, Steps, Width
 from dmd2.training.sources import EmojiSource, Inputs
 
-UNASKED = -100  # the right answer where there is none
 CROP = 4  # pixels that a crop may be shifted by
 
 
@@ -72,7 +70,7 @@ class ClassifierRecipe(Recipe):
         def loss(batch: Batch) -> tuple[Tensor, Logs]:
             images, *truth = (part.to(device) for part in batch.data)
             answers = logits(model, self.see(images, batch.generator))
-            losses = [F.cross_entropy(*pair, ignore_index=UNASKED) for pair in zip(answers, truth, strict=True)]
+            losses = [F.cross_entropy(*pair) for pair in zip(answers, truth, strict=True)]
             right = (answers[0].detach().argmax(1) == truth[0]).float().mean()
             logs = {question: part.detach() for question, part in zip(self.questions, losses, strict=False)}
             return torch.stack(losses).sum(), logs | {"top1": right}
@@ -86,9 +84,7 @@ class ClassifierRecipe(Recipe):
             right: list[list[Tensor]] = []
             for images, *truth in exam():
                 answers = logits(net, images.to(device).float() / 127.5 - 1)
-                right.append(
-                    [(part.argmax(1).cpu() == t)[t != UNASKED] for part, t in zip(answers, truth, strict=True)]
-                )
+                right.append([part.argmax(1).cpu() == t for part, t in zip(answers, truth, strict=True)])
             net.train(before)
             shares = [float(torch.cat(parts).double().mean()) for parts in zip(*right, strict=True)]
             return dict(zip(self.scores, shares, strict=True))
@@ -123,9 +119,6 @@ class EmojiClassifierRecipe(ClassifierRecipe):
     """contrast: largest relative change; the other two: in units of images in [−1, 1], at most"""
     blur_pixels: Blur
     """largest standard deviation of the blur"""
-    spoiled: Part = 0.0
-    """share of a batch that shows no emoji properly (`dmd2.emoji.smears`), and whose right answer is "none of them";
-    0: there is no such answer"""
     data = "emoji"
     file_kind = "emoji"
     questions = ("emoji", "background")
@@ -134,7 +127,7 @@ class EmojiClassifierRecipe(ClassifierRecipe):
     def network(self, emoji: int) -> Classifier:
         """An untrained one, of `emoji` emoji and the backgrounds, initialised from the seed."""
         torch.manual_seed(self.loop.seed)
-        return Classifier(emoji + (self.spoiled > 0), len(BACKGROUNDS), self.widths, self.features)
+        return Classifier(emoji, len(BACKGROUNDS), self.widths, self.features)
 
     def method(self, inputs: Inputs) -> Method:
         scenes = EmojiScenes(inputs.with_defaults(EmojiSource.defaults).need("data"))
@@ -143,20 +136,11 @@ class EmojiClassifierRecipe(ClassifierRecipe):
             model.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
         )
         numbers = {"widths": self.widths, "features": self.features, "size": scenes.size}
-        config = {"emoji": scenes.names, "backgrounds": list(BACKGROUNDS), "none": self.spoiled > 0, **numbers}
+        config = {"emoji": scenes.names, "backgrounds": list(BACKGROUNDS), **numbers}
 
         def lesson(n: int, seed: int, step: int) -> Lesson:
             batch = scenes.batch(n, seed=seed, step=step, split="every")
-            images, emoji, background = batch.images, batch.emoji, batch.background
-            bad = round(self.spoiled * n)
-            if bad >= 2:
-                alike = background[:bad].argsort(stable=True)  # what is mixed lies on one background, mostly
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-                spoiled = smeared(images[alike].float(), generator).round().clamp(0, 255).to(torch.uint8)
-                images = torch.cat([spoiled, images[bad:]])
-                emoji = torch.cat([torch.full_like(alike, len(scenes)), emoji[bad:]])
-                background = torch.cat([torch.full_like(alike, UNASKED), background[bad:]])
-            return images, emoji, background
+            return batch.images, batch.emoji, batch.background
 
         def data(step: int) -> Lesson:
             return lesson(self.loop.batch_size, self.loop.seed, step)

@@ -37,7 +37,6 @@ JUDGE = EmojiClassifierRecipe(
     brightness=0.08,
     noise=0.08,
     blur_pixels=1.5,
-    spoiled=0.25,
 )
 
 # `scripts/reproduce-emoji` runs these one after the other.
@@ -53,7 +52,7 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         latent_noise=0.1,
     ),
     "emoji-classifier": JUDGE,
-    # A second opinion: another network, begun elsewhere, that learns from rougher images and of spoiled ones nothing.
+    # A second opinion: another network, begun elsewhere, that learns from rougher images.
     # No student is ever trained or chosen by it.
     "emoji-second-opinion": replace(
         JUDGE,
@@ -64,7 +63,6 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         brightness=0.2,
         noise=0.15,
         blur_pixels=2.0,
-        spoiled=0.0,
     ),
     # v-prediction, unlike SDXL's eps: at t = 999 an eps error is multiplied by σ = 14.6 on its way to x0, which
     # a small network in bf16 feels; the UNet, the schedule and all code paths are the same.
