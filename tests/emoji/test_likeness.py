@@ -47,18 +47,18 @@ def rated(scenes: EmojiScenes) -> dict[str, dict[str, Tensor]]:
 def test_it_agrees_with_the_eye(rated: dict[str, dict[str, Tensor]], part: str) -> None:
     right, middling, smears = (rated[part][rating] for rating in ("right", "so-so", "smear"))
     assert len(right) + len(middling) + len(smears) == 60 and min(len(right), len(smears)) >= 15
-    assert (right[:, None] > smears).float().mean() >= 0.87, "of one of each, the right one is more alike"
+    assert (right[:, None] > smears).float().mean() >= 0.92, "of one of each, the right one is more alike"
     assert right.mean() > middling.mean() > smears.mean()
-    assert (right >= GOOD).float().mean() >= 0.8 and (smears >= GOOD).float().mean() <= 0.4
+    assert (right >= GOOD).float().mean() >= 0.8 and (smears >= GOOD).float().mean() <= 0.3
 
 
 def test_scenes_are_alike_whatever_their_size_place_and_ground(scenes: EmojiScenes) -> None:
-    batch = scenes.batch(64, seed=11, step=0, split="every")
+    batch = scenes.batch(48, seed=11, step=0, split="every")
     alike = likeness(batch.images, batch.emoji, scenes)
-    assert alike.shape == (64,) and alike.dtype == torch.float32
-    assert alike.mean() > 0.98 and (alike > 0.95).float().mean() >= 0.95 and alike.max() <= 1.0001
+    assert alike.shape == (48,) and alike.dtype == torch.float32
+    assert alike.mean() > 0.9 and alike.min() > 0.8 and alike.max() <= 1.0001
     larger = EmojiScenes(ZIP, 128).batch(16, seed=11, step=0, split="every")
-    assert likeness(larger.images, larger.emoji, scenes).mean() > 0.98, "at any size"
+    assert likeness(larger.images, larger.emoji, scenes).mean() > 0.9, "at any size"
 
 
 def test_mirror_images_are_alike_where_scenes_are_mirrored(
@@ -66,9 +66,9 @@ def test_mirror_images_are_alike_where_scenes_are_mirrored(
 ) -> None:
     camel = torch.tensor([scenes.names.index("camel")])
     image = scenes.captioned(camel, torch.tensor([0]), seed=3, plain=True).images
-    assert likeness(image.flip(3), camel, scenes) < GOOD < 0.95 < likeness(image, camel, scenes)
+    assert likeness(image.flip(3), camel, scenes) < GOOD < 0.8 < likeness(image, camel, scenes)
     monkeypatch.setattr(scenes, "mirrored", True)
-    assert likeness(image.flip(3), camel, scenes) > 0.95
+    assert likeness(image.flip(3), camel, scenes) > 0.8
 
 
 def test_what_is_no_such_emoji_is_not_alike(scenes: EmojiScenes) -> None:
@@ -78,20 +78,20 @@ def test_what_is_no_such_emoji_is_not_alike(scenes: EmojiScenes) -> None:
     flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
     noise = torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     found = likeness(torch.cat([flat, noise]), batch.emoji[:4], scenes)
-    assert found.isfinite().all() and found.max() < 0.5
+    assert found.isfinite().all() and found.max() < 0.3
     halves = batch.images.clone()
     halves[..., :32] = halves.roll(1, 0)[..., :32]
-    assert likeness(halves, batch.emoji, scenes).mean() < GOOD - 0.1, "half of it another's"
+    assert likeness(halves, batch.emoji, scenes).mean() < GOOD, "half of it another's"
 
 
 def test_more_blur_is_less_alike(scenes: EmojiScenes) -> None:
     batch = scenes.batch(32, seed=13, step=0, split="all")
     means = []
-    for side in (64, 16, 8, 5):
+    for side in (64, 24, 16, 8):
         small = torch.nn.functional.interpolate(batch.images.float(), size=(side, side), mode="area")
         back = torch.nn.functional.interpolate(small, size=(64, 64), mode="bilinear")
         means.append(float(likeness(back.round().to(torch.uint8), batch.emoji, scenes).mean()))
-    assert means == sorted(means, reverse=True) and means[0] - means[-1] > 0.15, means
+    assert means == sorted(means, reverse=True) and means[0] > 0.9 and means[-1] < GOOD, means
 
 
 def test_each_image_is_judged_alone(scenes: EmojiScenes) -> None:

@@ -88,7 +88,7 @@ def test_real_scenes_score_like_real_scenes(scenes: EmojiScenes, classifier: Emo
 
     scores = score_emoji(generate, scenes, classifier, n=400, seed=1)
     assert sum(batches) == 400 + 200 and max(batches) <= 64
-    assert scores["likeness"] > 0.98
+    assert scores["likeness"] > 0.9
     for name in ("top1", "top5", "right", "background"):
         share = scores[name]
         assert isinstance(share, dict) and set(share) == {"all", "seen", "held_out"}
