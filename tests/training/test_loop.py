@@ -452,7 +452,7 @@ def test_a_run_whose_folder_is_moved_ends_and_goes_on_from_the_new_place(whole: 
     recipe = {"name": "toy", "loop": asdict(TOY)}
     with pytest.raises(UserError, match="run: was moved or removed while a training ran there; `resume` goes on"):
         train(replace(method, data=data), TOY, out, recipe=recipe)
-    assert not out.exists() and checkpoint(moved)["step"] == 21
+    assert not out.exists() and checkpoint(moved)["step"] in (14, 21)  # the last may still have been in the making
     train(toy(TOY), TOY, moved, resume=True, recipe=recipe)
     assert_same_runs(whole, moved)
 
