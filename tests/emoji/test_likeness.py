@@ -3,8 +3,8 @@
 rated.png holds 120 images of the embedded model of 27 November 2026, twelve in a row, in rated.json's order: captions
 by chance, by the teacher in 25 steps and in one, by the students in four and in one. They were rated by eye,
 beside the emoji, not knowing which was which: "right" (sharp enough and right at once), "so-so", "smear" (melted,
-half drawn, without its parts, or another emoji). The first 60 chose what is good enough; the second 60 have chosen
-nothing.
+half drawn, without its parts, or another emoji). The first 60 chose how much is
+good enough, the second 60 tried it; the formula was chosen with all 120 in sight.
 """
 
 import json
