@@ -119,11 +119,10 @@ def trainable_attention(unet: Any) -> None:
     unet.set_attn_processor(AttnProcessor())
 
 
-def build_models(words: Iterable[str], seed: int, latent_channels: int) -> tuple[CLIPTokenizer, nn.ModuleDict]:
-    """Tokenizer and {"unet", "text_encoder", "text_encoder_2"}, initialised from `seed`."""
+def build_models(tokenizer: CLIPTokenizer, seed: int, latent_channels: int) -> nn.ModuleDict:
+    """{"unet", "text_encoder", "text_encoder_2"}, initialised from `seed`."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(words)
     first, second = build_text_encoders(tokenizer)
     unet = build_unet(latent_channels=latent_channels)
     # SDXL's UNet is trained on embeddings of about unit size; CLIP's initial token embeddings are 50 times smaller.
-    return tokenizer, nn.ModuleDict({"unet": unet, "text_encoder": first, "text_encoder_2": second})
+    return nn.ModuleDict({"unet": unet, "text_encoder": first, "text_encoder_2": second})

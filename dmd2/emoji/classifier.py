@@ -1,4 +1,4 @@
-"""The classifier that scores the emoji model: which emoji, and on which background, a 64×64 image shows."""
+"""The classifier that scores the emoji model: which emoji, and on which background, an image shows."""
 
 from __future__ import annotations
 

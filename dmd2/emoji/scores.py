@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.emoji.classifier import Classifier
@@ -22,7 +23,7 @@ from dmd2.evaluation.metrics import NEIGHBOURS, prdc
 from dmd2.runtime.errors import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
-"""(B captions, B seeds) → B images, uint8 (B, 3, 64, 64), on any device"""
+"""(B captions, B seeds) → B images, uint8 (B, 3, S, S), on any device"""
 
 View = Callable[[Tensor, slice], Tensor]
 """images and which of all captions they are of → (B, …)"""
@@ -35,7 +36,7 @@ class EmojiClassifier:
     """Names an image's emoji and background, and gives the features of the scores. In fp32, without gradients.
 
     `names` and `backgrounds` are what the two heads tell apart, in the order of their logits; `size` is the
-    side of the images, in pixels.
+    side of the images, in pixels. Larger ones, of a multiple of it, are brought to it by averaging.
     """
 
     def __init__(self, model: Classifier, names: list[str], backgrounds: list[str], size: int) -> None:
@@ -57,20 +58,27 @@ class EmojiClassifier:
         names, backgrounds = config["emoji"], config["backgrounds"]
         return cls(model.to(device), names, backgrounds, config["size"])
 
+    def judges(self, side: int) -> bool:
+        """Whether it takes images of this side."""
+        return side > 0 and side % self.size == 0
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, `size`, `size`) → pooled features, fp32 (B, F), on the CPU.
+        """Images, uint8 (B, 3, S, S) with S a multiple of `size` → pooled features, fp32 (B, F), on the CPU.
 
         Raises:
             ValueError: `images` is something else.
         """
-        side = self.size
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
+        side = images.shape[-1] if images.ndim == 4 else 0
+        if images.dtype != torch.uint8 or not self.judges(side) or images.shape[1:] != (3, side, side):
             found = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"expected images, uint8 (B, 3, {side}, {side}), not {found}")
+            raise ValueError(f"expected images, uint8 (B, 3, {self.size}, {self.size}) or a multiple, not {found}")
         device = self.model.emoji.weight.device
-        parts = [self.model.features(part.to(device).float() / 127.5 - 1) for part in images.split(BATCH)]
+        parts = [self.model.features(self._seen(part.to(device))) for part in images.split(BATCH)]
         return torch.cat(parts).cpu() if parts else torch.empty(0, self.model.emoji.in_features)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images.float(), images.shape[-1] // self.size) / 127.5 - 1
 
     @torch.no_grad()
     def answers(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ class EmojiSource:
         self.scenes = EmojiScenes(inputs.need("data"), family.shape[1] * family.codec.factor)
         path = inputs.need("classifier")
         classifier = EmojiClassifier.load(path, inputs.device) if path.is_file() else None
-        self._classifier = classifier if classifier and classifier.size == self.scenes.size else None
+        self._classifier = classifier if classifier and classifier.judges(self.scenes.size) else None
         self.rows = inputs.rows
         if self._classifier is None:
             side = self.scenes.size

@@ -56,9 +56,16 @@ def test_classifier_refuses_other_files_and_other_images(classifier: EmojiClassi
     with pytest.raises(UserError, match=r"not a readable emoji classifier .*Missing key") as error:
         EmojiClassifier.load(tmp_path / "foreign.safetensors")
     assert "\n" not in str(error.value)
-    for images in (torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)):
+    sizes = (32, 32), (96, 96), (128, 64), (0, 0)
+    for images in (torch.zeros(2, 3, 64, 64), *(torch.zeros(2, 3, *size, dtype=torch.uint8) for size in sizes)):
         with pytest.raises(ValueError, match="expected images"):
             classifier.features(images)
+
+
+def test_larger_images_are_judged_by_their_averages(scenes: EmojiScenes, classifier: EmojiClassifier) -> None:
+    images = EmojiScenes(WEIGHTS / "emoji.zip", 64).batch(4, seed=0, step=0).images
+    twice = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(classifier.features(twice), classifier.features(images))
 
 
 def test_real_scenes_answer_to_captions_and_depend_on_their_seed_alone(scenes: EmojiScenes) -> None:

@@ -1,4 +1,7 @@
-"""The small autoencoder of the embedded model: scenes to latents of 16×16, in `AutoencoderTiny`'s layout."""
+"""The small autoencoder of the embedded model: scenes to latents of 16×16, in `AutoencoderTiny`'s layout.
+
+It finds latents of its own, or takes those of a smaller one: what was trained on them then draws larger images.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.models.stable_diffusion.folder import LICENCE, save_vae
+from dmd2.models.stable_diffusion.configs import read_vae_config, vae_factor
+from dmd2.models.stable_diffusion.folder import LICENCE, load_vae, save_vae
+from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.files import atomic_text
 from dmd2.runtime.precision import autocast_dtype, training_dtype
 from dmd2.training.loop import Batch, Logs, Method, Phase
@@ -36,9 +42,15 @@ class AutoencoderRecipe(Recipe):
     optimizer: Literal["adam", "muon"] = "adam"
     latent_noise: Weight = 0.05
     """standard deviation of the noise on the latents while training"""
+    follow: bool = False
+    """whether an image's latents are those that the autoencoder in --init finds in it, brought to half the side"""
     kind = "autoencoder"
     shared = False
     data = "emoji"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("data", "init") if self.follow else ("data",)
 
     def conflict(self) -> str | None:
         if len(self.decoder_blocks) != len(self.encoder_blocks):
@@ -52,9 +64,9 @@ class AutoencoderRecipe(Recipe):
         return int(2 ** (len(self.encoder_blocks) - 1))
 
     def method(self, inputs: Inputs) -> Method:
-        return train_autoencoder(
-            self, EmojiScenes(inputs.with_defaults(EmojiSource.defaults).need("data")), inputs.device
-        )
+        scenes = EmojiScenes(inputs.with_defaults(EmojiSource.defaults).need("data"))
+        smaller = _smaller(self, inputs.need("init") / "vae", inputs.device) if self.follow else None
+        return train_autoencoder(self, scenes, inputs.device, smaller)
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
@@ -70,11 +82,29 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
     )
 
 
-def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: torch.device) -> Method:
-    """Reconstruction (L1, L1 of differences, L2) from slightly noisy latents that are kept near N(0, 1).
+def _smaller(recipe: AutoencoderRecipe, folder: Path, device: torch.device) -> AutoencoderTiny:
+    """The autoencoder to follow.
 
-    The noise makes the latent space smooth, which is what a diffusion model needs of it; the pull towards zero
-    mean and unit variance per channel makes `scaling_factor` 1.
+    Raises:
+        InvalidInput: its latents are not the ones that the recipe's would have, of an image of half the side.
+    """
+    config = read_vae_config(folder)
+    found = config["_class_name"], config.get("latent_channels"), vae_factor(config)
+    wanted = "AutoencoderTiny", recipe.latent_channels, recipe.factor // 2
+    if found != wanted:
+        said, expected = ("{}, {} channels, {} pixels to a latent".format(*values) for values in (found, wanted))
+        raise InvalidInput("init", f"its VAE is {said}; expected {expected}, whose latents this recipe takes")
+    return load_vae(folder, device, torch.float32).to(memory_format=torch.channels_last)
+
+
+def train_autoencoder(
+    recipe: AutoencoderRecipe, scenes: EmojiScenes, device: torch.device, smaller: AutoencoderTiny | None = None
+) -> Method:
+    """Reconstruction (L1, L1 of differences, L2) from slightly noisy latents.
+
+    The noise makes the latent space smooth, which is what a diffusion model needs of it. Latents of its own are
+    pulled towards N(0, 1) (zero mean and unit variance per channel), which makes `scaling_factor` 1; with `smaller`,
+    the encoder learns that one's latents and the decoder learns from them.
     """
     model = build_autoencoder(recipe).to(device, memory_format=torch.channels_last)
     autocast = autocast_dtype(recipe.precision, device)
@@ -90,34 +120,47 @@ def train_autoencoder(recipe: AutoencoderRecipe, scenes: EmojiScenes, device: to
         x = data.to(device).float() / 127.5 - 1
         return x.contiguous(memory_format=torch.channels_last)
 
-    def reconstruct(net: Any, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def encode(net: Any, x: Tensor) -> Tensor:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            z = net.encoder(x).float()
-            y = net.decoder(z if noise is None else z + recipe.latent_noise * noise).float()
-        return y, z
+            return net.encoder(x).float()
+
+    def decode(net: Any, z: Tensor) -> Tensor:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            return net.decoder(z).float()
 
     def loss(batch: Batch) -> tuple[Tensor, Logs]:
         x = images(batch.data.images)
-        shape = len(x), recipe.latent_channels, *(side // recipe.factor for side in x.shape[2:])
-        noise = torch.randn(shape, generator=batch.generator).to(device)
-        y, z = reconstruct(model, x, noise)
+        z = encode(model, x)
+        noise = recipe.latent_noise * torch.randn(z.shape, generator=batch.generator).to(device)
+        if smaller is None:
+            y = decode(model, z + noise)
+            ours = 0.01 * (z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean())
+            logs = {"moments": 100 * ours.detach()}
+        else:
+            with torch.no_grad():
+                wanted = encode(smaller, F.avg_pool2d(x, 2))
+            y = decode(model, wanted + noise)
+            ours = (z - wanted).square().mean()
+            logs = {"latents": ours.detach()}
         error = y - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        moments = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
-        total = error.abs().mean() + 0.5 * edges + error.square().mean() + 0.01 * moments
-        return total, {"psnr": psnr(error.detach()), "moments": moments.detach()}
+        total = error.abs().mean() + 0.5 * edges + error.square().mean() + ours
+        return total, {"psnr": psnr(error.detach()), **logs}
 
     @torch.no_grad()
     def sample(ema_model: nn.Module | None) -> Tensor:
         x = images(scenes.batch(24, seed=1, step=0, split="all").images)
-        y, _ = reconstruct(ema_model or model, x, None)
+        net = ema_model or model
+        y = decode(net, encode(net, x))
         rows = torch.cat([x, y.clamp(-1, 1)], dim=2)  # each image above its reconstruction
         return ((rows + 1) * 127.5).round().byte().permute(1, 2, 0, 3).flatten(2)
 
     @torch.no_grad()
     def score(ema_model: nn.Module | None) -> dict[str, float]:
         x = images(scenes.batch(256, seed=2, step=0, split="held-out").images)
-        y, z = reconstruct(ema_model or model, x, None)
+        net = ema_model or model
+        z = encode(net, x)
+        y = decode(net, z)
         return {"psnr": float(psnr(y.clamp(-1, 1) - x)), "latent_std": float(z.std())}
 
     def export(ema_model: nn.Module | None, out: Path) -> None:

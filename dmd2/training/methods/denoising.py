@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from dmd2.data.augment import AUGMENT_DIM, augment
 from dmd2.diffusion import draws
 from dmd2.diffusion.noise import seeded_noise
-from dmd2.emoji.architecture import build_models
+from dmd2.emoji.architecture import build_models, build_tokenizer
 from dmd2.emoji.scenes import EmojiScenes, vocabulary
 from dmd2.models.edm.family import EdmFamily
 from dmd2.models.edm.network import PUBLISHED, EdmConfig
 from dmd2.models.family import Family, Labels, open_family
 from dmd2.models.stable_diffusion.configs import read_vae_config
 from dmd2.models.stable_diffusion.family import StableDiffusionFamily
+from dmd2.models.stable_diffusion.folder import load_tokenizer
 from dmd2.models.stable_diffusion.unet import PredictionType
-from dmd2.runtime.errors import shown
+from dmd2.runtime.errors import InvalidInput, shown
 from dmd2.runtime.precision import training_dtype
 from dmd2.training.loop import Batch, Logs, Method, Phase
 from dmd2.training.losses import denoising
@@ -111,21 +112,29 @@ class DenoisingRecipe(Recipe):
             return EdmFamily.new(NETWORKS[self.network], self.network, self.class_names, device, self.precision)
         scenes, init = EmojiScenes(inputs.need("data")), inputs.need("init")
         latents = read_vae_config(init / "vae")["latent_channels"]
-        tokenizer, models = build_models(vocabulary(scenes), self.loop.seed, latents)
-        if self.warm_start:
-            _take_weights(models, init, device)
+        teacher = StableDiffusionFamily.open(init, device, "fp32") if self.warm_start else None
+        # Another vocabulary's embeddings would be other words'.
+        tokenizer = load_tokenizer(init / "tokenizer") if teacher else build_tokenizer(vocabulary(scenes))
+        models = build_models(tokenizer, self.loop.seed, latents)
+        if teacher is not None:
+            _take_weights(models, teacher)
         text = (tokenizer, models["text_encoder"], models["text_encoder_2"])
         return StableDiffusionFamily.new(
             init, models["unet"], text, self.prediction_type, (scenes.size,) * 2, device, self.precision
         )
 
 
-def _take_weights(models: nn.ModuleDict, init: Path, device: torch.device) -> None:
-    """Of the teacher in `init`, UNet and text encoders."""
-    teacher = StableDiffusionFamily.open(init, device, "fp32")
+def _take_weights(models: nn.ModuleDict, teacher: StableDiffusionFamily) -> None:
+    """UNet and text encoders. Raises InvalidInput if they are others than the embedded model's."""
     networks = (teacher.teacher_network, *teacher.encode_text.encoders)
     for name, network in zip(("unet", "text_encoder", "text_encoder_2"), networks, strict=True):
-        models[name].load_state_dict(network.state_dict())
+        try:
+            models[name].load_state_dict(network.state_dict())
+        except RuntimeError as error:
+            message = (
+                f"its {name} has other tensors than that of network=emoji; expected that architecture"
+            )
+            raise InvalidInput("init", message) from error
 
 
 def _lesson(source: Source, recipe: DenoisingRecipe, step: int, freedom: float) -> Examples:

@@ -51,6 +51,18 @@ EMOJI_RECIPES: dict[str, Recipe] = {
         latent_channels=8,
         latent_noise=0.1,
     ),
+    # Draws at 128×128 what was learned at 64×64: scripts/enlarge-emoji puts it into weights of that size.
+    "emoji-vae-enlarged": AutoencoderRecipe(
+        LoopSettings(4000, batch_size=16, warmup=100, ema_decay=0.995, checkpoint_every=200),
+        lr=2e-3,
+        optimizer="muon",
+        channels=32,
+        encoder_blocks=(0, 0, 1, 4),
+        decoder_blocks=(8, 5, 1, 0),
+        latent_channels=4,
+        latent_noise=0.1,
+        follow=True,
+    ),
     "emoji-classifier": JUDGE,
     # A second opinion: another network, begun elsewhere, that learns from rougher images.
     # No student is ever trained or chosen by it.

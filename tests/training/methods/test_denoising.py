@@ -15,7 +15,9 @@ from dmd2.data.images import ImageSet
 from dmd2.models.edm.family import EdmFamily
 from dmd2.models.edm.folder import load_edm
 from dmd2.models.edm.network import ClassCondition, Edm, EdmNetwork
-from dmd2.runtime.errors import UserError
+from dmd2.models.stable_diffusion.family import StableDiffusionFamily
+from dmd2.runtime.errors import InvalidInput, UserError
+from dmd2.runtime.paths import EMOJI
 from dmd2.training.loop import Batch, LoopSettings, train, training_step
 from dmd2.training.losses import denoising
 from dmd2.training.methods.denoising import DenoisingRecipe
@@ -165,3 +167,20 @@ def test_what_is_missing_is_said(images: ImageSet) -> None:
         build_method(RECIPE, {}, CPU)
     with pytest.raises(UserError, match="set network=small: expected one of"):
         resolve("cifar10-small-teacher", ["network=small"])
+
+
+def test_a_warm_start_takes_the_words_with_the_weights(weights: Path, emoji_zip: Path) -> None:
+    """The committed teacher knows other words than this data has: their numbers are its own."""
+    recipe = resolve("emoji-teacher", ["warm_start=true", "compile=false", "lessons=0", "precision=fp32"])
+    assert isinstance(recipe, DenoisingRecipe)
+    family = recipe._family(Inputs({"data": EMOJI / "emoji.zip", "init": EMOJI}, CPU))
+    before = StableDiffusionFamily.open(EMOJI, CPU, "fp32")
+    assert family.name == before.name
+    x, sigma, prompts = torch.randn(2, *before.shape), torch.tensor([3.0, 9.0]), ["an owl", "a slice of pizza"]
+    with torch.no_grad():
+        found = family.denoiser(family.trainable())(x, sigma, family.condition(prompts, family.trainable()))
+        wanted = before.teacher(x, sigma, before.condition(prompts))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    with pytest.raises(InvalidInput, match="its unet has other tensors than that of network=emoji") as error:
+        recipe._family(Inputs({"data": emoji_zip, "init": weights}, CPU))
+    assert error.value.field == "init"

@@ -1,0 +1,68 @@
+"""scripts/enlarge-emoji: an autoencoder of the same latents makes a model's images larger."""
+
+from __future__ import annotations
+
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+from dmd2.inference.engine import Engine
+from dmd2.models.stable_diffusion.folder import save_vae
+from dmd2.runtime.errors import InvalidInput
+from dmd2.weights.manifest import read_manifest, verify
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "enlarge-emoji"
+
+
+@pytest.fixture(scope="module")
+def enlarge() -> Any:
+    spec = spec_from_loader("enlarge_emoji", SourceFileLoader("enlarge_emoji", str(SCRIPT)))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.dont_write_bytecode", True)
+        spec.loader.exec_module(module)
+    return module
+
+
+def autoencoder(folder: Path, stages: int) -> Path:
+    torch.manual_seed(9)
+    settings: dict[str, Any] = {f"{way}_block_out_channels": (8,) * stages for way in ("encoder", "decoder")}
+    blocks: dict[str, Any] = {f"num_{way}_blocks": (1,) * stages for way in ("encoder", "decoder")}
+    save_vae(AutoencoderTiny(latent_channels=4, **settings, **blocks), folder / "vae", {"name": "none"})
+    return folder
+
+
+def test_images_have_twice_the_side_and_the_latents_of_before(enlarge: Any, weights: Path, tmp_path: Path) -> None:
+    extra, out = tmp_path / "emoji.zip", tmp_path / "larger"
+    extra.write_bytes(b"data")
+    enlarge.main(autoencoder(tmp_path / "vae", 4), out, weights, [extra])
+    manifest = read_manifest(out)
+    verify(out, manifest)
+    assert manifest.native_size == (128, 128) and "emoji.zip" in manifest.files
+    assert manifest.students == read_manifest(weights).students and manifest.teacher is not None
+    before, after = (Engine(folder, "cpu", modes=("4", "1", "teacher")).model for folder in (weights, out))
+    noise = 3 * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def x0(model: Any, subfolder: str, size: tuple[int, int]) -> torch.Tensor:
+        cond = model.encode_text(["an owl", "a fruit"], size)
+        found: torch.Tensor = model.denoiser(subfolder)(noise, torch.tensor([3.0, 3.0]), cond)
+        return found
+
+    for subfolder in ("unet", "unet_1step", "unet_teacher"):
+        wanted = x0(before, subfolder, (64, 64))
+        for size in ((128, 128), (64, 192)):
+            torch.testing.assert_close(x0(after, subfolder, size), wanted, rtol=0, atol=1e-5)
+    assert Engine(out, "cpu", modes=("1",)).generate(["an owl"], [0], "1").shape == (1, 3, 128, 128)
+
+
+def test_an_autoencoder_that_is_smaller_is_refused(enlarge: Any, weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="vae: 2 pixels to a latent; expected a multiple of 4"):
+        enlarge.main(autoencoder(tmp_path / "vae", 2), tmp_path / "no", weights)
+    assert not (tmp_path / "no").exists()
