@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from dmd2.inference.engine import Engine
-from dmd2.models.stable_diffusion.folder import save_vae
+from dmd2.models.stable_diffusion.folder import UNET_FILE, save_vae
 from dmd2.runtime.errors import InvalidInput
 from dmd2.weights.manifest import read_manifest, verify
 
@@ -56,9 +56,12 @@ def test_images_have_twice_the_side_and_the_latents_of_before(enlarge: Any, weig
         return found
 
     for subfolder in ("unet", "unet_1step", "unet_teacher"):
+        sizes = [(folder / subfolder / UNET_FILE).stat().st_size for folder in (weights, out)]
+        assert abs(sizes[0] - sizes[1]) < 1000  # of the same numbers, in the same dtype
         wanted = x0(before, subfolder, (64, 64))
         for size in ((128, 128), (64, 192)):
-            torch.testing.assert_close(x0(after, subfolder, size), wanted, rtol=0, atol=1e-5)
+            # The new bias is rounded to the dtype of the file.
+            torch.testing.assert_close(x0(after, subfolder, size), wanted, rtol=0, atol=1e-3)
     assert Engine(out, "cpu", modes=("1",)).generate(["an owl"], [0], "1").shape == (1, 3, 128, 128)
 
 

@@ -131,9 +131,7 @@ def _take_weights(models: nn.ModuleDict, teacher: StableDiffusionFamily) -> None
         try:
             models[name].load_state_dict(network.state_dict())
         except RuntimeError as error:
-            message = (
-                f"its {name} has other tensors than that of network=emoji; expected that architecture"
-            )
+            message = f"its {name} has other tensors than that of network=emoji; expected that architecture"
             raise InvalidInput("init", message) from error
 
 
