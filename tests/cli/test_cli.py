@@ -433,7 +433,7 @@ def test_a_run_that_counts_its_arithmetic_logs_how_much_of_the_device_it_uses(
 
 @pytest.mark.parametrize(
     ("words", "found"),
-    [("dmd2 train emoji-v", ["emoji-vae"]), ("dmd2 generate owl --steps teacher-", ["teacher-4", "teacher-1"])],
+    [("dmd2 train emoji-t", ["emoji-teacher"]), ("dmd2 generate owl --steps teacher-", ["teacher-4", "teacher-1"])],
 )
 def test_the_shell_completes_names_and_steps(words: str, found: list[str]) -> None:
     environment = {"_DMD2_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}

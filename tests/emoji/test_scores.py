@@ -72,7 +72,7 @@ def test_real_scenes_answer_to_captions_and_depend_on_their_seed_alone(scenes: E
     real = RealScenes(scenes)
     captions = ["a red apple on a blue background", "a red apple", "a fruit"]
     images = real(captions, [7, 8, 9])
-    assert images.dtype == torch.uint8 and images.shape == (3, 3, 64, 64)
+    assert images.dtype == torch.uint8 and images.shape == (3, 3, scenes.size, scenes.size)
     assert torch.equal(real(captions[1:], [8, 9]), images[1:])
     assert not torch.equal(real(["a fruit"], [10]), images[2:])
     apple, fruit = scenes.names.index("red apple"), scenes.kinds[scenes.names.index("red apple")]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dmd2.emoji.card import MODES, model_card
+from dmd2.emoji.scenes import EmojiScenes
 from dmd2.runtime.errors import UserError
 from dmd2.training.recipes import RECIPES
 
@@ -127,4 +128,5 @@ def test_the_card_says_what_was_measured(weights: Path, tmp_path: Path) -> None:
     assert "| **student, 4 steps** | 0.875 / 0.125 | 0.750 | 0.500 | 0.500 | 2.25 | 4.50 | 0.99 |" in text
     assert "| real scenes | 0.875 / 0.125 | 0.750 | 0.500 | 0.500 | 2.25 |  | 0.99 |" in text
     assert "| vae | 10 min |" in text and "| data |" not in text
-    assert "64×64 pixels" in text and "123 captions" in text and "a machine, today" in text
+    side = EmojiScenes(tmp_path / "weights" / "emoji.zip").size
+    assert f"{side}×{side} pixels" in text and "123 captions" in text and "a machine, today" in text

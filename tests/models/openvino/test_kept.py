@@ -61,6 +61,11 @@ def apart(one: Engine, other: Engine, prompts: list[str], mode: str = "1", **mor
     return int((images[0] - images[1]).abs().max())
 
 
+def in_pixels(engine: Engine, latents: tuple[int, int]) -> tuple[int, int]:
+    codec: Any = engine.model.codec
+    return latents[0] * codec.factor, latents[1] * codec.factor
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_images_are_torch_s(fast: Engine, plain: Engine, count: int) -> None:
     assert apart(fast, plain, ["an owl", "a red apple on a blue background", "", "heart"] * 2, "1") <= CLOSE
@@ -68,12 +73,12 @@ def test_images_are_torch_s(fast: Engine, plain: Engine, count: int) -> None:
     assert "network" not in vars(fast.model.denoisers["unet_1step"]._unet)  # nothing of diffusers' was loaded
 
 
-@pytest.mark.parametrize("size", [(32, 64), (96, 64), (68, 76)])
+@pytest.mark.parametrize("latents", [(8, 16), (24, 16), (17, 19)])
 def test_sizes_that_blocks_halve_with_a_remainder_run_by_torch(
-    fast: Engine, plain: Engine, size: tuple[int, int]
+    fast: Engine, plain: Engine, latents: tuple[int, int]
 ) -> None:
-    assert apart(fast, plain, ["an owl"], "1", size=size) <= CLOSE
-    halved = all(side % 16 == 0 for side in size)
+    assert apart(fast, plain, ["an owl"], "1", size=in_pixels(plain, latents)) <= CLOSE
+    halved = all(side % 4 == 0 for side in latents)
     assert ("network" in vars(fast.model.denoisers["unet_1step"]._unet)) == (not halved)
 
 
@@ -167,7 +172,7 @@ def test_large_networks_are_kept_as_graphs(
     second = Engine(EMOJI, "cpu", dtype=torch.float32, modes=("1",))
     assert "converted" not in caplog.text
     assert second.generate(["an owl"], [0], "1").equal(first.generate(["an owl"], [0], "1"))
-    assert apart(second, plain, ["an owl"], size=(68, 76)) <= CLOSE  # torch's, loaded besides
+    assert apart(second, plain, ["an owl"], size=in_pixels(plain, (17, 19))) <= CLOSE  # torch's, loaded besides
 
 
 @pytest.mark.usefixtures("large")

@@ -23,6 +23,7 @@ from PIL import Image
 from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import fitted
+from dmd2.models.stable_diffusion.configs import read_vae_config, vae_factor
 from dmd2.weights.manifest import DEFAULT, read_manifest
 from tests.service.cog.cog_server import (
     START,
@@ -40,10 +41,14 @@ from tests.tiny_sdxl import photograph
 
 pytestmark = pytest.mark.slow
 
+SIDE = read_manifest(DEFAULT).native_size[0]
+UNIT = vae_factor(read_vae_config(DEFAULT / "vae"))
+"""pixels along a latent's side; images have at least four latents along a side"""
+
 OWL: dict[str, Any] = {"prompt": "an owl", "seed": 5, "num_inference_steps": 1, "output_format": "png"}
-LONG: dict[str, Any] = OWL | {"width": 384, "height": 384, "num_inference_steps": 4}
+LONG: dict[str, Any] = OWL | {"width": 6 * SIDE, "height": 6 * SIDE, "num_inference_steps": 4}
 """about a second on a CPU"""
-HUGE: dict[str, Any] = LONG | {"width": 512, "height": 512, "num_outputs": 4}
+HUGE: dict[str, Any] = LONG | {"width": 8 * SIDE, "height": 8 * SIDE, "num_outputs": 4}
 """ten times as long: only to be cancelled"""
 
 
@@ -116,7 +121,7 @@ def engine() -> Engine:
 
 def drawn(engine: Engine, **inputs: Any) -> numpy.ndarray:
     """The reference: what the engine itself draws alone, int16 (H, W, 3)."""
-    size = inputs.get("width", 64), inputs.get("height", 64)
+    size = inputs.get("width", SIDE), inputs.get("height", SIDE)
     image = engine.generate([inputs["prompt"]], [inputs["seed"]], str(inputs["num_inference_steps"]), size)[0]
     return image.permute(1, 2, 0).numpy().astype(numpy.int16)
 
@@ -198,7 +203,7 @@ def test_images_say_how_they_were_made(server: CogServer, steps: int) -> None:
     for form, kind in (("png", "PNG"), ("webp", "WEBP"), ("jpg", "JPEG")):
         for i, content in enumerate(server.generate(**inputs | {"output_format": form}).images):
             image = Image.open(io.BytesIO(content))
-            assert (image.format, image.size) == (kind, (64, 64))
+            assert (image.format, image.size) == (kind, (SIDE, SIDE))
             told = image.info if form == "png" else json.loads(image.getexif()[0x010E])
             assert {name: told[name] for name in [*metadata, "seed"]} == metadata | {"seed": str(5 + i)}
 
@@ -208,7 +213,11 @@ def test_output_quality_and_aspect_ratio_are_heeded(server: CogServer) -> None:
         len(server.generate(**OWL | {"output_format": "jpg", "output_quality": q}).images[0]) for q in (1, 80, 100)
     ]
     assert sizes[0] < sizes[1] < sizes[2]
-    assert pixels(server.generate(**OWL | {"aspect_ratio": "16:9"}).images[0]).shape == (48, 80, 3)
+    assert pixels(server.generate(**OWL | {"aspect_ratio": "16:9"}).images[0]).shape == (
+        SIDE * 3 // 4,
+        SIDE * 5 // 4,
+        3,
+    )
 
 
 def test_a_blank_seed_is_random_and_the_one_told_draws_the_same_again(server: CogServer) -> None:
@@ -323,21 +332,21 @@ def test_output_files_are_uploaded_where_upload_url_says(start: Start, receiver:
 
 
 def test_an_image_to_begin_with_and_a_mask(server: CogServer, engine: Engine) -> None:
-    given = fitted(photograph(), (64, 64))
+    given = fitted(photograph(), (SIDE, SIDE))
     kept = given.permute(1, 2, 0).numpy().astype(numpy.int16)
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (0, 0, 64, 30))
+    mask, painted = Image.new("L", (SIDE, SIDE)), SIDE * 15 // 32
+    mask.paste(255, (0, 0, SIDE, painted))
     inputs = OWL | {"num_inference_steps": 4, "num_outputs": 2, "image": PHOTOGRAPH}
     for strength in (0.5, 1.0):
         edit = ImageConditioning(image=given, strength=strength)
         for i, image in enumerate(server.generate(**inputs | {"prompt_strength": strength}).images):
-            expected = engine.generate(["an owl"], [5 + i], "4", (64, 64), edit)[0].permute(1, 2, 0).numpy()
+            expected = engine.generate(["an owl"], [5 + i], "4", (SIDE, SIDE), edit)[0].permute(1, 2, 0).numpy()
             assert difference(pixels(image), expected.astype(numpy.int16)) <= 2
     for image in server.generate(**inputs | {"mask": data_url(mask)}).images:
-        assert difference(pixels(image)[30:], kept[30:]) == 0
-        assert difference(pixels(image)[:30], kept[:30]) > 5
+        assert difference(pixels(image)[painted:], kept[painted:]) == 0
+        assert difference(pixels(image)[:painted], kept[:painted]) > 5
     wide = server.generate(**OWL | {"image": data_url(photograph(size=(160, 90)))})
-    assert pixels(wide.images[0]).shape == (48, 80, 3)
+    assert pixels(wide.images[0]).shape == (SIDE * 3 // 4, SIDE * 5 // 4, 3)
 
 
 # Wrong requests
@@ -408,8 +417,8 @@ def test_a_missing_prompt_is_named(server: CogServer) -> None:
 @pytest.mark.parametrize(
     "inputs",
     [
-        {"width": 16, "height": 16},
-        {"width": 16, "height": 2048},
+        {"width": 4 * UNIT, "height": 4 * UNIT},
+        {"width": 4 * UNIT, "height": 2048},
         {"prompt": "an owl " * 714},  # 4,998 characters, 1,428 tokens
         {"prompt": "?"},
         {"seed": 0},
@@ -427,8 +436,8 @@ def test_what_is_just_within_bounds_is_drawn(server: CogServer, inputs: dict[str
     ("inputs", "message"),
     [
         ({"prompt": " \n"}, "prompt: empty; expected some words"),
-        ({"width": 66}, "width: 66 (size 66x64); expected a multiple of 4 pixels"),
-        ({"height": 63}, "height: 63 (size 64x63); expected a multiple of 4 pixels"),
+        ({"width": SIDE + 2}, f"width: {SIDE + 2} (size {SIDE + 2}x{SIDE}); expected a multiple of {UNIT} pixels"),
+        ({"height": 63}, f"height: 63 (size {SIDE}x63); expected a multiple of {UNIT} pixels"),
         ({"aspect_ratio": "1:1", "width": 64}, "aspect_ratio: given beside width or height"),
         ({"mask": data_url(Image.new("L", (64, 64)))}, "mask: given without an image"),
         ({"image": "data:image/png;base64,aGVsbG8="}, "image: no image; expected PNG, JPEG, WEBP"),
@@ -449,7 +458,13 @@ def test_what_no_schema_can_say_fails_by_the_name_of_the_input(
 
 
 def test_whole_numbers_with_a_point_are_integers(server: CogServer) -> None:
-    floats = {"seed": 5.0, "width": 64.0, "num_outputs": 1.0, "num_inference_steps": 1.0, "output_quality": 80.0}
+    floats = {
+        "seed": 5.0,
+        "width": float(SIDE),
+        "num_outputs": 1.0,
+        "num_inference_steps": 1.0,
+        "output_quality": 80.0,
+    }
     assert server.generate(**OWL | floats).images == server.generate(**OWL).images
 
 
