@@ -1,4 +1,4 @@
-"""Blocks that are compiled one by one train as they do uncompiled; with shards, too, in `test_torchrun`."""
+"""Blocks that are compiled one by one train as they do uncompiled; with shards, too, in `test_together`."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -23,81 +22,27 @@ from dmd2.runtime.errors import UserError
 from dmd2.training.parallel.group import Parallel
 from dmd2.training.recipes import build_method, resolve
 from dmd2.training.run.checkpoints import Checkpoints
-from dmd2.training.run.logs import SPEED
+from tests.training.parallel.runs import (
+    LONG,
+    Paths,
+    command,
+    finish,
+    inputs_of,
+    job,
+    largest_difference,
+    log,
+    results,
+    torchrun,
+    weights_of,
+)
 from tests.training.parallel.worker import CPU, run
-from tests.training.test_loop import checkpoint
 
-ROOT = Path(__file__).resolve().parents[3]
-SETTINGS = {
-    "iterations": 20,
-    "batch_size": 4,
-    "generator_every": 2,
-    "timesteps": "[999,499]",
-    "optimizer": "adamw",
-    "lr": 2e-6,
-    "lr_critic": 2e-6,
-    "warmup": 0,
-    "checkpoint_every": 5,
-    "sample_every": 1000,
-    "log_every": 1,
-    "precision": "fp32",
-    "compile": "false",
-}
 pytestmark = pytest.mark.slow
-LONG = 1800  # seconds; far more than anything here takes
-Paths = dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def paths(weights: Path, emoji_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    nothing = tmp_path_factory.mktemp("nothing") / "none"
-    return {"data": str(emoji_zip), "init": str(weights), "classifier": str(nothing)}
-
-
-def job(paths: Paths, out: Path, **more: Any) -> dict[str, Any]:
-    return {"out": str(out), "paths": paths, "set": [f"{k}={v}" for k, v in SETTINGS.items()], **more}
-
-
-def torchrun(*words: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*launcher, *words], env=environment, text=True, **both)  # type: ignore[call-overload]
-
-
-def command(job: dict[str, Any], *more: str) -> list[str]:
-    named = [word for name, path in job["paths"].items() for word in (f"--{name}", path)]
-    sets = [word for text in job["set"] for word in ("--set", text)]
-    words = ["-m", "dmd2.cli", "train", "emoji-dmd2-4step", "--out", job["out"], "--device", "cpu"]
-    return [*words, *named, *sets, *more]
-
-
-def finish(run: subprocess.Popen[str]) -> str:
-    text, _ = run.communicate(timeout=LONG)
-    assert run.returncode == 0, text
-    return text
-
-
-def log(out: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
-
-
-def results(out: Path) -> dict[str, torch.Tensor]:
-    student = load_file(out / "model" / "unet_2step" / "diffusion_pytorch_model.safetensors")
-    return student | {f"fake {k}": v for k, v in load_file(next((out / "fake_score").glob("*.safetensors"))).items()}
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    """In full, with every optimizer state."""
-    state = checkpoint(out)
-    assert state["step"] == SETTINGS["iterations"]
-    return state["tensors"]
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
+    return inputs_of(weights, emoji_zip, tmp_path_factory.mktemp("nothing"))
 
 
 CHANGES = [("one", "ddp"), ("one", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")]
@@ -145,65 +90,6 @@ def test_two_processes_train_what_one_does(strategy: str, runs: Path, paths: Pat
         [(before[f"generator/module/{k}"] - after[f"generator/module/{k}"]).norm() for k in trained]
     ).norm()
     assert apart < 0.05 * moved
-
-
-# What goes together with shards
-
-SHORT = {"iterations": 3, "checkpoint_every": 2, "batch_size": 2, "log_every": 1, "sample_every": 1000}
-LORA: dict[str, Any] = {"adapter": "lora", "networks": "adapters", "rank": 4, "checkpointing": "true"}
-GAN = {"gan_generator": 0.1, "gan_critic": 0.1}
-OURS = {k: v for k, v in SETTINGS.items() if k in ("timesteps", "optimizer", "lr", "lr_critic", "warmup", "compile")}
-DMD2 = SHORT | OURS | {"generator_every": 2, "precision": "fp32"}
-TOGETHER: dict[str, dict[str, Any]] = {
-    "lora-beside-a-fake-score-bf16": DMD2 | LORA | {"networks": "separate", "precision": "bf16"},
-    "full-checkpointing-bf16": DMD2 | GAN | {"precision": "bf16", "checkpointing": "true"},
-    "lora-compiled": DMD2 | LORA | {"compile": "true", "gan_generator": 0, "gan_critic": 0},
-    "muon": DMD2 | {"optimizer": "muon"},
-    "tiny-gdd": SHORT | {"precision": "fp32"},
-}
-
-
-@pytest.fixture(scope="module")
-def together(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each of these by two processes with shards, by one alone, and the former's checkpoint gone on with by one.
-
-    Alone none is compiled.
-    """
-    folder = tmp_path_factory.mktemp("together")
-    jobs = []
-    for name, values in TOGETHER.items():
-        recipe = {"recipe": name} if name.startswith("tiny") else {}
-        jobs.append({"out": str(folder / name), "paths": paths, "set": sets(values), **recipe})
-    finish(torchrun("-m", "tests.training.parallel.worker", json.dumps([j | {"strategy": "fsdp2"} for j in jobs])))
-    for each in jobs:
-        alone = each | {"set": [*each["set"], "compile=false"]}
-        run(alone | {"out": each["out"] + "-one"})
-        run(alone | {"out": each["out"] + "-resumed", "from": each["out"], "resume": True})
-    return folder
-
-
-def sets(values: dict[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in values.items()]
-
-
-@pytest.mark.parametrize("name", list(TOGETHER))
-def test_what_goes_together_with_shards_is_what_one_process_does(name: str, together: Path) -> None:
-    half = "bf16" in name
-    for other in (f"{name}-one", f"{name}-resumed"):
-        one, two = log(together / other), log(together / name)
-        assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 3]
-        for a, b in zip(one, two, strict=True):
-            assert a.keys() == b.keys()
-            most = 0.05 if half else 1e-5
-            assert all(abs(a[k] - b[k]) <= most * max(1, abs(a[k])) for k in a if "norm" not in k), (a, b)
-            assert all(b[k] == 0 for k in b if k.endswith("/skipped"))
-        a, b = (checkpoint(together / run)["tensors"] for run in (other, name))
-        assert largest_difference(a, b) <= 1e-5 or half
-        # The weights have moved by little; the averages of their gradients say that it was the same way.
-        moments = [k for k in a if k.endswith(("/exp_avg", "/momentum", "/mean"))]
-        size = torch.stack([a[k].norm() for k in moments]).norm()
-        apart = torch.stack([(a[k] - b[k]).norm() for k in moments]).norm()
-        assert len(moments) > 20 and size > 0 and apart <= (0.2 if half else 1e-3) * size
 
 
 def test_shards_go_on_where_they_were(runs: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `test_torchrun` starts by torchrun: a list of runs, all by the same two processes."""
+"""What `test_torchrun` and `test_together` start by torchrun: a list of runs, all by the same two processes."""
 
 from __future__ import annotations
 
