@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes
+from dmd2.models.stable_diffusion.configs import vae_factor
+from dmd2.weights.manifest import Teacher, read_manifest
 
 MODES = ("teacher", "4", "1", "teacher-4", "teacher-1", "real", "vae")
 """what is scored; the last two are ceilings: scenes of the data, and these through the autoencoder"""
@@ -33,8 +35,10 @@ def model_card(out: Path, scores: Mapping[str, Any], seconds: Mapping[str, float
     """
     scenes = EmojiScenes(out / "weights" / "emoji.zip")
     config = json.loads((out / "weights" / "vae" / "config.json").read_text())
-    factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
+    factor = vae_factor(config)
     side, latent = scenes.size, scenes.size // factor
+    teacher = read_manifest(out / "weights").teacher or Teacher(steps=25, guidance_scale=1.0)
+    sampler = f"{teacher.steps} steps of DPM-Solver++(2M), guidance {teacher.guidance_scale:g}"
     rows = [_row(mode, scores[mode]) for mode in MODES]
     durations = [f"| {stage} | {spent / 60:.0f} min |" for stage, spent in seconds.items() if spent]
     learned = len({emoji for emoji, _ in scenes.pairs("all").tolist()})
@@ -55,7 +59,7 @@ small enough for git and for a laptop's CPU, and on the same code path as SDXL.
 | folder | what |
 |---|---|
 | `unet/`, `unet_1step/` | the students of four steps and of one |
-| `unet_teacher/` | the undistilled teacher: 25 steps of DPM-Solver++(2M), guidance 2 |
+| `unet_teacher/` | the undistilled teacher: {sampler} |
 | `text_encoder/`, `text_encoder_2/` | two CLIP text encoders, the second with projection |
 | `tokenizer/`, `tokenizer_2/` | CLIP's tokenizer with the data's own vocabulary |
 | `vae/` | `AutoencoderTiny`, f{factor}, {latent}×{latent}×{config["latent_channels"]} latents |

@@ -127,6 +127,7 @@ def test_the_card_says_what_was_measured(weights: Path, tmp_path: Path) -> None:
     text = model_card(tmp_path, scores, {"vae": 600.0, "data": 0.0}, "a machine, today")
     assert "| **student, 4 steps** | 0.875 / 0.125 | 0.750 | 0.500 | 0.500 | 2.25 | 4.50 | 0.99 |" in text
     assert "| real scenes | 0.875 / 0.125 | 0.750 | 0.500 | 0.500 | 2.25 |  | 0.99 |" in text
+    assert "3 steps of DPM-Solver++(2M), guidance 3 |" in text  # as the manifest says
     assert "| vae | 10 min |" in text and "| data |" not in text
     side = EmojiScenes(tmp_path / "weights" / "emoji.zip").size
     assert f"{side}×{side} pixels" in text and "123 captions" in text and "a machine, today" in text
