@@ -66,6 +66,6 @@ def test_images_have_twice_the_side_and_the_latents_of_before(enlarge: Any, weig
 
 
 def test_an_autoencoder_that_is_smaller_is_refused(enlarge: Any, weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="vae: 2 pixels to a latent; expected a multiple of 4"):
+    with pytest.raises(InvalidInput, match="vae: 2 pixels to a latent; expected a multiple of the 4 of "):
         enlarge.main(autoencoder(tmp_path / "vae", 2), tmp_path / "no", weights)
     assert not (tmp_path / "no").exists()
