@@ -30,11 +30,11 @@ def enlarge() -> Any:
     return module
 
 
-def autoencoder(folder: Path, stages: int) -> Path:
+def autoencoder(folder: Path, stages: int, channels: int = 4) -> Path:
     torch.manual_seed(9)
     settings: dict[str, Any] = {f"{way}_block_out_channels": (8,) * stages for way in ("encoder", "decoder")}
     blocks: dict[str, Any] = {f"num_{way}_blocks": (1,) * stages for way in ("encoder", "decoder")}
-    save_vae(AutoencoderTiny(latent_channels=4, **settings, **blocks), folder / "vae", {"name": "none"})
+    save_vae(AutoencoderTiny(latent_channels=channels, **settings, **blocks), folder / "vae", {"name": "none"})
     return folder
 
 
@@ -65,7 +65,16 @@ def test_images_have_twice_the_side_and_the_latents_of_before(enlarge: Any, weig
     assert Engine(out, "cpu", modes=("1",)).generate(["an owl"], [0], "1").shape == (1, 3, 128, 128)
 
 
-def test_an_autoencoder_that_is_smaller_is_refused(enlarge: Any, weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="vae: 2 pixels to a latent; expected a multiple of the 4 of "):
-        enlarge.main(autoencoder(tmp_path / "vae", 2), tmp_path / "no", weights)
+@pytest.mark.parametrize(
+    ("stages", "channels", "said"),
+    [
+        (2, 4, "vae: 2 pixels to a latent; expected a multiple of the 4 of "),
+        (4, 8, "vae: 8 latent channels; expected the 4 of "),
+    ],
+)
+def test_an_autoencoder_of_other_latents_is_refused(
+    stages: int, channels: int, said: str, enlarge: Any, weights: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        enlarge.main(autoencoder(tmp_path / "vae", stages, channels), tmp_path / "no", weights)
     assert not (tmp_path / "no").exists()

@@ -127,6 +127,8 @@ class DenoisingRecipe(Recipe):
 def _take_weights(models: nn.ModuleDict, teacher: StableDiffusionFamily) -> None:
     """UNet and text encoders. Raises InvalidInput if they are others than the embedded model's."""
     networks = (teacher.teacher_network, *teacher.encode_text.encoders)
+    if len(networks) != len(models):
+        raise InvalidInput("init", f"it has {len(networks) - 1} text encoder; expected two, as network=emoji has")
     for name, network in zip(("unet", "text_encoder", "text_encoder_2"), networks, strict=True):
         try:
             models[name].load_state_dict(network.state_dict())

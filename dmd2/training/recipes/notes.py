@@ -92,7 +92,7 @@ STABLE_DIFFUSION: dict[str, Note] = {
 
 NOTES: dict[str, Note] = {
     "emoji-vae": Note("autoencoder", EMOJI, SCENES, "0.8 core hours"),
-    "emoji-vae-enlarged": Note("autoencoder of the latents of --init", EMOJI, SCENES, "0.6 core hours"),
+    "emoji-vae-enlarged": Note("autoencoder of the latents of --init", EMOJI, SCENES, "0.8 core hours"),
     "emoji-classifier": Note("classifier", EMOJI, SCENES, "0.8 core hours"),
     "emoji-second-opinion": Note("classifier", EMOJI, SCENES, "0.8 core hours"),
     "emoji-teacher": Note("denoising", EMOJI, SCENES, "12 core hours (estimated)"),
