@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.emoji.scenes import BACKGROUNDS, EmojiScenes
-from dmd2.models.stable_diffusion.configs import vae_factor
+from dmd2.models.stable_diffusion.codec import vae_factor
 from dmd2.weights.manifest import Teacher, read_manifest
 
 MODES = ("teacher", "4", "1", "teacher-4", "teacher-1", "real", "vae")

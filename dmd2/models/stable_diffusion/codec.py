@@ -42,6 +42,12 @@ class OneHead:
         return (out + x) / attention.rescale_output_factor
 
 
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels along a latent's side, by a VAE's config."""
+    channels = config.get("decoder_block_out_channels") or config.get("block_out_channels") or ()
+    return int(2 ** max(0, len(channels) - 1))
+
+
 class LatentCodec:
     """A diffusers VAE (`AutoencoderKL`, `AutoencoderTiny`) as a `Codec`: uint8 images to latents and back.
 
@@ -76,8 +82,7 @@ class LatentCodec:
         if compiler is not None:  # one image fills a GPU, and takes gigabytes on the way
             self._decode = compiler(self._decode, most=1)
             self._encode = compiler(self._encode, most=1, compile=False)
-        channels = config.get("decoder_block_out_channels", config.get("block_out_channels"))
-        self.factor: int = 2 ** (len(channels) - 1)
+        self.factor = vae_factor(config)
         """pixels per latent, along each side"""
         self.channels: int = config.get("latent_channels", LATENT_CHANNELS)
         # x = (z - mean) / std, of each channel. Most VAEs have one scaling factor, Playground 2.5's the others, too.

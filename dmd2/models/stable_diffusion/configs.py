@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -87,12 +87,6 @@ def network_class(name: str, folder: Path) -> Any:
     import transformers
 
     return transformers.CLIPTextModelWithProjection if name == "text_encoder_2" else transformers.CLIPTextModel
-
-
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels along a latent's side, by a VAE's config."""
-    channels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
-    return int(2 ** max(0, len(channels) - 1))
 
 
 def read_vae_config(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from dmd2.emoji.scenes import EmojiScenes
-from dmd2.models.stable_diffusion.configs import read_vae_config, vae_factor
+from dmd2.models.stable_diffusion.codec import vae_factor
+from dmd2.models.stable_diffusion.configs import read_vae_config
 from dmd2.models.stable_diffusion.folder import LICENCE, load_vae, save_vae
 from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.files import atomic_text

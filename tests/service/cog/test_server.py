@@ -23,7 +23,8 @@ from PIL import Image
 from dmd2.inference.conditioning import ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import fitted
-from dmd2.models.stable_diffusion.configs import read_vae_config, vae_factor
+from dmd2.models.stable_diffusion.codec import vae_factor
+from dmd2.models.stable_diffusion.configs import read_vae_config
 from dmd2.weights.manifest import DEFAULT, read_manifest
 from tests.service.cog.cog_server import (
     START,
