@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmd2.runtime.loading import GroupNorm
+
 MAX_POSITIONS = 10_000  # longest period of the sinusoidal embedding (Vaswani et al. 2017, sec. 3.5)
 FOURIER_SCALE = 16.0  # standard deviation of the random frequencies (Song et al. 2021, app. C)
 ADM_HEAD_CHANNELS = 64  # Dhariwal & Nichol 2021, sec. 3
@@ -69,17 +71,12 @@ def linear(style: Style, inputs: int, outputs: int, *, bias: bool = True, gain: 
     return layer
 
 
-class Norm(nn.GroupNorm):
+class Norm(GroupNorm):
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(min(32, channels // 4), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.is_cuda:
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        # A CPU's group norm is up to 15 times as slow, forward and backward, where channels come last.
-        y = F.group_norm(x.contiguous(), self.num_groups, weight, bias, self.eps)
-        return y.contiguous(memory_format=torch.channels_last)
+        return self.normalised(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def resample_filter(taps: tuple[int, ...]) -> Tensor:

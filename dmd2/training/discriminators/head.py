@@ -16,6 +16,7 @@ from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise, sample_sigma
 from dmd2.models.family import Family
 from dmd2.runtime.errors import InvalidInput, shown
+from dmd2.runtime.loading import GroupNorm
 from dmd2.training.loop import Logs
 from dmd2.training.losses import approximate_r1, denoising, gan_critic
 
@@ -40,9 +41,9 @@ class ClassifierHead(nn.Module):
             raise ValueError(f"channels: expected a multiple of {GROUPS}, at least {2 * GROUPS}, not {channels}")
         layers: list[nn.Module] = []
         while side > 4:
-            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(GROUPS, channels), nn.SiLU()]
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), GroupNorm(GROUPS, channels), nn.SiLU()]
             side //= 2
-        layers += [nn.Conv2d(channels, channels, min(side, 4), 4), nn.GroupNorm(GROUPS, channels), nn.SiLU()]
+        layers += [nn.Conv2d(channels, channels, min(side, 4), 4), GroupNorm(GROUPS, channels), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, bottleneck: Tensor) -> Tensor:

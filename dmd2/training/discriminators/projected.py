@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.runtime.errors import UserError
+from dmd2.runtime.loading import GroupNorm
 
 CLASS_CHANNELS = 64
 
@@ -120,7 +121,7 @@ class _Head(nn.Module):
         width = channels
         while side > 8:
             narrow, width, side = width, min(2 * width, 4 * channels), side // 2
-            layers += [spectral_norm(nn.Conv2d(narrow, width, 4, 2, 1)), nn.GroupNorm(max(1, width // 16), width)]
+            layers += [spectral_norm(nn.Conv2d(narrow, width, 4, 2, 1)), GroupNorm(max(1, width // 16), width)]
             layers += [nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers)
         self.logits = spectral_norm(nn.Conv2d(width, 1 + (CLASS_CHANNELS if classes else 0), min(side, 4)))
