@@ -15,6 +15,7 @@ from dmd2.inference.engine import Engine
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_vae
 from dmd2.runtime.errors import InvalidInput
 from dmd2.weights.manifest import read_manifest, verify
+from tests.training.test_product import sd15
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "enlarge-emoji"
 
@@ -78,3 +79,10 @@ def test_an_autoencoder_of_other_latents_is_refused(
     with pytest.raises(InvalidInput, match=said):
         enlarge.main(autoencoder(tmp_path / "vae", stages, channels), tmp_path / "no", weights)
     assert not (tmp_path / "no").exists()
+
+
+def test_another_family_is_refused(enlarge: Any, text_models: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    other = sd15(tmp_path / "sd15", text_models)
+    with pytest.raises(InvalidInput, match="a model of the family sd15; expected sdxl") as error:
+        enlarge.main(autoencoder(tmp_path / "vae", 4), tmp_path / "no", other)
+    assert error.value.field == "weights" and not (tmp_path / "no").exists()

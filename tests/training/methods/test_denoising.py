@@ -25,6 +25,7 @@ from dmd2.training.recipes import build_method, resolve
 from dmd2.training.sources import Examples, Inputs
 from dmd2.weights.manifest import read_manifest
 from tests.training.pixels import CONFIG, same_weights, write_set
+from tests.training.test_product import sd15
 
 CPU = torch.device("cpu")
 RECIPE = DenoisingRecipe(
@@ -183,4 +184,15 @@ def test_a_warm_start_takes_the_words_with_the_weights(weights: Path, emoji_zip:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     with pytest.raises(InvalidInput, match="its unet has other tensors than that of network=emoji") as error:
         recipe._family(Inputs({"data": emoji_zip, "init": weights}, CPU))
+    assert error.value.field == "init"
+
+
+def test_a_warm_start_of_one_text_encoder_is_refused(
+    text_models: tuple[Any, Any, Any], emoji_zip: Path, tmp_path: Path
+) -> None:
+    recipe = resolve("emoji-teacher", ["warm_start=true", "compile=false", "lessons=0", "precision=fp32"])
+    assert isinstance(recipe, DenoisingRecipe)
+    given = Inputs({"data": emoji_zip, "init": sd15(tmp_path / "sd15", text_models)}, CPU)
+    with pytest.raises(InvalidInput, match="it has 1 text encoder; expected two, as network=emoji has") as error:
+        recipe._family(given)
     assert error.value.field == "init"
