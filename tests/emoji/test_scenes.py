@@ -378,8 +378,10 @@ def test_the_build_is_deterministic_and_leaves_no_partial_file(tmp_path: Path) -
     one, two = (tmp_path / "new" / name for name in ("one.zip", "two.zip"))
     assert one.read_bytes() == two.read_bytes()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["one.zip", "two.zip"]
-    scenes = EmojiScenes(one)
-    assert 400 <= len(scenes) <= 1000 and scenes.size == 128 and scenes.mirrored
+    scenes, committed = EmojiScenes(one), EmojiScenes(COMMITTED)
+    assert 400 <= len(scenes) <= 1000 and scenes.size == 128 and scenes.names == committed.names
+    for setting in ("scale", "rotation_degrees", "shift", "mirrored"):
+        assert getattr(scenes, setting) == getattr(committed, setting), "what is learned is what the script makes"
     assert len(scenes.pairs("all")) == len(scenes) * len(BACKGROUNDS), "emoji of every group are learned"
 
 
