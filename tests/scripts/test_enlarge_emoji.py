@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,13 @@ from dmd2.inference.engine import Engine
 from dmd2.models.stable_diffusion.folder import UNET_FILE, save_vae
 from dmd2.runtime.errors import InvalidInput
 from dmd2.weights.manifest import read_manifest, verify
+from tests.scripts.loaded import loaded
 from tests.training.test_product import sd15
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "enlarge-emoji"
 
 
 @pytest.fixture(scope="module")
 def enlarge() -> Any:
-    spec = spec_from_loader("enlarge_emoji", SourceFileLoader("enlarge_emoji", str(SCRIPT)))
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.dont_write_bytecode", True)
-        spec.loader.exec_module(module)
-    return module
+    return loaded("enlarge-emoji")
 
 
 def autoencoder(folder: Path, stages: int, channels: int = 4) -> Path:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,12 @@ from dmd2.models.stable_diffusion.folder import UNET_FILE
 from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.tensors import save_tensors
 from dmd2.weights.manifest import MANIFEST, Manifest, read_manifest, verify, write_manifest
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "graft-students"
+from tests.scripts.loaded import loaded
 
 
 @pytest.fixture(scope="module")
 def graft() -> Any:
-    spec = spec_from_loader("graft_students", SourceFileLoader("graft_students", str(SCRIPT)))
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.dont_write_bytecode", True)
-        spec.loader.exec_module(module)
-    return module
+    return loaded("graft-students")
 
 
 def changed(weights: Path, out: Path, file: str, change: Callable[[str, Tensor], Tensor], **manifest: Any) -> Path:

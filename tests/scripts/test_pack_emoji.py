@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,13 @@ from dmd2.models.stable_diffusion.folder import save_text_to_image
 from dmd2.runtime.errors import InvalidInput
 from dmd2.weights.manifest import Student, read_manifest, verify
 from tests.conftest import tiny_unet
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "pack-emoji"
+from tests.scripts.loaded import loaded
 
 
 @pytest.fixture
 def pack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The script, with another folder in the place of weights/emoji."""
-    spec = spec_from_loader("pack_emoji", SourceFileLoader("pack_emoji", str(SCRIPT)))
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    spec.loader.exec_module(module)
+    module = loaded("pack-emoji")
     target = tmp_path / "weights" / "emoji"
     target.mkdir(parents=True)
     (target / "README.md").write_text("the card")
