@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
 from functools import cached_property
 from typing import Any, Literal
 
@@ -321,6 +320,7 @@ def _call(
 
 def _half(unet: Any) -> Any:
     """The same UNet, not a copy, up to its middle: nothing of the way up is left in it."""
-    half = copy(unet)
-    half._modules = {**unet._modules, "up_blocks": nn.ModuleList(), "conv_norm_out": None, "conv_out": nn.Identity()}
+    fewer = {**unet._modules, "up_blocks": nn.ModuleList(), "conv_norm_out": None, "conv_out": nn.Identity()}
+    half = object.__new__(type(unet))  # `copy` of what FSDP2 has sharded first makes a UNet of SD 1.5's size
+    half.__dict__ = {**unet.__dict__, "_modules": fewer}
     return half

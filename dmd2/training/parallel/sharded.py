@@ -75,6 +75,7 @@ class Sharded(Replicated):
                 buffer.copy_(source)
         return twin
 
+    @torch.no_grad()
     def whole(self, network: nn.Module) -> nn.Module | None:
         if id(network) not in self._prepared:
             return super().whole(network)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -158,6 +160,24 @@ def test_the_bottleneck_alone_is_that_of_the_whole_pass_and_runs_no_way_up(unet:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
     assert len(unet.up_blocks) == 3  # the UNet itself is as it was
     torch.testing.assert_close(denoiser(x, sigma, cond), denoiser.features(x, sigma, cond)[0])
+
+
+def test_the_bottleneck_of_a_sharded_unet_makes_no_other_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`copy` of such a one makes a UNet by default settings first: 3.4 GB, whatever its own size is."""
+    torch.manual_seed(0)
+    unet = build_unet((32, 32, 32)).eval().requires_grad_(False)
+    x, sigma, cond = generate(1, 4, 16, 16), torch.tensor([0.7]), condition(1)
+    expected = StableDiffusion(unet).bottleneck(x, sigma, cond)
+    plain = type(unet)
+    unet.__class__ = type("FSDP", (FSDPModule, plain), {})  # as `fully_shard` does
+
+    def construct(*_: Any, **__: Any) -> None:
+        raise AssertionError("another UNet is made")
+
+    monkeypatch.setattr(plain, "__init__", construct)
+    assert torch.equal(StableDiffusion(unet).bottleneck(x, sigma, cond), expected)
+    with pytest.raises(AssertionError, match="another UNet"):
+        copy(unet)
 
 
 def test_gradients_reach_the_input_through_x0_and_features(unet: Any) -> None:

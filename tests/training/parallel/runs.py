@@ -41,7 +41,8 @@ def job(paths: Paths, out: Path, **more: Any) -> dict[str, Any]:
 
 def torchrun(*words: str) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Should a process die of a signal, its text says where it was.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen([*launcher, *words], env=environment, text=True, **both)  # type: ignore[call-overload]
 
