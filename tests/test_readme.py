@@ -116,6 +116,7 @@ def test_every_block_is_found() -> None:
     assert {block.language for block in BLOCKS} == {"sh", "python", ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ALONE, ids=lambda block: f"line {block.line}")
 def test_a_block_runs_as_written(block: Block, folder: Path) -> None:
     run(block, folder)
@@ -124,6 +125,7 @@ def test_a_block_runs_as_written(block: Block, folder: Path) -> None:
         assert sorted(names) == sorted([["1", seed] for seed in ("7", "8", "9", "10")] * 2)
 
 
+@pytest.mark.slow
 def test_what_the_service_is_asked_runs_as_written(folder: Path) -> None:
     (folder / "server").mkdir()
     server = CogServer(folder / "server")
@@ -139,6 +141,7 @@ def test_what_the_service_is_asked_runs_as_written(folder: Path) -> None:
     assert any("event: output" in text for text in said)
 
 
+@pytest.mark.slow
 def test_what_dmd2_serve_is_asked_runs_as_written(folder: Path) -> None:
     (folder / "server").mkdir()
     server = ServeProcess(folder / "server", "--weights", str(ROOT / "weights" / "emoji"))

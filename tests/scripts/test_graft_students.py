@@ -63,6 +63,30 @@ def test_without_a_change_nothing_changes(graft: Any, weights: Path, tmp_path: P
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_share_of_the_difference(graft: Any, weights: Path, tmp_path: Path) -> None:
+    graft.main(weights, tmp_path / "out", weights, ["4=0.75", "1=0"])
+    teacher = load_file(weights / "unet_teacher" / UNET_FILE)
+    for student, kept in (("unet", 0.75), ("unet_1step", 0.0)):
+        before, after = (load_file(folder / student / UNET_FILE) for folder in (weights, tmp_path / "out"))
+        for name, tensor in after.items():
+            expected = teacher[name].float().lerp(before[name].float(), kept)
+            torch.testing.assert_close(tensor.float(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["2=0.5", "4", "4=", "4=nan", "4=2.1", "4=-0.1", "four=1", ""])
+def test_a_share_of_no_student_is_refused(text: str, graft: Any, weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="expected 4=SHARE or 1=SHARE, and a share from 0 to 2") as error:
+        graft.main(weights, tmp_path / "out", weights, [text])
+    assert error.value.field == "scale" and not (tmp_path / "out").exists()
+
+
+def test_students_in_one_folder_have_one_share(graft: Any) -> None:
+    both = {4: "unet", 1: "unet"}
+    assert graft.shares_of(both, ["4=0.5", "1=0.5"]) == {"unet": 0.5}
+    with pytest.raises(InvalidInput, match="the student in unet has another share already"):
+        graft.shares_of(both, ["4=0.5", "1=0.6"])
+
+
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
