@@ -16,8 +16,9 @@ from dmd2.training.run.logs import SPEED
 from tests.training.test_loop import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
+ITERATIONS = 12
 SETTINGS = {
-    "iterations": 20,
+    "iterations": ITERATIONS,
     "batch_size": 4,
     "generator_every": 2,
     "timesteps": "[999,499]",
@@ -25,7 +26,7 @@ SETTINGS = {
     "lr": 2e-6,
     "lr_critic": 2e-6,
     "warmup": 0,
-    "checkpoint_every": 5,
+    "checkpoint_every": 3,
     "sample_every": 1000,
     "log_every": 1,
     "precision": "fp32",
@@ -73,7 +74,7 @@ def results(out: Path) -> dict[str, torch.Tensor]:
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
     """In full, with every optimizer state."""
     state = checkpoint(out)
-    assert state["step"] == SETTINGS["iterations"]
+    assert state["step"] == ITERATIONS
     return state["tensors"]
 
 
