@@ -82,6 +82,7 @@ class StableDiffusionFamily:
         self.encode_text, self.size, self.autocast = encode_text, size, autocast
         self.subfolder, self.text = subfolder, text
         plain_attention(teacher.unet, size)
+        arrange(teacher.unet)
         manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
         self.name = manifest.name if manifest else "the weights it began with"
         self.licence = manifest.licence if manifest else LICENCE
@@ -136,7 +137,7 @@ class StableDiffusionFamily:
         codec = LatentCodec(load_vae(folder / "vae", device, autocast or torch.float32))
         tokenizer, *encoders = text
         for network in (unet, *encoders):
-            network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(device)
         encode = TextEncoder([tokenizer] * 2, encoders)
         teacher = StableDiffusion(unet, prediction_type)
         return cls(folder, teacher, codec, encode, size, autocast, text=text)
@@ -191,6 +192,7 @@ class StableDiffusionFamily:
 
     def _trainable(self, unet: Any) -> Any:
         plain_attention(unet, self.size)
+        arrange(unet)
         return unet.requires_grad_(True).train()
 
     def denoiser(self, network: Any, compile: bool = False) -> StableDiffusion:
@@ -330,6 +332,15 @@ class StableDiffusionFamily:
             return self._save(out, self.subfolder, network, recipe, card, teacher=teacher)
         text = (self.encode_text.tokenizers[0], network["text_encoder"], network["text_encoder_2"])
         self._save(out, self.subfolder, network["unet"], recipe, card, teacher=teacher, text=text)
+
+
+def arrange(unet: Any) -> None:
+    """Puts channels last, as a GPU's convolutions like them; on a CPU first.
+
+    There oneDNN lays a convolution's inputs out as it likes them in either case, and all that lies between is faster.
+    """
+    last = unet.device.type != "cpu"
+    unet.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def plain_attention(unet: Any, size: tuple[int, int]) -> None:
