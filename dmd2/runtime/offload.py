@@ -203,3 +203,18 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep what it frees, up to a quarter of a gigabyte, for what it allocates next.
+
+    glibc now and then gives what was freed back to the system and then takes the same pages again, each of which the
+    system fills with zeros first: some 3 % of a small network's training on a CPU. Without glibc it does nothing.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "gnu_get_libc_version"):
+        m_mmap_threshold, m_trim_threshold = -3, -1  # of <malloc.h>
+        libc.mallopt(m_mmap_threshold, 32 << 20)
+        libc.mallopt(m_trim_threshold, 256 << 20)

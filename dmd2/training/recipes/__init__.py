@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dmd2.runtime.errors import InvalidInput, UserError, shown
+from dmd2.runtime.offload import keep_freed_memory
 from dmd2.training.discriminators.head import HEAD_FILE
 from dmd2.training.distil import FAKE_SCORE
 from dmd2.training.loop import LoopSettings, Method
@@ -92,6 +93,8 @@ def build_method(
     Raises:
         UserError: a path that this recipe needs is not given, or what is there does not do.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     sizes = {"batch_size": recipe.loop.batch_size, "pairs_batch": getattr(recipe, "pairs_batch", 0)}
     check_shares(parallel, recipe.shared, sizes)
     for name in ("clip", "inception"):
