@@ -222,7 +222,7 @@ def test_a_student_may_be_another_checkpoint_with_a_lora(engine: Engine, folder:
     student = Student(subfolder="unet", timesteps=STUDENTS[4], lora="lora/dmd2.safetensors", lora_scale=0.8)
     write_manifest(copy, manifest.model_copy(update={"students": {4: student}}))
     other = Engine(copy, "cpu")
-    assert torch.equal(other.generate(["an owl"], [0], "4"), expected)
+    assert difference(other.generate(["an owl"], [0], "4"), expected) <= 2
     assert (
         difference(other.generate(["an owl"], [0], "4", SIZE, ImageConditioning(loras=((some, 0.8),))), expected) > 1
     )  # both

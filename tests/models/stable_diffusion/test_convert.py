@@ -25,7 +25,7 @@ from dmd2.runtime.loading import load_network
 from dmd2.runtime.placement import count_parameters
 from dmd2.weights.manifest import Teacher, read_manifest, verify
 from tests.models.adapters.test_lora import ATTENTION, kohya_style, with_text
-from tests.tiny_sdxl import SCHEDULE, build_sdxl_unet, build_vae, save_sdxl
+from tests.tiny_sdxl import SCHEDULE, build_sdxl_unet, build_vae, difference, save_sdxl
 
 SIZE = (64, 64)
 
@@ -47,7 +47,8 @@ def test_the_folder_draws_what_checkpoint_and_lora_draw_together(checkpoint: Pat
     edit = ImageConditioning(loras=((read_lora(lora), 0.75),))
     expected = Engine(checkpoint, "cpu").generate(["an owl"], [3], "4", SIZE, edit)
     made = Engine(tmp_path / "made", "cpu", dtype=torch.float32)
-    assert torch.equal(made.generate(["an owl"], [3], "4", SIZE), expected)
+    # The same numbers at other places in a file may go through other kernels: by alignment.
+    assert difference(made.generate(["an owl"], [3], "4", SIZE), expected) <= 2
     assert made.manifest.students.keys() == {4}
     assert "no commercial use" in made.manifest.licence
 
@@ -128,7 +129,9 @@ def test_shards_are_taken_and_drawn_with(checkpoint: Path, tmp_path: Path, preci
     convert_sdxl(copy, checkpoint.parent / "dmd2.safetensors", tmp_path / "made")
     convert_sdxl(checkpoint, checkpoint.parent / "dmd2.safetensors", tmp_path / "whole")
     sharded, whole = (Engine(tmp_path / name, "cpu", modes=("4",), dtype=torch.float32) for name in ("made", "whole"))
-    assert torch.equal(sharded.generate(["an owl"], [3], "4", SIZE), whole.generate(["an owl"], [3], "4", SIZE))
+    assert difference(*(engine.generate(["an owl"], [3], "4", SIZE) for engine in (sharded, whole))) <= 2
+    one, other = (engine.model.denoisers["unet"].unet.state_dict() for engine in (sharded, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert count_parameters(sharded.folder, ["unet"]) == count_parameters(whole.folder, ["unet"])
     for name in ("unet", "text_encoder"):  # the libraries read them, too
         assert list((tmp_path / "made" / name).glob("*.index.json"))
