@@ -9,8 +9,13 @@ from torch import Tensor
 from dmd2.diffusion.denoiser import Cond, Denoiser
 from dmd2.diffusion.noise import add_noise, per_image
 
+Noisy = tuple[Tensor, Tensor, Cond]
+"""images with noise (B, C, H, W), their σ (B,), their condition"""
 
-def denoising(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+
+def denoising(
+    denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, cond: Cond, beside: Noisy | None = None
+) -> tuple[Tensor, Tensor]:
     """Weighted denoising loss (DMD eq. 6), for teachers and for the fake score.
 
     Args:
@@ -18,11 +23,17 @@ def denoising(denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, cond
         x0: (B, C, H, W) clean samples.
         sigma: (B,) noise levels.
         noise: (B, C, H, W) unit noise.
+        beside: B' others, which go with these as far as the bottleneck.
 
     Returns:
-        The mean loss, and the bottleneck activations (B, C', h, w) of the same pass.
+        The mean loss, and the bottleneck activations of the same pass: (B, C', h, w), or (B + B', C', h, w).
     """
-    prediction, bottleneck = denoiser.features(add_noise(x0, sigma, noise), sigma, cond)
+    noisy = add_noise(x0, sigma, noise)
+    if beside is None:
+        prediction, bottleneck = denoiser.features(noisy, sigma, cond)
+    else:
+        x, levels, conds = torch.cat([noisy, beside[0]]), torch.cat([sigma, beside[1]]), cond.cat(beside[2])
+        prediction, bottleneck = denoiser.features(x, levels, conds, first=len(noisy))
     weight = per_image(denoiser.loss_weight(sigma), x0)
     return (weight * (prediction - x0) ** 2).mean(), bottleneck
 

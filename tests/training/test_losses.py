@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dmd2.diffusion.noise import add_noise, karras_sigmas
+from dmd2.models.edm.network import ClassCondition, Edm, EdmConfig, EdmNetwork
 from dmd2.training.discriminators.head import ClassifierHead, GanJudge, noised_logits
+from dmd2.training.loop import Logs
 from dmd2.training.losses import (
     denoising,
     distribution_matching,
@@ -238,6 +241,36 @@ def test_critic_loss_is_denoising_and_classification_in_two_passes() -> None:
     without, logs = GanJudge().critic_loss(Networks(net, net, net), fake, None, None, None, 0.25, seeded(0))
     assert set(logs) == {"fake_score"}
     assert float(without.detach()) == pytest.approx(float(denoised.detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("r1", [0.0, 0.5])
+def test_real_images_beside_the_generated_ones_change_no_loss(r1: float) -> None:
+    """Of a real network: one batch for two, the same draws, the same gradients."""
+    torch.manual_seed(0)
+    shape: Any = {"resolution": 8, "classes": 3, "model_channels": 32, "channel_mult": (1, 2), "blocks": 1}
+    network = EdmNetwork(EdmConfig(architecture="ddpmpp", attention=(), **shape))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.05)  # a new one gives nothing, whatever it is given
+    net, head = Edm(network), ClassifierHead(64, 4)
+    fake, real = (randn(3, 3, 8, 8, seed=seed, dtype=torch.float32) for seed in range(2))
+    conds = ClassCondition.of(torch.tensor([0, 1, 2]), 3), ClassCondition.of(torch.tensor([2, -1, 0]), 3)
+    batches: list[int] = []
+    network.model.enc["8x8_conv"].register_forward_hook(lambda _, given, out: batches.append(len(out)))
+
+    def told(together: bool) -> tuple[Tensor, Logs, list[Tensor]]:
+        judge, n = GanJudge(r1=r1, together=together), Networks(net, net, net, head)
+        loss, logs = judge.critic_loss(n, fake, conds[0], real, conds[1], 0.25, torch.Generator().manual_seed(0))
+        return (
+            loss,
+            logs,
+            list(torch.autograd.grad(loss, [*network.parameters(), *head.parameters()], allow_unused=True)),
+        )
+
+    (apart, logs, expected), (joint, also, found) = told(False), told(True)
+    assert batches == ([3, 3, 3, 6, 3] if r1 else [3, 3, 6])
+    torch.testing.assert_close(joint, apart, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(also, logs, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_classifier_judges_noisy_samples_at_levels_from_the_whole_table() -> None:

@@ -195,12 +195,18 @@ class UNet(nn.Module):
         return F.silu(embedding)
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor, augment: Tensor | None = None
+        self, x: Tensor, c_noise: Tensor, labels: Tensor, augment: Tensor | None = None, first: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """F(x) (B, C, H, W) and the encoder's last activations (B, C', h, w), in x's dtype. See `embed`."""
+        """F(x) (B, C, H, W) and the encoder's last activations (B, C', h, w), in x's dtype. See `embed`.
+
+        With `first` only that many rows are decoded.
+        """
         embedding = self.embed(c_noise, labels, augment)
         skips = self.encode(x, embedding)
-        x = bottleneck = skips[-1]
+        bottleneck = skips[-1]
+        if first is not None:
+            skips, embedding = [skip[:first] for skip in skips], embedding[:first]
+        x = skips[-1]
         for name, layer in self.dec.items():
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
@@ -255,7 +261,7 @@ class EdmNetwork(nn.Module):
                 module.to(dtype)
 
     def forward(
-        self, x: Tensor, sigma: Tensor, labels: Tensor, augment: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, labels: Tensor, augment: Tensor | None = None, first: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """x0 and the bottleneck.
 
@@ -264,16 +270,18 @@ class EdmNetwork(nn.Module):
             sigma: (B,) > 0.
             labels: (B, classes) one-hot, zeros for no class; (B, 0) where there are no classes.
             augment: (B, augment_dim) what was done to the images; None for nothing.
+            first: how many rows are denoised, the first ones; None for all. The others end at the bottleneck.
 
         Returns:
-            x0 (B, C, H, W) and the last activations of the encoder (B, C', h, w), fp32.
+            x0 (B, C, H, W), or of fewer rows, and the last activations of the encoder (B, C', h, w), fp32.
 
         Raises:
             ValueError: a shape is not as above.
         """
         scaled, c_skip, c_out, c_noise = self._precondition(x, sigma, labels)
-        output, bottleneck = self.model(scaled, c_noise, labels.float(), augment)
-        return c_skip * x + c_out * output[:, : x.shape[1]].float(), bottleneck.float()
+        output, bottleneck = self.model(scaled, c_noise, labels.float(), augment, first)
+        kept = c_skip[:first] * x[:first]
+        return kept + c_out[:first] * output[:, : x.shape[1]].float(), bottleneck.float()
 
     entry_points = ("bottleneck",)
     """what else it is called by than as a whole"""
@@ -361,8 +369,10 @@ class Edm:
     def __call__(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> Tensor:
         return self.features(x, sigma, cond)[0]
 
-    def features(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> tuple[Tensor, Tensor]:
-        x0, bottleneck = self._network(x, sigma, cond.labels, cond.augment)
+    def features(
+        self, x: Tensor, sigma: Tensor, cond: ClassCondition, *, first: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x0, bottleneck = self._network(x, sigma, cond.labels, cond.augment, first)
         return x0, bottleneck
 
     def bottleneck(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from dmd2.diffusion.noise import per_image, sd_sigmas
 from dmd2.models.stable_diffusion.text import TextCondition
@@ -137,8 +137,10 @@ class StableDiffusion:
         cond: TextCondition,
         control: Control | None = None,
         known: Tensor | None = None,
+        *,
+        first: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Denoiser`. With `control` no trace is used.
+        """See `Denoiser`. With `control` no trace is used. `first` is for networks in training.
 
         `known` (1, 5, h, w) is for a network that inpaints (Rombach et al. 2022, sec. 4.5): the mask, 1 where to
         generate, and the latents of the image with that part grey. Its input are x's 4 channels and these.
@@ -156,9 +158,12 @@ class StableDiffusion:
                 output, bottleneck = self._with(control(scaled, timestep, condition), inputs)
             elif (self.weights_changed and self._recorded) or not self._fits(full):
                 output, bottleneck = self._plain(*inputs)
+            elif first is not None:
+                output, bottleneck = self._network(*inputs, first=first)
             else:
                 output, bottleneck = self._network(*inputs)
-        return self._x0(x, per_image(sigma, x), variance, output.float()), bottleneck.float()
+        x0 = self._x0(x[:first], per_image(sigma[:first], x), variance[:first], output.float())
+        return x0, bottleneck.float()
 
     def _with(self, residuals: dict[str, Any], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
         """The network with what a control adds: prepared like the network alone."""
@@ -224,18 +229,28 @@ class StableDiffusion:
 
 
 class WithBottleneck(nn.Module):
-    """The UNet's output and its mid-block's, in one forward pass (a hook, not a copied forward)."""
+    """The UNet's output and its mid-block's, in one forward pass (hooks, not a copied forward)."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
         self._caught: Tensor | None = None
         self._runs = False
+        self._first: int | None = None
         unet.mid_block.register_forward_hook(self._catch)
+        for block in unet.up_blocks:
+            block.register_forward_pre_hook(self._cut, with_kwargs=True)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if self._runs:  # not in a call of another denoiser over the same UNet: it would keep that one's graph
             self._caught = output
+
+    def _cut(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Of what a block on the way up is given, the rows that go up."""
+        if self._first is None:
+            return None
+        rows = self._first
+        return tree_map_only(Tensor, lambda given: given[:rows], (inputs, named))
 
     def forward(
         self,
@@ -244,14 +259,16 @@ class WithBottleneck(nn.Module):
         context: Tensor,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        *,
+        first: int | None = None,
         **residuals: Any,
     ) -> tuple[Tensor, Tensor]:
-        self._runs = True
+        self._runs, self._first = True, first
         try:
             output = _call(self.unet, x, timestep, context, pooled, time_ids, **residuals)
             caught = self._caught
         finally:
-            self._runs, self._caught = False, None
+            self._runs, self._first, self._caught = False, None, None
         assert caught is not None, "the UNet's mid_block was not run"
         return output, caught
 

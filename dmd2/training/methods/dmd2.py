@@ -28,6 +28,9 @@ Objective = Callable[[Tensor, Batch], tuple[Tensor, Logs]]
 DM_RANGE = 0.02, 0.98
 """the part of the σ table that the distribution-matching gradient draws from"""
 
+SMALL = 32 * 32
+"""elements of a channel of x0, at most, of images that the critic sees in one batch, real and generated"""
+
 
 @dataclass(frozen=True)
 class Dmd2Recipe(Distillation):
@@ -111,6 +114,11 @@ class Dmd2Recipe(Distillation):
         """What the generator minimises beside the GAN's loss; None is DMD's matching."""
         return None
 
+    def _together(self, family: Family) -> bool:
+        """Small images keep a device busy in large batches alone; of large ones a block's batch must fit into it."""
+        _, height, width = family.shape
+        return height * width <= SMALL and not self.checkpointing
+
     def phases(self, kit: Kit) -> list[Phase]:
         head = self.new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
         if head is not None and self.resumed_head:
@@ -132,7 +140,7 @@ class Dmd2Recipe(Distillation):
             gan_weights=(self.gan_generator, self.gan_critic),
             simulated=self.backward_simulation,
             objective=self.objective(networks),
-            judge=GanJudge(self.gan_features == "teacher", self.r1, self.r1_noise),
+            judge=GanJudge(self.gan_features == "teacher", self.r1, self.r1_noise, self._together(kit.family)),
         )
 
 

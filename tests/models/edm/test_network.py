@@ -384,6 +384,20 @@ def test_an_image_is_the_same_in_any_company_and_guidance_goes_through(name: str
     assert torch.equal(denoiser.bottleneck(x, sigma, cond), bottleneck) and ran == []  # for half of the work
 
 
+@ARCHITECTURES
+def test_the_first_rows_are_decoded_alone_and_all_are_encoded(name: str) -> None:
+    denoiser = Edm(shuffled(TINY[name]))
+    x, sigma, cond = inputs(TINY[name])
+    x0, bottleneck = denoiser.features(x, sigma, cond)
+    decoded: list[int] = []
+    for module in denoiser.network.model.dec.values():
+        module.register_forward_hook(lambda _, given, out: decoded.append(len(out)))
+    fewer, same = denoiser.features(x, sigma, cond, first=2)
+    assert set(decoded) == {2} and fewer.shape == x0[:2].shape
+    torch.testing.assert_close(fewer, x0[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same, bottleneck, rtol=1e-4, atol=1e-5)
+
+
 def test_heun_samples_from_a_network_and_each_image_keeps_its_seed() -> None:
     denoiser = Edm(shuffled(TINY["ncsnpp"]))
     sigmas, cond = teacher_sigmas(denoiser, 5), ClassCondition.of(torch.tensor([0, 2]), 3)

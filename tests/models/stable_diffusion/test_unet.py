@@ -162,6 +162,31 @@ def test_the_bottleneck_alone_is_that_of_the_whole_pass_and_runs_no_way_up(unet:
     torch.testing.assert_close(denoiser(x, sigma, cond), denoiser.features(x, sigma, cond)[0])
 
 
+def test_the_first_rows_go_up_alone_and_all_go_down(unet: Any) -> None:
+    denoiser = StableDiffusion(unet)
+    x, sigma, cond = generate(5, 4, 16, 16).requires_grad_(), torch.tensor([0.7, 9.0, 0.1, 3.0, 1.0]), condition(5)
+    seen: list[tuple[str, int]] = []
+    handles = [
+        block.register_forward_hook(lambda _, given, out, name=name: seen.append((name, len(out))))
+        for name, block in (("middle", unet.mid_block), *(("up", block) for block in unet.up_blocks))
+    ]
+    try:
+        x0, bottleneck = denoiser.features(x, sigma, cond, first=2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [("middle", 5), ("up", 2), ("up", 2), ("up", 2)]
+    alone, others = denoiser.features(x[:2], sigma[:2], cond[:2]), denoiser.bottleneck(x[2:], sigma[2:], cond[2:])
+    torch.testing.assert_close(x0, alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bottleneck, torch.cat([alone[1], others]), rtol=1e-4, atol=1e-5)
+    found, expected = (
+        torch.autograd.grad(a.square().mean() + b.square().mean(), x)[0]
+        for a, b in ((x0, bottleneck), (alone[0], torch.cat([alone[1], others])))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    assert denoiser(x, sigma, cond).shape == x.shape  # the next call is as ever
+
+
 def test_the_bottleneck_of_a_sharded_unet_makes_no_other_unet(monkeypatch: pytest.MonkeyPatch) -> None:
     """`copy` of such a one makes a UNet by default settings first: 3.4 GB, whatever its own size is."""
     torch.manual_seed(0)
