@@ -1,4 +1,4 @@
-"""SDXL's weights from the Hugging Face hub: only the needed files, each checked, put together in diffusers' layout.
+"""Weights from the Hugging Face hub: only the needed files, each checked, put together in diffusers' layout.
 
 A folder of weights is made in `.NAME.partial` beside it and takes its place at the end, in one step. Until then that
 is where a stopped download goes on: each file there is hashed again before it is believed.
@@ -31,14 +31,18 @@ from dmd2.runtime.files import atomic_path, atomic_text, sha256_file
 from dmd2.runtime.loading import build_network
 from dmd2.weights.folders import swap
 from dmd2.weights.hub import AGAIN, File, git_id, load, look_up, other_bytes, plain_errors
-from dmd2.weights.manifest import MANIFEST, Manifest, Source, Student, read_manifest
+from dmd2.weights.manifest import MANIFEST, Manifest, Source, Student, Teacher, read_manifest
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 DMD2 = "tianweiy/DMD2"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SAFETY = "CompVis/stable-diffusion-safety-checker"
 VAES = {"kl": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
+TAESD = "madebyollin/taesd"
 LICENCES = {
     BASE: "CreativeML Open RAIL++-M",
+    SD15: "CreativeML OpenRAIL-M",
+    TAESD: "MIT",
     VAES["kl"]: "MIT",
     VAES["tiny"]: "MIT",
     DMD2: "CC BY-NC-SA 4.0: no commercial use",
@@ -48,12 +52,47 @@ STUDENTS = {4: "dmd2_sdxl_4step_unet_fp16.safetensors", 1: "dmd2_sdxl_1step_unet
 LORA = "dmd2_sdxl_4step_lora_fp16.safetensors"
 
 
+@dataclass(frozen=True)
+class Undistilled:
+    """A model on the hub that students are distilled from."""
+
+    repository: str
+    family: str
+    side: int
+    """of its images, in pixels"""
+    guidance_scale: float
+    """that it is sampled with"""
+    encoders: tuple[str, ...]
+    """what the names of its text encoders and tokenizers end in"""
+    vaes: Mapping[str, tuple[str, str]]
+    """name → repository, and the path of its weights there but for the ending"""
+
+
+TEACHERS = {
+    "sdxl-teacher": Undistilled(
+        BASE, "sdxl", 1024, 8.0, ("", "_2"), {n: (of, "diffusion_pytorch_model") for n, of in VAES.items()}
+    ),
+    "sd15": Undistilled(
+        SD15,
+        "sd15",
+        512,
+        7.5,
+        ("",),
+        {"kl": (SD15, "vae/diffusion_pytorch_model.fp16"), "tiny": (TAESD, "diffusion_pytorch_model")},
+    ),
+}
+MODELS = ("sdxl", *TEACHERS)
+CHECKER = "safety checker"
+
+
 @dataclass
 class Folder:
     """A folder of weights that is to hold exactly `files`."""
 
     path: Path
     files: list[File]
+    model: str
+    """one of `MODELS`, or `CHECKER`"""
     old: Manifest | None = None
     """of what it holds now"""
 
@@ -78,21 +117,38 @@ class Folder:
 
 
 def sdxl_files(steps: Sequence[int], vaes: Sequence[str], lora: bool) -> list[File]:
-    """What an SDXL folder needs. The first of `vaes` becomes `vae`, which pipelines load; a second is `vae_NAME`."""
-    files = []
-    for suffix in ("", "_2"):
-        encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
-        files.append(File(BASE, f"{encoder}/config.json", f"{encoder}/config.json"))
-        files.append(File(BASE, f"{encoder}/model.fp16.safetensors", f"{encoder}/model.safetensors"))
-        for name in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"):
-            files.append(File(BASE, f"{tokenizer}/{name}", f"{tokenizer}/{name}"))
-    for number, vae in enumerate(vaes):
-        folder = "vae" if number == 0 else f"vae_{vae}"
-        files += [File(VAES[vae], name, f"{folder}/{name}") for name in ("config.json", UNET_FILE)]
+    """What a folder of SDXL's students needs. See `_surroundings` for `vaes`."""
+    files = _surroundings(TEACHERS["sdxl-teacher"], vaes)
     for step, folder in unet_folders(steps).items():
         files.append(File(BASE, "unet/config.json", f"{folder}/config.json"))
         files.append(File(DMD2, STUDENTS[step], f"{folder}/{UNET_FILE}"))
     return files + ([File(DMD2, LORA, f"lora/{LORA}")] if lora else [])
+
+
+def teacher_files(model: str, vaes: Sequence[str]) -> list[File]:
+    """What a teacher's folder needs: its own UNet, in fp16, is `unet`."""
+    about = TEACHERS[model]
+    unet = [("config.json", "config.json"), ("diffusion_pytorch_model.fp16.safetensors", UNET_FILE)]
+    files = [File(about.repository, f"unet/{name}", f"unet/{target}") for name, target in unet]
+    return _surroundings(about, vaes) + files
+
+
+def _surroundings(about: Undistilled, vaes: Sequence[str]) -> list[File]:
+    """All but UNets. The first of `vaes` becomes `vae`, which pipelines load; a second is `vae_NAME`."""
+    files = []
+    for suffix in about.encoders:
+        encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
+        files.append(File(about.repository, f"{encoder}/config.json", f"{encoder}/config.json"))
+        files.append(File(about.repository, f"{encoder}/model.fp16.safetensors", f"{encoder}/model.safetensors"))
+        for name in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"):
+            files.append(File(about.repository, f"{tokenizer}/{name}", f"{tokenizer}/{name}"))
+    for number, vae in enumerate(vaes):
+        folder = "vae" if number == 0 else f"vae_{vae}"
+        repository, path = about.vaes[vae]
+        config = f"{path.rpartition('/')[0]}/config.json".removeprefix("/")
+        files.append(File(repository, config, f"{folder}/config.json"))
+        files.append(File(repository, f"{path}.safetensors", f"{folder}/{UNET_FILE}"))
+    return files
 
 
 def unet_folders(steps: Sequence[int]) -> dict[int, str]:
@@ -103,6 +159,7 @@ def unet_folders(steps: Sequence[int]) -> dict[int, str]:
 def download(
     dest: Path,
     *,
+    model: str = "sdxl",
     steps: Sequence[int] = (1, 4),
     vaes: Sequence[str] = ("kl",),
     lora: bool = False,
@@ -116,8 +173,9 @@ def download(
     What the hub serves is recorded in `dmd2.json`. Later calls keep to the recorded commits and bytes.
 
     Args:
+        model: one of `MODELS`: SDXL's students, or a teacher, of which neither `steps` nor `lora` count.
         steps: of the students: 1, 4 or both.
-        vaes: "kl", "tiny" or both; see `sdxl_files`.
+        vaes: "kl", "tiny" or both: the first becomes the folder's `vae`.
         revisions: repository → branch, tag or commit; others are taken as recorded, the first time at `main`.
         update: take what the hub serves now, whatever is recorded.
         say: prints a line.
@@ -126,11 +184,13 @@ def download(
         UserError: in one line, whatever goes wrong; the folders are then as they were.
     """
     dest = dest.expanduser().resolve()
-    folders = [Folder(dest, sdxl_files(steps, vaes, lora))]
+    files = sdxl_files(steps, vaes, lora) if model == "sdxl" else teacher_files(model, vaes)
+    folders = [Folder(dest, files, model)]
     if safety:
         # What dmd2/inference/safety.py loads.
         names = ("config.json", "preprocessor_config.json", "model.safetensors")
-        folders.append(Folder(dest.with_name("safety"), [File(SAFETY, name, name) for name in names]))
+        files = [File(SAFETY, name, name) for name in names]
+        folders.append(Folder(dest.with_name("safety"), files, CHECKER))
         if dest.name == "safety":
             raise InvalidInput("dest", "is where the safety checker goes; choose another name", dest)
     files = [file for folder in folders for file in folder.files]
@@ -302,15 +362,15 @@ def _finish(folder: Folder, steps: Sequence[int]) -> None:
         licence = LICENCES[file.repository]
         source = sources.setdefault(file.repository, Source(revision=file.commit, licence=licence))
         source.files[file.path] = file.served
-    students = {}
-    if BASE in sources:
+    students, about = {}, TEACHERS.get(folder.model)
+    if folder.model == "sdxl":
         for step, subfolder in unet_folders(steps).items():
             students[step] = Student(subfolder=subfolder, timesteps=TIMESTEPS[step])
-            name, unet = f"{DMD2}/{STUDENTS[step]}", staging / subfolder
-            with plain_errors(name), safe_open(unet / UNET_FILE, "pt") as opened:
-                shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-            _check_unet(shapes, unet / "config.json", name)
-        save_pipeline_configs(staging, "epsilon")
+            _check_unet(staging / subfolder, f"{DMD2}/{STUDENTS[step]}")
+    elif about is not None:
+        _check_unet(staging / "unet", f"{about.repository}/unet")
+    if folder.model in MODELS:
+        save_pipeline_configs(staging, "epsilon", family=about.family if about else "sdxl")
         for name in ("model_index.json", "scheduler/scheduler_config.json"):
             sums[name] = sha256_file(staging / name)
     for path in sorted(staging.rglob("*"), reverse=True):  # what is in a folder comes before the folder
@@ -318,10 +378,13 @@ def _finish(folder: Folder, steps: Sequence[int]) -> None:
             path.rmdir()
         elif not path.is_dir() and path.relative_to(staging).as_posix() not in sums:
             path.unlink()
+    names = {"sdxl": "dmd2-sdxl", CHECKER: SAFETY.partition("/")[2]}
+    side = about.side if about else 1024 if students else 224
     manifest = Manifest(
-        name="dmd2-sdxl" if students else SAFETY.partition("/")[2],
-        family="sdxl" if students else "safety checker",
-        native_size=(1024, 1024) if students else (224, 224),
+        name=names.get(folder.model, folder.model),
+        family=about.family if about else folder.model,
+        native_size=(side, side),
+        teacher=Teacher(subfolder="unet", steps=25, guidance_scale=about.guidance_scale) if about else None,
         licence="; ".join(f"{repository}: {source.licence}" for repository, source in sources.items()),
         students=students,
         files=dict(sorted(sums.items())),
@@ -346,11 +409,13 @@ def _convert(pickled: Path, target: Path, file: File) -> None:
     pickled.unlink()
 
 
-def _check_unet(shapes: Mapping[str, Sequence[int]], config: Path, name: str) -> None:
-    """Raises UserError unless these are the tensors of the UNet that `config` describes."""
+def _check_unet(folder: Path, name: str) -> None:
+    """Raises UserError, about what has that `name` on the hub, unless its tensors are what its config describes."""
     from diffusers import UNet2DConditionModel
 
-    unet = build_network(UNet2DConditionModel, config)
+    with plain_errors(name), safe_open(folder / UNET_FILE, "pt") as opened:
+        shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+    unet = build_network(UNet2DConditionModel, folder / "config.json")
     expected = {key: list(value.shape) for key, value in unet.state_dict().items()}
     wrong = {
         "missing": expected.keys() - shapes.keys(),

@@ -21,8 +21,21 @@ from huggingface_hub import constants, hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from dmd2.models.stable_diffusion.download import BASE, DMD2, LICENCES, LORA, STUDENTS, VAES, download
+from dmd2.models.family import open_family
+from dmd2.models.stable_diffusion.download import (
+    BASE,
+    DMD2,
+    LICENCES,
+    LORA,
+    SD15,
+    STUDENTS,
+    TAESD,
+    TEACHERS,
+    VAES,
+    download,
+)
 from dmd2.models.stable_diffusion.folder import UNET_FILE, load_text_to_image
+from dmd2.models.stable_diffusion.model import vae_folder
 from dmd2.runtime.files import sha256_file
 from dmd2.weights.manifest import DEFAULT, MANIFEST, Student, read_manifest, verify
 from tests.hub import Hub, sha256
@@ -36,6 +49,7 @@ from tests.models.stable_diffusion.downloads import (
     pickled,
     refused,
 )
+from tests.training.test_product import sd15
 
 # What a download makes
 
@@ -104,6 +118,50 @@ def test_dmd2_and_plain_diffusers_load_what_was_downloaded(hub: Hub, dest: Path)
     timesteps = read_manifest(dest).students[4].timesteps
     image = pipeline("an owl", width=32, height=32, guidance_scale=0.0, timesteps=timesteps, output_type="pt")
     assert image.images.shape == (1, 3, 32, 32) and image.images.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", list(TEACHERS))
+def test_a_teacher_is_what_students_are_trained_from(
+    model: str,
+    hub: Hub,
+    dest: Path,
+    repositories: Mapping[str, Mapping[str, bytes]],
+    text_models: tuple[Any, Any, Any],
+    weights: Path,
+    tmp_path: Path,
+) -> None:
+    half = "diffusion_pytorch_model.fp16.safetensors"
+    if model == "sd15":
+        made, tiny = sd15(tmp_path / "made", text_models), repositories[VAES["tiny"]]
+        served = {f"{name}/config.json": made / name / "config.json" for name in ("unet", "vae", "text_encoder")}
+        served |= {f"{name}/{half}": made / name / UNET_FILE for name in ("unet", "vae")}
+        served["text_encoder/model.fp16.safetensors"] = made / "text_encoder" / "model.safetensors"
+        words = {name: file for name, file in repositories[BASE].items() if name.startswith("tokenizer/")}
+        hub.push(SD15, {name: path.read_bytes() for name, path in served.items()} | words)
+        hub.push(TAESD, tiny)
+        expected = {SD15, TAESD}
+    else:
+        made = weights
+        hub.push(BASE, {**repositories[BASE], f"unet/{half}": (weights / "unet" / UNET_FILE).read_bytes()})
+        expected = {BASE, *VAES.values()}
+    download(dest, model=model, vaes=("kl", "tiny"))
+    manifest = read_manifest(dest)
+    assert set(manifest.sources) == expected and manifest.students == {} and manifest.teacher is not None
+    assert manifest.native_size == ((512, 512) if model == "sd15" else (1024, 1024))
+    assert contents(dest) == manifest.files | {MANIFEST: sha256_file(dest / MANIFEST)}
+    loaded, found = load_file(made / "unet" / UNET_FILE), load_file(dest / "unet" / UNET_FILE)
+    assert loaded.keys() == found.keys() and all(torch.equal(found[k], v) for k, v in loaded.items())
+
+    family = open_family(dest, torch.device("cpu"), "fp32")
+    cond = family.condition(["an owl"])
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert family.teacher(x, torch.tensor([1.0]), cond).isfinite().all()
+    assert vae_folder(dest, "tiny") == "vae_tiny"  # what `decoder="tiny"` decodes by
+
+    hub.requests.clear()
+    download(dest, model=model, vaes=("kl", "tiny"))
+    assert hub.lines("/resolve/") == []
 
 
 def test_licences_are_shown_before_anything_is_loaded(hub: Hub, dest: Path) -> None:
@@ -307,7 +365,9 @@ def load_script() -> types.ModuleType:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["sd15"], "sd15: expected sdxl"),
+        (["sd21"], "sd21: expected sdxl, sdxl-teacher, sd15"),
+        (["sd15", "--steps", "4"], "--steps with sd15: a teacher has none; expected it with sdxl"),
+        (["sdxl-teacher", "--lora"], "--lora with sdxl-teacher: a teacher has none; expected it with sdxl"),
         (["--steps", "2"], "--steps 2: expected 1, 4 or 1,4"),
         (["--steps", ""], "--steps : expected 1, 4 or 1,4"),
         (["--vae", "kl,kl"], "--vae kl,kl: expected kl, tiny or kl,tiny"),
