@@ -207,6 +207,7 @@ class _Run:
             for step in range(self.first, settings.iterations):
                 logs.add(self._step(step))
                 done = step + 1
+                self._check(done, logs)
                 # Ten minutes are the most that a crash may cost, however slow the steps are.
                 late = time.monotonic() - last_saved > 600
                 due, stopping = self.parallel.any(late), self.parallel.any(stopped())
@@ -236,8 +237,17 @@ class _Run:
         if self.power:
             self.power.update(step)
         self.guard.note(step + 1, {name: figures.get(f"{name}/skipped") for name in self._names()})
-        self.guard.check(step + 1)
         return figures
+
+    def _check(self, done: int, logs: RunLogs) -> None:
+        """Ends a run that no longer learns, with a checkpoint: what was skipped has left no trace in it."""
+        try:
+            self.guard.check(done)
+        except TrainingDiverged as error:
+            self.guard.recent.clear()  # whoever goes on from here has as many attempts as before
+            self._save(done, logs)
+            self.checkpoints.wait()
+            raise TrainingDiverged(f"{error} (checkpoint: {self.checkpoints.folder})") from error
 
     def _names(self) -> list[str]:
         return [phase.name for phase in self.method.phases]
