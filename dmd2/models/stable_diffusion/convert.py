@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dmd2.models.adapters.lora import SETTINGS_FILE, Fused, read_lora, settings_of
 from dmd2.models.stable_diffusion.configs import TIMESTEPS, Schedule, check_configs, network_class
-from dmd2.models.stable_diffusion.folder import UNET_FILE, load_tokenizer, save_pipeline_configs
+from dmd2.models.stable_diffusion.folder import TINY, UNET_FILE, load_tokenizer, save_pipeline_configs
 from dmd2.models.stable_diffusion.single_file import TOKENIZERS, SingleFile, check_base
 from dmd2.runtime.errors import InvalidInput, UserError
 from dmd2.runtime.files import atomic_text, sha256_file
@@ -57,7 +57,8 @@ def convert_sdxl(
         lora: None for a checkpoint that has it merged in, or is such a student otherwise.
         scale: of the LoRA; DMD2's wants 0.5 to 1.0 on checkpoints other than its own.
         vae: folder of another VAE. SDXL's own overflows in fp16 and is run in fp32, at twice the cost.
-        base: folder of SDXL's configurations and tokenizers, which a file lacks.
+        base: folder of SDXL's configurations and tokenizers, which a file lacks; and of the tiny VAE, where `source`
+            has none.
         prediction: one of `PREDICTIONS`, if the checkpoint does not say it, or wrongly.
         teacher: the checkpoint is not distilled, and is sampled so. Students are trained from such a folder.
 
@@ -83,6 +84,10 @@ def convert_sdxl(
             schedule = _from_file(source, lora, new, vae, base, schedule)
         else:
             schedule = _from_folder(source, lora, new, vae, schedule)
+        for folder in (source, base):
+            if folder is not None and (folder / TINY).is_dir() and not (new / TINY).exists():
+                check_network(network_class("vae", folder / TINY), folder / TINY / UNET_FILE, half=True)
+                _copy_network(folder / TINY, new / TINY, UNET_FILE)
         student, licence = Student(subfolder="unet", timesteps=TIMESTEPS[4]), f"that of {source.name}"
         if lora is not None:
             if schedule.prediction_type != "epsilon":

@@ -42,7 +42,10 @@ LICENCE = "Apache-2.0; the emoji it learned are Noto Color Emoji, SIL OFL 1.1"
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
-PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", "vae_tiny", "LICENSE", "LICENSE.md")
+TINY = "vae_tiny"
+"""subfolder of TAESD(XL), where `vae` is another VAE"""
+
+PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", TINY, "LICENSE", "LICENSE.md")
 """what a text-to-image model has besides UNets"""
 
 
@@ -309,7 +312,7 @@ def save_text_to_image(
     goes into the safetensors metadata.
     """
     old = read_manifest(init) if (init / MANIFEST).exists() else None
-    family = old.family if old else "sdxl"
+    family = old.family if old else family_of(init)
     with whole_folder(folder) as new:
         lora = unet if isinstance(unet, Adapted) else None
         left_out = {MANIFEST} | ({unet_subfolder} if lora is None else set())
@@ -342,6 +345,11 @@ def save_text_to_image(
             teacher=teacher or (old.teacher if old else None),
         )
         write_manifest(new, manifest)
+
+
+def family_of(folder: Path) -> str:
+    """Of a folder in diffusers' layout that has no manifest to say it."""
+    return "sdxl" if (folder / "text_encoder_2").is_dir() or not (folder / "text_encoder").is_dir() else "sd15"
 
 
 def save_module(

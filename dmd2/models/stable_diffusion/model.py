@@ -17,7 +17,7 @@ from dmd2.models.openvino.choice import describe, is_enabled
 from dmd2.models.openvino.kept import Kept
 from dmd2.models.openvino.network import HINTS
 from dmd2.models.stable_diffusion.codec import LatentCodec
-from dmd2.models.stable_diffusion.folder import load_codec, load_denoisers, load_text_to_image
+from dmd2.models.stable_diffusion.folder import TINY, load_codec, load_denoisers, load_text_to_image
 from dmd2.models.stable_diffusion.unet import StableDiffusion
 from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import read_object
@@ -25,8 +25,6 @@ from dmd2.runtime.offload import LARGE_MODEL_PARAMS
 from dmd2.runtime.paths import cache_folder
 from dmd2.runtime.placement import Placement, count_parameters, default_dtype, leaves_dtype, place
 from dmd2.weights.manifest import Student, read_manifest, verify
-
-TINY = "vae_tiny"
 
 logger = logging.getLogger(__name__)
 

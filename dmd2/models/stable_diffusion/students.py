@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmd2.models.stable_diffusion.configs import TIMESTEPS, read_schedule
-from dmd2.models.stable_diffusion.folder import UNET_FILE, save_text_to_image
+from dmd2.models.stable_diffusion.configs import TIMESTEPS, TIMESTEPS_OF_SD15, read_schedule
+from dmd2.models.stable_diffusion.folder import UNET_FILE, family_of, save_text_to_image
 from dmd2.runtime.errors import InvalidInput, UserError, WeightsError
 from dmd2.runtime.loading import build_network
 from dmd2.runtime.tensors import read_tensors, write_tensors
@@ -36,8 +36,10 @@ def import_student(source: Path, base: Path, out: Path, steps: int) -> None:
     known = read_manifest(base) if (base / MANIFEST).is_file() else None
     if known is not None:
         verify(base, known)
-    if known is None and not (base / "text_encoder_2").is_dir():
-        raise WeightsError(f"has neither {MANIFEST} nor text_encoder_2; expected SDXL in diffusers' layout", base)
+    if known is None and not (base / "text_encoder").is_dir():
+        expected = "expected SDXL or SD 1.5 in diffusers' layout"
+        raise WeightsError(f"has neither {MANIFEST} nor text_encoder; {expected}", base)
+    timesteps = TIMESTEPS if (known.family if known else family_of(base)) == "sdxl" else TIMESTEPS_OF_SD15
     folders = ["unet", *([known.teacher.subfolder] if known and known.teacher else [])]
     config = next((base / name / "config.json" for name in folders if (base / name / "config.json").is_file()), None)
     if config is None:
@@ -57,7 +59,7 @@ def import_student(source: Path, base: Path, out: Path, steps: int) -> None:
     licence = LICENCE.format(name=source.name)
     schedule = read_schedule(base / "scheduler")
     size = known.native_size if known else (unet.config.sample_size * 8,) * 2
-    student = Student(subfolder="unet" if steps == 4 else f"unet_{steps}step", timesteps=TIMESTEPS[steps])
+    student = Student(subfolder="unet" if steps == 4 else f"unet_{steps}step", timesteps=timesteps[steps])
     save_text_to_image(
         out,
         base,

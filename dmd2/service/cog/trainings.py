@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmd2.data.prompts import read_prompts
 from dmd2.models.family import export_weights
 from dmd2.models.locate import locate
-from dmd2.models.stable_diffusion.configs import TIMESTEPS
+from dmd2.models.stable_diffusion.configs import TIMESTEPS, TIMESTEPS_OF_SD15
 from dmd2.runtime.errors import InvalidInput, UserError, first_error, one_line, pattern, shown
 from dmd2.runtime.paths import ROOT
 from dmd2.service.cog import leash
@@ -40,6 +40,8 @@ MOST_IMAGES, MOST_IMAGE_BYTES = 20_000, 2_000_000_000
 DOWNLOAD_SECONDS, KEPT_SECONDS = 600.0, 600.0
 GAN = ("gan_generator=5e-3", "gan_critic=1e-2")
 """weights of DMD2's SDXL runs (2405.14867), where there are images to learn from"""
+LARGE = 512 * 512
+"""pixels from which on memory is short"""
 LINE = 2000
 """bytes of a line that is passed on, at most"""
 
@@ -178,12 +180,13 @@ def _settings(request: TrainingRequest, manifest: Manifest) -> list[str]:
     """What differs from the recipe."""
     assert manifest.teacher is not None
     known = manifest.students.get(request.num_inference_steps)
-    timesteps = known.timesteps if known and known.timesteps else TIMESTEPS[request.num_inference_steps]
+    published = TIMESTEPS if manifest.family == "sdxl" else TIMESTEPS_OF_SD15
+    timesteps = known.timesteps if known and known.timesteps else published[request.num_inference_steps]
     return [
         f"iterations={request.iterations}",
         f"checkpoint_every={request.iterations}",
         f"sample_every={request.iterations}",
-        f"batch_size={request.batch_size}",
+        *_batch(request.batch_size, manifest.native_size),
         f"seed={request.seed}",
         f"lr={request.learning_rate!r}",
         f"lr_critic={request.learning_rate!r}",
@@ -192,6 +195,13 @@ def _settings(request: TrainingRequest, manifest: Manifest) -> list[str]:
         f"guidance_scale={manifest.teacher.guidance_scale!r}",
         *(GAN if request.images else ()),
     ]
+
+
+def _batch(images: int, size: tuple[int, int]) -> list[str]:
+    """Large images one at a time, and their activations computed again, so that one card is enough."""
+    if size[0] * size[1] < LARGE:
+        return [f"batch_size={images}"]
+    return ["batch_size=1", f"grad_accum_steps={images}", "checkpointing=true"]
 
 
 def _run(arguments: Sequence[str], folder: Path, until: float) -> None:

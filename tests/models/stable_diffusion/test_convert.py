@@ -64,6 +64,19 @@ def test_a_checkpoint_that_is_not_distilled_is_a_teacher(checkpoint: Path, tmp_p
         convert_sdxl(checkpoint, checkpoint.parent / "dmd2.safetensors", tmp_path / "other", teacher=teacher)
 
 
+@pytest.mark.parametrize("of_base", [False, True])
+def test_the_tiny_vae_goes_along(of_base: bool, checkpoint: Path, tiny_vae: Any, tmp_path: Path) -> None:
+    """Recipes decode by it."""
+    base = tmp_path / "base"
+    source = checkpoint if of_base else Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    tiny_vae.save_pretrained((base if of_base else source) / "vae_tiny")
+    teacher = Teacher(subfolder="unet", steps=2, guidance_scale=8.0)
+    convert_sdxl(source, None, tmp_path / "made", base=base if of_base else None, teacher=teacher)
+    verify(tmp_path / "made", read_manifest(tmp_path / "made"))
+    images = open_family(tmp_path / "made", torch.device("cpu"), "fp32").rgb("tiny", False)(torch.zeros(1, 4, 8, 8))
+    assert images.shape == (1, 3, 32, 32)  # an f4 one
+
+
 def test_pefts_settings_go_along(checkpoint: Path, tmp_path: Path) -> None:
     """Else the student's LoRA would be half as strong as the file says."""
     file = tmp_path / "adapter_model.safetensors"

@@ -18,6 +18,7 @@ from dmd2.models.stable_diffusion.students import import_student
 from dmd2.runtime.errors import UserError
 from dmd2.weights.manifest import read_manifest, write_manifest
 from tests.tiny_sdxl import difference
+from tests.training.test_product import sd15
 
 UNETS = {4: "unet/diffusion_pytorch_model.safetensors", 1: "unet_1step/diffusion_pytorch_model.safetensors"}
 
@@ -46,9 +47,24 @@ def test_a_folder_of_diffusers_without_a_manifest_is_a_base_too(weights: Path, t
     export_weights(weights, tmp_path / "unet.bin", None)
     import_student(tmp_path / "unet.bin", base, tmp_path / "back", 4)
     assert read_manifest(tmp_path / "back").family == "sdxl" and read_manifest(tmp_path / "back").teacher is None
-    shutil.rmtree(base / "text_encoder_2")
-    with pytest.raises(UserError, match=r"base: has neither dmd2\.json nor text_encoder_2"):
+    for name in ("text_encoder", "text_encoder_2"):
+        shutil.rmtree(base / name)
+    with pytest.raises(UserError, match=r"base: has neither dmd2\.json nor text_encoder;"):
         import_student(tmp_path / "unet.bin", base, tmp_path / "other", 4)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_student_of_sd_15_goes_into_its_own_folder(
+    described: bool, text_models: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    base = sd15(tmp_path / "base", text_models)
+    if not described:
+        (base / "dmd2.json").unlink()
+    import_student(base / UNETS[4], base, tmp_path / "made", 1)
+    manifest = read_manifest(tmp_path / "made")
+    assert manifest.family == "sd15" and manifest.students[1].timesteps == [999]
+    (image,) = Engine(tmp_path / "made", "cpu", modes=("1",)).generate(["an owl"], seeds=[1], mode="1")
+    assert image.shape[0] == 3 and float(image.float().std()) > 0
 
 
 def test_a_lora_goes_out_at_scale_one(weights: Path, tmp_path: Path) -> None:

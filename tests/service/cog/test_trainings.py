@@ -232,3 +232,12 @@ def test_a_request_s_numbers_reach_the_recipe(weights: Path) -> None:
     recipe: Any = resolve(trainings.RECIPE, trainings._settings(request, read_manifest(weights)))
     assert (recipe.loop.iterations, recipe.lr, recipe.rank, recipe.guidance_scale) == (7, 1e-3, 3, 3.0)
     assert recipe.adapter == "lora" and recipe.networks == "adapters" and recipe.timesteps == (999, 749, 499, 249)
+
+
+def test_large_images_are_trained_in_the_memory_of_one_card(weights: Path) -> None:
+    request = TrainingRequest.of({"prompts": PROMPTS, "batch_size": 6})
+    manifest = read_manifest(weights).model_copy(update={"native_size": (1024, 1024)})
+    recipe: Any = resolve(trainings.RECIPE, trainings._settings(request, manifest))
+    assert (recipe.loop.batch_size, recipe.loop.grad_accum_steps, recipe.checkpointing) == (1, 6, True)
+    recipe = resolve(trainings.RECIPE, trainings._settings(request, read_manifest(weights)))
+    assert (recipe.loop.batch_size, recipe.loop.grad_accum_steps, recipe.checkpointing) == (6, 1, False)
