@@ -6,7 +6,9 @@ like those that are not run; files that any page names must be there.
 
 from __future__ import annotations
 
+import base64
 import importlib
+import io
 import json
 import os
 import re
@@ -27,6 +29,7 @@ from dmd2.training.loop import LoopSettings, train
 from dmd2.training.recipes import RECIPES, build_method, resolve
 from dmd2.weights.manifest import DEFAULT, read_manifest
 from tests.service.cog.cog_server import CogServer
+from tests.service.cog.test_supervisor import free_port
 from tests.service.http.serve_process import ServeProcess
 from tests.training.pixels import same_weights, write_teacher
 
@@ -69,13 +72,17 @@ BLOCKS = blocks(ROOT / "README.md")
 SHELL = [block for page in PAGES for block in blocks(page) if block.language == "sh"]
 TREE = next(block for block in BLOCKS if not block.language)
 SERVED = [block for block in BLOCKS if "localhost:5000" in block.code]
-ASKED = [block for block in BLOCKS if "localhost:8000/v1" in block.code]
+ASKED = [block for block in BLOCKS if "localhost:8000/v1" in block.code and "kill $!" not in block.code]
 """what `dmd2 serve` is asked"""
 SERVERS = ("dmd2 cog", "dmd2 serve ")
+OWN = [block for block in BLOCKS if "kill $!" in block.code]
+"""that start a server, ask it and end it"""
 ALONE = [
     b
     for b in BLOCKS
-    if b.is_run and b.language and b not in SERVED + ASKED and not any(name in b.code for name in SERVERS)
+    if b.is_run
+    and b.language
+    and (b in OWN or (b not in SERVED + ASKED and not any(name in b.code for name in SERVERS)))
 ]
 
 
@@ -89,12 +96,13 @@ def commands(code: str) -> Iterator[list[str]]:
         if len(words) == 1 and "=" in words[0]:
             variables |= [words[0].split("=", 1)]
         elif words:
-            yield words
+            yield words[:-1] if words[-1] == "&" else words
 
 
 def run(block: Block, folder: Path, port: int = 5000) -> str:
     """Runs a block as a user would who stands in `folder`, with the environment activated."""
     code = re.sub("localhost:(5000|8000/v1)", lambda found: found[0].replace(found[1][:4], str(port)), block.code)
+    code = code.replace("--port 8000 ", f"--port {port} ")
     command = {"sh": ["bash", "-euo", "pipefail", "-c", code], "python": [sys.executable, "-c", code]}[block.language]
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": paths, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -119,7 +127,12 @@ def test_every_block_is_found() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", ALONE, ids=lambda block: f"line {block.line}")
 def test_a_block_runs_as_written(block: Block, folder: Path) -> None:
-    run(block, folder)
+    said = run(block, folder, free_port())
+    if block in OWN:  # the student that the block has trained was asked for an image, and gave one
+        answer = re.search(r'"b64_json": ?"([^"]+)"', said)
+        assert answer is not None, said
+        with Image.open(io.BytesIO(base64.b64decode(answer[1]))) as image:
+            assert image.size == read_manifest(DEFAULT).native_size
     if "--num-outputs 4 --out images" in block.code:  # what the text promises: two prompts, four seeds each
         names = [path.stem.split("_")[-2:] for path in (folder / "images").glob("*.png")]
         assert sorted(names) == sorted([["1", seed] for seed in ("7", "8", "9", "10")] * 2)

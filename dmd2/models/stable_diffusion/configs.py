@@ -22,8 +22,8 @@ SCHEDULER = "LCMScheduler"
 """what few-step students are sampled with, in diffusers' terms"""
 TIMESTEPS = {4: [999, 749, 499, 249], 1: [399]}
 """of DMD2's published students of SDXL (2405.14867), by number of steps"""
-TIMESTEPS_OF_SD15 = {**TIMESTEPS, 1: [999]}
-"""its one-step student of SD 1.5 starts from noise alone"""
+TIMESTEPS_OF = {"sdxl": TIMESTEPS, "sd15": {**TIMESTEPS, 1: [999]}}
+"""by family: the one-step student of SD 1.5 starts from noise alone"""
 SD_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 OTHER_INPUTS = (
     "class_embed_type",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmd2.models.stable_diffusion.configs import TIMESTEPS, TIMESTEPS_OF_SD15, read_schedule
+from dmd2.models.stable_diffusion.configs import TIMESTEPS, TIMESTEPS_OF, read_schedule
 from dmd2.models.stable_diffusion.folder import UNET_FILE, family_of, save_text_to_image
 from dmd2.runtime.errors import InvalidInput, UserError, WeightsError
 from dmd2.runtime.loading import build_network
@@ -39,7 +39,7 @@ def import_student(source: Path, base: Path, out: Path, steps: int) -> None:
     if known is None and not (base / "text_encoder").is_dir():
         expected = "expected SDXL or SD 1.5 in diffusers' layout"
         raise WeightsError(f"has neither {MANIFEST} nor text_encoder; {expected}", base)
-    timesteps = TIMESTEPS if (known.family if known else family_of(base)) == "sdxl" else TIMESTEPS_OF_SD15
+    timesteps = TIMESTEPS_OF.get(known.family if known else family_of(base), TIMESTEPS)
     folders = ["unet", *([known.teacher.subfolder] if known and known.teacher else [])]
     config = next((base / name / "config.json" for name in folders if (base / name / "config.json").is_file()), None)
     if config is None:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmd2.data.prompts import read_prompts
 from dmd2.models.family import export_weights
 from dmd2.models.locate import locate
-from dmd2.models.stable_diffusion.configs import TIMESTEPS, TIMESTEPS_OF_SD15
+from dmd2.models.stable_diffusion.configs import TIMESTEPS, TIMESTEPS_OF
 from dmd2.runtime.errors import InvalidInput, UserError, first_error, one_line, pattern, shown
 from dmd2.runtime.paths import ROOT
 from dmd2.service.cog import leash
@@ -180,8 +180,8 @@ def _settings(request: TrainingRequest, manifest: Manifest) -> list[str]:
     """What differs from the recipe."""
     assert manifest.teacher is not None
     known = manifest.students.get(request.num_inference_steps)
-    published = TIMESTEPS if manifest.family == "sdxl" else TIMESTEPS_OF_SD15
-    timesteps = known.timesteps if known and known.timesteps else published[request.num_inference_steps]
+    published = TIMESTEPS_OF.get(manifest.family, TIMESTEPS)[request.num_inference_steps]
+    timesteps = known.timesteps if known and known.timesteps else published
     return [
         f"iterations={request.iterations}",
         f"checkpoint_every={request.iterations}",

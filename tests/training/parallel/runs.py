@@ -16,7 +16,7 @@ from dmd2.training.run.logs import SPEED
 from tests.training.test_loop import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-ITERATIONS = 12
+ITERATIONS = int(os.environ.get("TORCHRUN_ITERATIONS", "12"))
 SETTINGS = {
     "iterations": ITERATIONS,
     "batch_size": 4,
