@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmd2.training.run.logs import SPEED
+from tests.service.cog.test_supervisor import free_port
 from tests.training.test_loop import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,12 +42,25 @@ def job(paths: Paths, out: Path, **more: Any) -> dict[str, Any]:
     return {"out": str(out), "paths": paths, "set": sets(SETTINGS), **more}
 
 
-def torchrun(*words: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*words: str, nodes: Sequence[str] = ("--standalone", "--nproc-per-node", "2")) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *nodes]
     # Should a process die of a signal, its text says where it was.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen([*launcher, *words], env=environment, text=True, **both)  # type: ignore[call-overload]
+
+
+def on_two_machines(*words: str) -> str:
+    """As two machines would, with a process on each: a torchrun for each of them. What the first one prints."""
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    first, second = (torchrun(*words, nodes=[*meet, "--node-rank", str(rank)]) for rank in range(2))
+    try:
+        text = finish(first)
+        finish(second)
+    finally:
+        for run in (first, second):
+            run.kill()
+    return text
 
 
 def command(job: dict[str, Any], *more: str) -> list[str]:

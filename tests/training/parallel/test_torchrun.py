@@ -32,6 +32,7 @@ from tests.training.parallel.runs import (
     job,
     largest_difference,
     log,
+    on_two_machines,
     results,
     torchrun,
     weights_of,
@@ -59,7 +60,7 @@ def runs(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [job(paths, folder / name, strategy=name) for name in ("ddp", "fsdp2")]
     for name, one in begun.items():
         jobs.append(job(paths, folder / name, strategy=goes_on[name], resume=True, **{"from": str(folder / one)}))
-    text = finish(torchrun("-m", "tests.training.parallel.worker", json.dumps(jobs)))
+    text = on_two_machines("-m", "tests.training.parallel.worker", json.dumps(jobs))
     assert text.count("step 0: ") == 2, text  # one process speaks
     return folder
 
