@@ -106,7 +106,7 @@ def ours(weights: Path, recipe: Dmd2Recipe, data: Path, device: torch.device) ->
         parts = range(number * recipe.loop.grad_accum_steps, (number + 1) * recipe.loop.grad_accum_steps)
         batches = [Batch(number, method.data(i), torch.Generator().manual_seed(i)) for i in parts]
         for name, one in phases.items():
-            if number % one.every == 0:
+            if one.is_due(number):
                 phase(name)
                 training_step([one], batches[0], recipe.loop, batches[1:])
         if average is not None:

@@ -61,6 +61,13 @@ class Phase:
     loss: Callable[[Batch], tuple[Tensor, Logs]]
     first: int = 0
     """the first step of which it is a part"""
+    rests: int = 0
+    """at every so many-th step it has no turn, whatever `every` says; 0: it never rests"""
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is a part of that step."""
+        resting = self.rests > 0 and step % self.rests == 0
+        return step % self.every == 0 and step >= self.first and not resting
 
 
 @dataclass(frozen=True)
@@ -338,7 +345,7 @@ def training_step(
     phases = list(phases)
     figures: Logs = {}
     for index, phase in enumerate(phases):
-        if batch.step % phase.every or batch.step < phase.first:
+        if not phase.is_due(batch.step):
             continue
         parallel.settle()
         for other in phases:  # a loss may run through another phase's network, but never trains it

@@ -39,6 +39,8 @@ class Dmd2Recipe(Distillation):
     lr_critic: Rate
     generator_every: Count
     """k of the two time scales"""
+    disjoint: bool = False
+    """whether the fake score rests in the steps of the student, as in NVIDIA's FastGen; or learns in every step"""
     gan_generator: Weight = 0.0
     gan_critic: Weight = 0.0
     """weights of the GAN losses; 0 and 0 is no GAN"""
@@ -78,6 +80,8 @@ class Dmd2Recipe(Distillation):
     def conflict(self) -> str | None:
         """A generator must not follow a classifier that nothing trains, nor a classifier be trained for nothing."""
         problem = super().conflict()
+        if not problem and self.disjoint and self.generator_every == 1:
+            return "disjoint=true with generator_every=1: expected 2 or more; the fake score would never learn"
         if not problem and self.adapter == "lora" and self.student_init is not None:
             return f"student_init={self.student_init} with adapter=lora: expected null; a LoRA begins as the teacher"
         if not problem and self.pretrained and (self.resumed or self.student_init is not None):
@@ -137,6 +141,7 @@ class Dmd2Recipe(Distillation):
             kit.sigmas,
             guidance_scale=self.guidance_scale,
             generator_every=self.generator_every,
+            disjoint=self.disjoint,
             gan_weights=(self.gan_generator, self.gan_critic),
             simulated=self.backward_simulation,
             objective=self.objective(networks),
@@ -152,6 +157,7 @@ def dmd2_phases(
     *,
     guidance_scale: float = 1.0,
     generator_every: int = 1,
+    disjoint: bool = False,
     gan_weights: tuple[float, float] = (0.0, 0.0),
     dm_range: Callable[[int], tuple[float, float]] = lambda step: DM_RANGE,
     simulated: bool = True,
@@ -166,7 +172,8 @@ def dmd2_phases(
         optimizers: theirs.
         sigmas: of the student's steps, descending.
         guidance_scale: the teacher's; the fake score is never guided.
-        generator_every: k of the two time scales: critic updates for one of the generator's.
+        generator_every: k of the two time scales: steps of which one updates the generator.
+        disjoint: whether the critic is updated in the others alone; or in all.
         gan_weights: of the generator's GAN loss and of the critic's.
         dm_range: step → the part of the σ table that the generator's levels are drawn from.
         simulated: see `generate`.
@@ -194,7 +201,7 @@ def dmd2_phases(
 
     return [
         Phase("generator", generator_every, modules[0], optimizers[0], generator_loss),
-        Phase("critic", 1, modules[1], optimizers[1], critic),
+        Phase("critic", 1, modules[1], optimizers[1], critic, rests=generator_every if disjoint else 0),
     ]
 
 

@@ -179,6 +179,8 @@ def predict(
         tracker.peak = tracker.flops = 0
         step = partial(_step, method, recipe, parallel, tracker)
         first = step(0, 0)
+        if any(phase.rests for phase in method.phases):  # then no step has all of them
+            step(1, 0)
         peak = tracker.peak
         flops = _mean(method, recipe, step, first) * cards if count_flops else 0
         del average

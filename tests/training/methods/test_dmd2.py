@@ -362,6 +362,19 @@ def test_the_critic_s_turn_leaves_the_student_alone(gan: float) -> None:
     assert all(p.grad is None for p in s.student.parameters())
 
 
+def test_on_disjoint_steps_the_critic_rests_when_the_student_learns() -> None:
+    s = setting(gan=0.1)
+    generator_phase, critic = s.phases
+    s.phases[1] = replace(critic, rests=generator_phase.every)
+    turns = []
+    for step in range(4):
+        before = weights_of(s.student), weights_of(s.critic)
+        logs = train_one(s, step)
+        turns.append((any(changed(s.student, before[0])), any(changed(s.critic, before[1]))))
+        assert ("generator" in logs, "critic" in logs) == turns[-1]
+    assert turns == [(True, False), (False, True)] * 2
+
+
 @pytest.mark.parametrize("gan", [0.0, 0.1])
 def test_the_generator_s_turn_leaves_the_critic_alone(gan: float) -> None:
     s = setting(gan=gan)

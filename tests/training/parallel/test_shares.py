@@ -54,7 +54,7 @@ def test_the_mean_over_ranks_is_the_loss_of_one(name: str, sources: Inputs, monk
         for step in (0, 1):  # with and without the generator's turn; two exit steps
             batch = Batch(step, method.data(step), ranks.generator(step))
             for phase in method.phases:
-                if step % phase.every == 0:
+                if phase.is_due(step):
                     torch.manual_seed(step)  # as the loop does, in all processes alike
                     loss, figures = phase.loss(batch)
                     loss.backward()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +16,8 @@ from dmd2.runtime.errors import UserError
 from dmd2.training.loop import LoopSettings
 from dmd2.training.methods.dmd2 import Dmd2Recipe
 from dmd2.training.ranges import field_types
-from dmd2.training.recipes import RECIPES, resolve
+from dmd2.training.recipes import RECIPES, build_method, resolve
+from tests.training.pixels import write_set, write_teacher
 
 
 def test_every_recipe_resolves_to_itself() -> None:
@@ -83,6 +86,11 @@ def types_of(name: str) -> dict[str, Any]:
         ("emoji-teacher", ["still_until=5000"], "free_from=4000: expected still_until=5000 or more"),
         ("cifar10-small-dmd2", ["sigmas=[NaN]"], "sigmas=.*NaN.*: expected a list of 0 to 64, each a number above 0"),
         ("cifar10-small-dmd2", ["gan_generator=1"], "gan_generator=1 with gan_critic=0"),
+        (
+            "cifar10-small-dmd2",
+            ["disjoint=true", "generator_every=1"],
+            "disjoint=true with generator_every=1: expected 2",
+        ),
         ("cifar10-small-dmd", ["sigmas=[80, 1]"], "expected a single level"),
         ("cifar10-small-gdd", ["sigmas=[0.001]"], "boundary=0.002: expected less than"),
         ("cifar10-small-gdd", ["r1_gamma=-1e-4"], "r1_gamma=-0.0001: expected a number from 0"),
@@ -96,6 +104,18 @@ def test_a_value_out_of_range_is_named_with_what_is_valid(name: str, overrides: 
     with pytest.raises(UserError, match=says) as error:
         resolve(name, overrides)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["cifar10-dmd2", "imagenet64-dmd2-fastgen"])
+def test_fastgen_s_recipes_are_its_method(name: str, tmp_path: Path) -> None:
+    recipe: Any = RECIPES[name]
+    assert recipe.loop.warmup == 0 and recipe.gan_features == "teacher" and recipe.generator_every == 5
+    teacher = write_teacher(tmp_path / "teacher")
+    tiny: Any = replace(recipe, loop=replace(recipe.loop, batch_size=2), precision="fp32")
+    images = write_set(tmp_path / "images.zip")
+    method = build_method(tiny, {"init": teacher, "data": images}, torch.device("cpu"))
+    due = [[phase.name for phase in method.phases if phase.is_due(step)] for step in range(6)]
+    assert due == [["generator"], *[["critic"]] * 4, ["generator"]]
 
 
 def test_two_fields_may_change_together() -> None:
