@@ -57,10 +57,11 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x (B, C, H, W) fp32, sigma (B,) → x0 (B, C, H, W), fp32."""
 
-    def features(self, x: Tensor, sigma: Tensor, cond: Cond, *, first: int | None = None) -> tuple[Tensor, Tensor]:
+    def features(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """As a call, and beside x0 the bottleneck activations (B, C', h, w) of the same forward pass.
 
-        With `first` x0 is of that many rows only, the first ones; the others end at the bottleneck.
+        A denoiser that says `takes_first = True` takes `first=`, too: x0 is then of that many rows only, the first
+        ones, and the others end at the bottleneck.
         """
 
     def scale_initial_noise(self, noise: Tensor, sigma: Tensor) -> Tensor:

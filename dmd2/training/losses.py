@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ def denoising(
         x0: (B, C, H, W) clean samples.
         sigma: (B,) noise levels.
         noise: (B, C, H, W) unit noise.
-        beside: B' others, which go with these as far as the bottleneck.
+        beside: B' others, which go with these as far as the bottleneck; for a denoiser that `takes_first`.
 
     Returns:
         The mean loss, and the bottleneck activations of the same pass: (B, C', h, w), or (B + B', C', h, w).
@@ -33,7 +35,8 @@ def denoising(
         prediction, bottleneck = denoiser.features(noisy, sigma, cond)
     else:
         x, levels, conds = torch.cat([noisy, beside[0]]), torch.cat([sigma, beside[1]]), cond.cat(beside[2])
-        prediction, bottleneck = denoiser.features(x, levels, conds, first=len(noisy))
+        features: Any = denoiser.features
+        prediction, bottleneck = features(x, levels, conds, first=len(noisy))
     weight = per_image(denoiser.loss_weight(sigma), x0)
     return (weight * (prediction - x0) ** 2).mean(), bottleneck
 

@@ -357,6 +357,7 @@ class Edm:
     """
 
     inpaints = False
+    takes_first = True
 
     def __init__(self, network: EdmNetwork, *, compile: bool = False) -> None:
         self.network, self.config = network, network.config
@@ -372,7 +373,8 @@ class Edm:
     def features(
         self, x: Tensor, sigma: Tensor, cond: ClassCondition, *, first: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        x0, bottleneck = self._network(x, sigma, cond.labels, cond.augment, first)
+        fewer = {} if first is None else {"first": first}
+        x0, bottleneck = self._network(x, sigma, cond.labels, cond.augment, **fewer)
         return x0, bottleneck
 
     def bottleneck(self, x: Tensor, sigma: Tensor, cond: ClassCondition) -> Tensor:

@@ -51,6 +51,8 @@ class StableDiffusion:
         adapter: what surrounds each call: a LoRA in training, see `Adapted.active`.
     """
 
+    takes_first = True
+
     def __init__(
         self,
         unet: Any,

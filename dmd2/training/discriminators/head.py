@@ -136,7 +136,8 @@ class GanJudge:
         by_teacher = self.logits(n, fake, cond_fake, generator) if self.by_teacher else None
         sigma = sample_sigma(by.sigmas, len(real), generator)
         noisy = add_noise(real, sigma, draws.randn(real.shape, generator).to(real.device))
-        if self.together and by_teacher is None and cond_fake.length == cond_real.length:
+        together = self.together and by_teacher is None and getattr(n.fake_score, "takes_first", False)
+        if together and cond_fake.length == cond_real.length:
             loss, both = denoising(*generated, beside=(noisy, sigma, cond_real))
             middle, middle_real = both.tensor_split([len(fake)])
         else:

@@ -118,10 +118,13 @@ class Dmd2Recipe(Distillation):
         """What the generator minimises beside the GAN's loss; None is DMD's matching."""
         return None
 
-    def _together(self, family: Family) -> bool:
-        """Small images keep a device busy in large batches alone; of large ones a block's batch must fit into it."""
-        _, height, width = family.shape
-        return height * width <= SMALL and not self.checkpointing
+    def _together(self, kit: Kit) -> bool:
+        """Small images keep a device busy in large batches alone; of large ones a block's batch must fit into it.
+
+        Where networks are in shards or blocks run again in backward, memory is short, too.
+        """
+        _, height, width = kit.family.shape
+        return height * width <= SMALL and not self.checkpointing and not kit.inputs.parallel.collective
 
     def phases(self, kit: Kit) -> list[Phase]:
         head = self.new_head(kit.family).to(kit.inputs.device) if self.gan_critic > 0 else None
@@ -145,7 +148,7 @@ class Dmd2Recipe(Distillation):
             gan_weights=(self.gan_generator, self.gan_critic),
             simulated=self.backward_simulation,
             objective=self.objective(networks),
-            judge=GanJudge(self.gan_features == "teacher", self.r1, self.r1_noise, self._together(kit.family)),
+            judge=GanJudge(self.gan_features == "teacher", self.r1, self.r1_noise, self._together(kit)),
         )
 
 
