@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -67,7 +67,9 @@ def pairs(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pairs, or one to continue.")],
     count: Annotated[int, typer.Option("-n", help="Pairs to make.")] = 100_000,
     steps: Annotated[int, typer.Option(help="Steps of the teacher's sampler for each pair.")] = 18,
-    batch: Annotated[int, typer.Option(help="Pairs made at once.")] = 100,
+    batch: Annotated[
+        int | None, typer.Option(help="Pairs made at once; 100 of 32x32 pixels unless given, fewer of larger images.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, as for `data prompts`, for the teacher of a text-to-image model.")
     ] = None,
@@ -78,7 +80,13 @@ def pairs(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; that of the teacher's samples unless given.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="That the teacher runs in: fp32, bf16, or auto, the faster of the two here.")
+    ] = "fp32",
+    embeddings: Annotated[
+        bool, typer.Option(help="Keep the prompts' embeddings, so that training encodes no text.")
+    ] = True,
+    device: DEVICE = "auto",
     part: PART = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
 ) -> None:
@@ -87,10 +95,15 @@ def pairs(
     from dmd2.data.prompts import read_prompts
     from dmd2.data.shards import Part
     from dmd2.inference.engine import resolve_device
+    from dmd2.runtime.errors import InvalidInput, shown
+    from dmd2.runtime.precision import Precision
 
+    if precision not in get_args(Precision):
+        raise InvalidInput("precision", f"expected {', '.join(get_args(Precision))}", shown(precision, 100))
     texts = [] if prompts is None else read_prompts(prompts)
     where = resolve_device(device)
     given: dict[str, Any] = {"solver": solver, "guidance_scale": guidance, "part": Part.parse(part)}
+    given |= {"precision": precision, "embeddings": embeddings}
     whole = make_pairs(weights, out, count, steps, batch, where, prompts=texts, compile=compile, **given)
     _done(out, f"{count} pairs", whole)
 

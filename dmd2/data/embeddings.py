@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +87,12 @@ def make_latents(
 def _embed(model: TextToImage, prompts: Sequence[str]) -> dict[str, Tensor]:
     cond = model.encode_text(list(prompts), model.manifest.native_size)
     window = model.encode_text.tokenizers[0].model_max_length
-    columns = {"context": cond.context[:, :window].half()}
+    return embedding_columns(replace(cond, context=cond.context[:, :window]))
+
+
+def embedding_columns(cond: Any) -> dict[str, Tensor]:
+    """A `TextCondition` as columns of shards: `Family.embedded` makes one of them again."""
+    columns = {"context": cond.context.half()}
     return columns if cond.pooled is None else columns | {"pooled": cond.pooled.half()}
 
 

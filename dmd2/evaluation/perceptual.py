@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError, first_line
+from dmd2.runtime.files import only_shapes
 
 SIDE = 224
 """what both images are enlarged to, in pixels (DMD, app. B)"""
@@ -20,7 +21,7 @@ class Lpips:
 
     The network is called as `net(images, resize_images=False, return_lpips=True)` with fp32 (B, 3, 224, 224) in
     [0, 255] and returns vectors (B, n) whose squared difference, summed up, is the distance: the interface of
-    the `vgg16.pt` that NVIDIA publishes with StyleGAN2-ADA and StyleGAN3.
+    the `vgg16.pt` that NVIDIA publishes with StyleGAN2-ADA and StyleGAN3. Within `shapes_alone` it is a `Vgg16`.
 
     Args:
         path: the TorchScript file. Loading it runs what it holds: take it from a source that you trust.
@@ -31,6 +32,10 @@ class Lpips:
     """
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
+        if only_shapes():
+            size = path.stat().st_size if path.is_file() else 0
+            self.network: nn.Module = Vgg16(size).to(device).requires_grad_(False)
+            return
         if not path.is_file():
             raise UserError(f"LPIPS {path}: no such file; expected a TorchScript VGG16 (vgg16.pt)")
         try:
@@ -53,6 +58,40 @@ class Lpips:
     def _features(self, images: Tensor) -> Tensor:
         features: Tensor = self.network((images + 1) * 127.5, resize_images=False, return_lpips=True)
         return features
+
+
+class Vgg16(nn.Module):
+    """What `Lpips` reads, with any numbers: VGG16's convolutions (Simonyan & Zisserman 2014, 1409.1556, table 1, D).
+
+    It is called and answers as that network, and takes as much memory and time.
+
+    Args:
+        size: bytes of the file that it stands for. What convolutions leave of it are layers that LPIPS does not use.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__()
+        widths, blocks, channels = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3), 3
+        self.blocks = nn.ModuleList()
+        for width, count in zip(widths, blocks, strict=True):
+            block = nn.Sequential()
+            for _ in range(count):
+                block.extend([nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()])
+                channels = width
+            self.blocks.append(block)
+        kept = sum(parameter.nbytes for parameter in self.parameters())
+        self.register_buffer("unused", torch.empty(max(0, size - kept), dtype=torch.uint8))
+
+    def forward(self, images: Tensor, resize_images: bool = False, return_lpips: bool = True) -> Tensor:
+        """images (B, 3, H, W) in [0, 255] → (B, n): all layers' features, each place of unit length, side by side."""
+        x = images / 127.5 - 1
+        features: list[Tensor] = []
+        for block in self.blocks:
+            x = block(x)
+            length = x.square().sum(1, keepdim=True).sqrt()
+            features.append((x / (length + 1e-10)).flatten(1))
+            x = F.max_pool2d(x, 2)
+        return torch.cat(features, 1)
 
 
 def _enlarged(x: Tensor) -> Tensor:

@@ -254,7 +254,7 @@ class StableDiffusionFamily:
     def rgb(self, decoder: str, one_by_one: bool) -> Callable[[Tensor], Tensor]:
         own = vae_folder(self.folder, decoder)
         codec = self.codec
-        if own != "vae":
+        if own != "vae" or codec.device != self.device:  # the codec may be where nothing else is: see `open`
             verify(self.folder, read_manifest(self.folder), {own})
             codec = LatentCodec(load_vae(self.folder / own, self.device, codec.dtype))
 

@@ -73,11 +73,11 @@ class Kit:
             expected = "expected adamw or muon, or `parallel` ddp: its states cannot be sharded"
             raise InvalidInput("set", expected, f"optimizer={name}")
         try:
-            import bitsandbytes
+            from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
         except ImportError as error:
             told = f"optimizer={name}: needs bitsandbytes, which is not installed; or optimizer=adamw"
             raise UserError(told) from error
-        kind = bitsandbytes.optim.AdamW8bit if name == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+        kind = AdamW8bit if name == "adamw8bit" else PagedAdamW8bit
         return kind(module.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.01)
 
 

@@ -124,8 +124,8 @@ def pairs_of(family: Family, inputs: Inputs, n: int, seed: int) -> Callable[[int
 
 def distance_of(kit: Kit, decoder: str, one_by_one: bool) -> Distance:
     """LPIPS, if it is given, of what a decoder makes of x0."""
-    path, plain = kit.inputs.get("lpips"), decoder == "kl" and not one_by_one
-    to_rgb = kit.family.to_rgb if plain or path is None else kit.family.rgb(decoder, one_by_one)
+    path = kit.inputs.get("lpips")
+    to_rgb = kit.family.to_rgb if path is None else kit.family.rgb(decoder, one_by_one)
     return regression_distance(path, kit.inputs.device, to_rgb)
 
 

@@ -22,7 +22,7 @@ from dmd2.training.discriminators.published import PublishedDiscriminator, class
 from dmd2.training.distil import Distillation
 from dmd2.training.loop import Batch, Logs, Phase
 from dmd2.training.losses import gan_critic, gan_generator, r1
-from dmd2.training.methods.common import Kit, Samples, SharedImages
+from dmd2.training.methods.common import Kit, Samples, generate
 from dmd2.training.ranges import Count, Name, Part, Rate, Weight
 from dmd2.training.sources import Inputs
 
@@ -113,10 +113,12 @@ def gdd_phases(
         r1_gamma: R1's weight beside losses that are means; 0 for no R1.
         r1_every: lazy regularisation: R1 takes an update of its own at every n-th step, n times as strong.
     """
-    shared = SharedImages(student, (sigma,))
+
+    def generated(batch: Batch) -> Tensor:
+        return generate(student, batch.data, (sigma,), batch.generator)
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        return gan_generator(discriminator(shared.for_generator(batch), batch.data.cond)), {}
+        return gan_generator(discriminator(generated(batch), batch.data.cond)), {}
 
     def r1_loss(batch: Batch) -> tuple[Tensor, Logs]:
         real = batch.data.real.detach().requires_grad_()
@@ -128,7 +130,11 @@ def gdd_phases(
     def discriminator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         samples: Samples = batch.data
         assert samples.real is not None, "GDD learns from real images"
-        logits_fake = discriminator(shared.for_critic(batch), samples.cond)
+        # Of new noise, as in StyleGAN's trainer: with the images that the generator has just learned from, students
+        # of the small CIFAR-10 teacher lost half of their recall (docs/cifar10.md).
+        with torch.no_grad():
+            fake = generated(batch)
+        logits_fake = discriminator(fake, samples.cond)
         logits_real = discriminator(samples.real, samples.real_cond)
         accuracy = ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
         return gan_critic(logits_real, logits_fake), {"gan_accuracy": accuracy}

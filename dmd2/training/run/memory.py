@@ -148,7 +148,8 @@ def predict(
     """What a process of a run would take.
 
     Args:
-        paths: `init`, as on the command line. Of its folder the configurations alone are read.
+        paths: `init` and `lpips`, as on the command line. Of the folder the configurations alone are read, of the
+            file its size, if it is there.
         device: whose operations are counted; "cuda" needs one.
         cards: processes that share each batch.
 
@@ -208,7 +209,7 @@ def _bare(recipe: Distillation) -> Distillation:
 def _wired(recipe: Distillation, inputs: Inputs) -> Method:
     source = SOURCES[recipe.data]
     init = inputs.with_defaults(source.defaults).need("init")
-    inputs = replace(inputs, paths={"init": init})
+    inputs = replace(inputs, paths={"init": init, "lpips": inputs.get("lpips")})
     host = torch.device("meta") if source.precomputed else None  # what is on "meta" is not counted
     family = open_family(init, inputs.device, recipe.precision, host)
     nothing: Any = _NoSource()

@@ -17,7 +17,7 @@ from dmd2.diffusion.sampling import conditioned, sample_few_step
 from dmd2.training.discriminators.head import ClassifierHead
 from dmd2.training.loop import Batch, Logs, LoopSettings, Phase, training_step
 from dmd2.training.losses import denoising
-from dmd2.training.methods.common import Networks, Samples, generate
+from dmd2.training.methods.common import Networks, Samples, SharedImages, generate
 from dmd2.training.methods.dmd2 import Dmd2Recipe, dmd2_phases
 
 MODES, RADIUS, SPREAD = 6, math.sqrt(2), 0.12  # unit variance in each of the two dimensions
@@ -394,6 +394,36 @@ def test_the_generator_s_turn_leaves_the_critic_alone(gan: float) -> None:
     assert not any(seen[1][0])
     assert {"generator", "critic", "dm_gradient", "fake_score"} <= logs.keys()
     assert ("gan_generator" in logs) == ("gan_critic" in logs) == (gan > 0)
+
+
+def test_generated_images_are_shared_by_both_updates_of_the_same_part_of_the_same_step() -> None:
+    """As in the published runs: what the generator was judged by is what the critic learns from."""
+    s = setting(every=2)
+    shared = SharedImages(s.student, (5.0, 0.9))
+    one, two, later = (Batch(step, s.samples, generator(step)) for step in (1, 1, 2))
+
+    def is_shared(part: Batch, x0: Tensor) -> bool:
+        """Whether the critic gets these very images; others are generated for it, without gradient, too."""
+        seen = shared.for_critic(part)
+        assert not seen.requires_grad and seen.shape == x0.shape
+        return seen.data_ptr() == x0.data_ptr()
+
+    x0 = shared.for_generator(one)
+    assert x0.requires_grad
+    assert not is_shared(two, x0) and is_shared(one, x0) and not is_shared(one, x0)
+    again = shared.for_generator(one)
+    shared.for_generator(later)
+    assert not is_shared(one, again)  # of a step that is over
+
+    calls: list[Any] = []
+    s.student.register_forward_hook(lambda *given: calls.append(given))
+    passes = []
+    for step in range(2):
+        before = len(calls)
+        train_one(s, step)
+        passes.append(len(calls) - before)
+    rollouts = [int(torch.randint(2, (1,), generator=generator(step))) + 1 for step in range(2)]
+    assert passes == rollouts  # one a step, whether both learn from it or the critic alone
 
 
 def test_the_critic_learns_to_denoise_and_to_tell_real_from_fake() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg
 from torch.profiler import ProfilerActivity, profile
 
+from dmd2.data.pairs import make_pairs
 from dmd2.diffusion.draws import Ranks
+from dmd2.evaluation.perceptual import Vgg16
 from dmd2.runtime.errors import UserError
 from dmd2.training.loop import Batch, Ema, training_step
 from dmd2.training.parallel.group import ALONE, Parallel
 from dmd2.training.parallel.sharded import Sharded
 from dmd2.training.recipes import build_method, resolve
 from dmd2.training.run.memory import Tracker, predict
+from tests.training.test_product import PROMPTS
 
 CPU = torch.device("cpu")
 SMALL = ["precision=fp32", "batch_size=4"]
@@ -31,9 +34,14 @@ def inputs(weights: Path, emoji_zip: Path) -> dict[str, Path | None]:
     return {"init": weights, "data": emoji_zip, "classifier": weights / "none"}
 
 
-def peak_of_real_steps(settings: list[str], paths: dict[str, Path | None], parallel: Parallel = ALONE) -> int:
+def peak_of_real_steps(
+    settings: list[str],
+    paths: Mapping[str, Path | None],
+    parallel: Parallel = ALONE,
+    recipe_name: str = "emoji-dmd2-4step",
+) -> int:
     """Of a run's first two steps: what torch's allocator had given out at most, by its own profile."""
-    recipe = resolve("emoji-dmd2-4step", settings)
+    recipe = resolve(recipe_name, settings)
     gc.collect()  # what an earlier test left, freed within the profile, would count as less than nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         method = build_method(recipe, paths, CPU, parallel)
@@ -76,7 +84,6 @@ def test_predicts_the_low_memory_mode(weights: Path, emoji_zip: Path) -> None:
 
 
 def test_predicts_an_optimizer_in_8_bits(weights: Path, emoji_zip: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     settings = [*SMALL, "adapter=lora", "networks=adapters", "checkpointing=true"]
     plain, small = (
         predict(
@@ -86,6 +93,36 @@ def test_predicts_an_optimizer_in_8_bits(weights: Path, emoji_zip: Path) -> None
     )
     found = peak_of_real_steps([*settings, "optimizer=adamw8bit"], inputs(weights, emoji_zip))
     assert small.peak == pytest.approx(found, rel=0.1) and small.optimizer < 0.4 * plain.optimizer
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("settings", [[], ["checkpointing=true"]])
+@pytest.mark.parametrize("name", ["sdxl-regression", "sd15-dmd"])
+def test_predicts_lpips_by_the_decoder(name: str, settings: list[str], weights: Path, tmp_path: Path) -> None:
+    """LPIPS takes most of what these tiny networks' step does."""
+    torch.jit.script(Vgg16()).save(tmp_path / "vgg16.pt")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    make_pairs(weights, tmp_path / "pairs", 4, 2, 4, CPU, prompts=PROMPTS)
+    paths = {"init": weights, "lpips": tmp_path / "vgg16.pt"}
+    settings = ["precision=fp32", "batch_size=4", *settings]
+    settings += ["pairs_batch=2"] if name == "sd15-dmd" else []
+    recipe = resolve(name, settings)
+    said, plain = (
+        predict(recipe, given, CPU, count_flops=False) for given in (paths, {"init": weights, "lpips": None})
+    )
+    paths |= {"prompts": tmp_path / "prompts.txt", "pairs": tmp_path / "pairs"}
+    found = peak_of_real_steps(settings, paths, recipe_name=name)
+    assert said.peak == pytest.approx(found, rel=0.1) and said.peak > 1.5 * plain.peak
+
+
+def test_lpips_takes_its_file_s_size(weights: Path, tmp_path: Path) -> None:
+    recipe = resolve("sdxl-regression", ["precision=fp32", "batch_size=1"])
+    file = tmp_path / "vgg16.pt"
+    without = predict(recipe, {"init": weights, "lpips": file}, CPU, count_flops=False)
+    file.write_bytes(bytes(10**8))
+    beside = predict(recipe, {"init": weights, "lpips": file}, CPU, count_flops=False)
+    convolutions = 14_714_688 * 4
+    assert beside.weights - without.weights == 10**8 - convolutions
 
 
 def test_predicts_a_shard_of_four_processes(weights: Path, emoji_zip: Path) -> None:
