@@ -50,10 +50,10 @@ def train(
         Path | None, typer.Option(help="TorchScript VGG16 (vgg16.pt) for DMD's regression; L2 without it.")
     ] = None,
     clip: Annotated[
-        Path | None, typer.Option(help="Folder of a CLIP model: samples of prompts get a CLIP score.")
+        Path | None, typer.Option(help="Folder of a CLIP model: samples of texts get a CLIP score.")
     ] = None,
     inception: Annotated[
-        Path | None, typer.Option(help="Inception's TorchScript file: samples of prompts get a patch-FID.")
+        Path | None, typer.Option(help="Inception's TorchScript file: samples of texts get a patch-FID.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE unless given.")] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",

@@ -1,7 +1,7 @@
 """What text encoders and VAE make of prompts and images, once for all training.
 
 Embeddings are of CLIP's first window: a longer prompt is cut, as in DMD2's published runs. Latents are the mean of
-the VAE's distribution. Both are kept in fp16.
+the VAE's distribution. Both are kept in fp16. The index has the first `SHOWN` texts, by which a training is scored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from dmd2.data.captioned import CaptionedImages
@@ -23,6 +24,8 @@ from dmd2.weights.manifest import Manifest, read_manifest
 
 SHARD = 1000
 """rows in a file: what a stop costs at most"""
+SHOWN, MOST_SHOWN = 128, 1000
+"""texts, and characters of one, that an index has; CLIP sees fewer of these"""
 TEXT, VAE = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), ("vae",)
 
 
@@ -49,7 +52,8 @@ def make_prompts(
     """
     model = load_text_to_image(weights, [], torch.device(device), torch.float32)
     of_texts = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
-    index = _index("prompts", len(prompts), shard, _embed(model, [""]), model.manifest, {"prompts": of_texts})
+    made: dict[str, JsonValue] = {"prompts": of_texts, "texts": _shown(prompts[:SHOWN])}
+    index = _index("prompts", len(prompts), shard, _embed(model, [""]), model.manifest, made)
     return make_shards(out, index, lambda rows: _embed(model, prompts[rows.start : rows.stop]), batch, part=part)
 
 
@@ -78,7 +82,8 @@ def make_latents(
         return {"latents": latents, **_embed(model, found.captions(rows))}
 
     blank = model.codec.encode(torch.zeros(1, 3, size[1], size[0], dtype=torch.uint8)).half()
-    made = {"images": found.sha256, "vae": sha256_of(model.manifest, VAE), "size": f"{size[0]}x{size[1]}"}
+    made: dict[str, JsonValue] = {"images": found.sha256, "vae": sha256_of(model.manifest, VAE)}
+    made |= {"size": f"{size[0]}x{size[1]}", "texts": _shown(found.captions(range(min(SHOWN, len(found)))))}
     row = {"latents": blank, **_embed(model, [""])}
     return make_shards(out, _index("latents", len(found), shard, row, model.manifest, made), make, batch, part=part)
 
@@ -96,13 +101,17 @@ def embedding_columns(cond: Any) -> dict[str, Tensor]:
     return columns if cond.pooled is None else columns | {"pooled": cond.pooled.half()}
 
 
+def _shown(texts: Sequence[str]) -> list[JsonValue]:
+    return [text[:MOST_SHOWN] for text in texts]
+
+
 def _index(
-    kind: str, count: int, shard: int, row: Mapping[str, Tensor], manifest: Manifest, made: Mapping[str, str]
+    kind: str, count: int, shard: int, row: Mapping[str, Tensor], manifest: Manifest, made: Mapping[str, JsonValue]
 ) -> Index:
     """`row`: of one image or prompt."""
     columns = {
         name: Column(dtype=str(value.dtype).removeprefix("torch."), shape=list(value.shape[1:]))
         for name, value in row.items()
     }
-    text = {"text_encoders": sha256_of(manifest, TEXT)}
+    text: dict[str, JsonValue] = {"text_encoders": sha256_of(manifest, TEXT)}
     return Index(kind=kind, count=count, shard=shard, columns=columns, made={**text, **made})

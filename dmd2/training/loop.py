@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,13 @@ class Method:
     data: Callable[[int], Any]
     """step → the step's data, always the same for the same step"""
     ema_model: nn.Module | None = None
-    """the module whose exponential moving average is kept, sampled from and exported"""
+    """the module that is sampled from and exported: its exponential moving average where one is kept, else itself"""
     sample: Callable[[nn.Module | None], Tensor] | None = None
-    """(averaged weights) → an image, uint8 (3, H, W)"""
+    """(the module) → an image, uint8 (3, H, W)"""
     score: Callable[[nn.Module | None], dict[str, float]] | None = None
-    """(averaged weights) → figures that say how good it is by now"""
+    """(the module) → figures that say how good it is by now"""
     export: Callable[[nn.Module | None, Path], None] | None = None
-    """(averaged weights, folder) → writes what the run is for"""
+    """(the module, folder) → writes what the run is for"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class LoopSettings:
     grad_accum_steps: Count = 1
     """batches of `batch_size` that make one update: what does not fit into memory at once"""
     ema_decay: Decay = 0.999
+    """0: no average is kept, and the weights as they are get shown and exported"""
     ema_half_life: Amount = 0.0
     """in images, instead of `ema_decay` if not 0; at most 5 % of the images so far"""
     post_hoc_ema: bool = False
@@ -114,6 +115,11 @@ class LoopSettings:
     log_every: Count = 20
     sample_every: Count = 500
     checkpoint_every: Count = 500
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average is kept: it takes as much memory as what it is of."""
+        return self.ema_decay > 0 or self.ema_half_life > 0
 
 
 def train(
@@ -162,7 +168,8 @@ def train(
             with checkpoints:
                 finished = run.go(out, watch)
             if finished and method.export and (parallel.leads or parallel.collective):
-                method.export(run.ema_model, out)
+                with run.shown() as module:
+                    method.export(module, out)
             return finished
         except OSError as error:
             if not out.is_dir():
@@ -193,8 +200,9 @@ class _Run:
         self.method, self.settings, self.checkpoints, self.about = method, settings, checkpoints, about
         self.guard, self.first, self.sums = Guard(), 0, dict[str, list[float]]()
         half_life = settings.ema_half_life / (settings.batch_size * settings.grad_accum_steps)
-        ema_model = method.ema_model
-        self.average = Ema(ema_model, settings.ema_decay, half_life, parallel) if ema_model is not None else None
+        ema_model, self.average = method.ema_model, None
+        if ema_model is not None and settings.averages:
+            self.average = Ema(ema_model, settings.ema_decay, half_life, parallel)
         self.ema_model = self.average.module if self.average else None
         self.networks = [p.module for p in method.phases] + ([ema_model] if ema_model is not None else [])
         self.power = None
@@ -268,11 +276,27 @@ class _Run:
             sample, score = self.parallel.told((not made_up_for, logs.lacks(done, "score")))
             if not (self.parallel.leads or self.parallel.collective):
                 return
-            if self.method.sample and sample:
-                logs.image(done, self.method.sample(self.ema_model))
-            if self.method.score and score:
-                logs.score(done, self.method.score(self.ema_model))
+            with self.shown() as module:
+                if self.method.sample and sample:
+                    logs.image(done, self.method.sample(module))
+                if self.method.score and score:
+                    logs.score(done, self.method.score(module))
             self.parallel.settle()
+
+    @contextmanager
+    def shown(self) -> Iterator[nn.Module | None]:
+        """What is sampled from and exported; without dropout, and gradients."""
+        module = self.method.ema_model
+        if self.average or module is None:
+            yield self.ema_model
+            return
+        training = [part for part in module.modules() if part.training]
+        try:
+            with torch.no_grad():
+                yield module.eval()
+        finally:
+            for part in training:
+                part.training = True
 
     def _save(self, done: int, logs: RunLogs) -> None:
         networks = [(phase.name, phase.module) for phase in self.method.phases]

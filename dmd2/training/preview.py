@@ -92,7 +92,8 @@ class TextScore:
         prompts: images are generated for the first of these.
         clip: folder of a CLIP model; None: no clip_score.
         inception: TorchScript file; None: no patch_fid.
-        real: rows → uint8 (B, 3, H, W), of which there are `count`.
+        real: rows → uint8 (B, 3, H, W), of which there are `count`. They are asked for once.
+        embedded: what to generate by in the prompts' place, where these were encoded before: as many rows.
     """
 
     def __init__(
@@ -103,9 +104,12 @@ class TextScore:
         real: Callable[[list[int]], Tensor],
         count: int,
         device: torch.device,
+        embedded: Any = None,
     ) -> None:
         self.prompts, self.clip, self.inception = list(prompts[:QUICK_N]), clip, inception
         self.real, self.count, self.device, self.told = real, min(QUICK_N, count), device, False
+        self.asked: Any = self.prompts if embedded is None else embedded
+        self.features: Tensor | None = None
         if inception is not None and min(self.count, len(self.prompts)) < 2:
             found = f"{self.count} images and {len(self.prompts)} prompts"
             raise InvalidInput("inception", f"patch-FID compares at least two images with two; there are {found}")
@@ -120,18 +124,19 @@ class TextScore:
         for start in range(0, len(self.prompts), QUICK_BATCH):
             rows = range(start, min(start + QUICK_BATCH, len(self.prompts)))
             texts = self.prompts[start : rows.stop]
-            images = generate(texts, list(rows)).cpu()
+            images = generate(self.asked[start : rows.stop], list(rows)).cpu()
             cosines += [clip(images, texts).cpu()] if clip else []
             features += [inception(centre_crop(images))[0].cpu()] if inception else []
         scores = {"clip_score": float(torch.cat(cosines).double().mean())} if clip else {}
         if inception:
-            chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(3)).tolist()
-            real = [
-                inception(centre_crop(self.real(chosen[start : start + QUICK_BATCH])))[0].cpu()
-                for start in range(0, len(chosen), QUICK_BATCH)
-            ]
-            scores["patch_fid"] = frechet_distance_of(torch.cat(features), torch.cat(real))
+            self.features = self._of_real(inception) if self.features is None else self.features
+            scores["patch_fid"] = frechet_distance_of(torch.cat(features), self.features)
         return scores
+
+    def _of_real(self, inception: Inception) -> Tensor:
+        chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(3)).tolist()
+        parts = [chosen[start : start + QUICK_BATCH] for start in range(0, len(chosen), QUICK_BATCH)]
+        return torch.cat([inception(centre_crop(self.real(part)))[0].cpu() for part in parts])
 
 
 class ClassPreview:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -231,9 +231,33 @@ class LatentSource:
         return batch_rows(len(shards), n, seed, step)[self.inputs.rows(n)]
 
     def preview(self) -> Preview:
-        return RowsPreview(
-            self.family.embedded(_texts(self.prompts.rows(torch.arange(min(PREVIEWED, len(self.prompts))))))
-        )
+        return RowsPreview(self._first(PREVIEWED), judge=self._judge())
+
+    def _first(self, n: int) -> Any:
+        return self.family.embedded(_texts(self.prompts.rows(torch.arange(min(n, len(self.prompts))))))
+
+    def _judge(self) -> TextScore | None:
+        clip, inception = self.inputs.get("clip"), self.inputs.get("inception")
+        if clip is None and inception is None:
+            return None
+        texts = self.prompts.index.made.get("texts")
+        if not isinstance(texts, list) or not texts:
+            told = f"scores by texts, which {self.prompts.folder} lacks; make it anew"
+            raise InvalidInput("clip" if clip else "inception", told, clip or inception)
+        latents = "latents" in self.shards.index.columns
+        if inception is not None and not latents:
+            told = "patch-FID compares with real images; expected `data` of `dmd2 data latents` with it"
+            raise InvalidInput("inception", told, inception)
+        prompts, count = [str(text) for text in texts], len(self.shards) if latents else 0
+        embedded = self._first(len(prompts))
+        return TextScore(prompts, clip, inception, self._real, count, self.inputs.device, embedded)
+
+    @torch.no_grad()
+    def _real(self, rows: list[int]) -> Tensor:
+        """What the VAE makes of the latents: it is loaded for these, and freed."""
+        x0 = self.shards.rows(torch.tensor(rows))["latents"].to(self.inputs.device, torch.float32)
+        images = self.family.rgb("kl", one_by_one=True)(x0)
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
 class PromptSource:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import dmd2.training.preview
 from dmd2.cli import main
 from dmd2.data.captioned import CaptionedImages
 from dmd2.data.embeddings import make_latents, make_prompts
@@ -263,3 +264,72 @@ def test_the_command_line(
     assert run("data", "latents", *arguments, "--part", "2/2") == 0
     assert content(tmp_path / "l") == content(latents)
     assert run("data", "latents", *arguments, "--part", "3/2") == 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_run_on_what_was_encoded_is_scored_by_texts_and_decoded_latents(
+    own: bool, weights: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that judge are in the tests' hands; images and texts come to them as they should."""
+    judged: list[tuple[torch.Tensor, list[str]]] = []
+    seen: list[torch.Tensor] = []
+
+    class Clip:
+        def __init__(self, *_: object) -> None: ...
+
+        def __call__(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+            judged.append((images, texts))
+            return torch.ones(len(images))
+
+    class Features:
+        def __init__(self, *_: object) -> None: ...
+
+        def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+            seen.append(images)
+            return images.float().mean((2, 3)), None
+
+    monkeypatch.setattr(dmd2.training.preview, "ClipScore", Clip)
+    monkeypatch.setattr(dmd2.training.preview, "Inception", Features)
+    monkeypatch.setattr(dmd2.training.preview, "centre_crop", lambda images: images)
+    paths = {"init": weights, "data": latents, "clip": tmp_path, "inception": tmp_path}
+    if own:
+        make_prompts(weights, PROMPTS, tmp_path / "prompts")
+        paths |= {"prompts": tmp_path / "prompts"}
+    family = open_family(weights, CPU, "fp32", CPU)
+    preview = LatentSource(Inputs(paths, CPU), family, True).preview()
+    assert preview.scores
+    asked: list[Any] = []
+
+    def generate(cond: Any, seeds: list[int]) -> torch.Tensor:
+        asked.append(cond)
+        return torch.full((len(cond), 3, 64, 64), 100, dtype=torch.uint8)
+
+    for _ in range(2):
+        scores = preview.score(generate)
+        assert scores["clip_score"] == 1 and scores["patch_fid"] > 0
+    texts = PROMPTS if own else list(CAPTIONS.values())
+    assert sorted(judged[0][1]) == sorted(texts)
+    torch.testing.assert_close(asked[0].context, family.condition(judged[0][1]).context, rtol=2e-3, atol=2e-3)
+    assert len(seen) == 3  # the real ones once
+    real = Shards(latents, "latents").rows(torch.arange(3))["latents"].float()
+    expected = family.codec.decode(real)
+    pixels = {image.numpy().tobytes() for image in expected}
+    assert {image.numpy().tobytes() for image in seen[1]} == pixels
+
+
+def test_a_score_that_cannot_be_on_what_was_encoded_is_refused(weights: Path, latents: Path, tmp_path: Path) -> None:
+    family = open_family(weights, CPU, "fp32")
+    make_prompts(weights, PROMPTS, tmp_path / "prompts")
+    paths: dict[str, Path | None] = {"init": weights, "data": tmp_path / "prompts", "inception": tmp_path}
+    with pytest.raises(UserError, match=r"inception .*: patch-FID compares with real images; expected `data` of"):
+        LatentSource(Inputs(paths, CPU), family, False).preview()
+    about = json.loads((latents / INDEX).read_text())["made"]
+    del about["texts"]
+    old = changed(latents, tmp_path / "old", made=about)
+    with pytest.raises(UserError, match=r"clip .*: scores by texts, which .*old lacks; make it anew"):
+        LatentSource(Inputs({"init": weights, "data": old, "clip": tmp_path}, CPU), family, True).preview()
+    texts = Shards(tmp_path / "prompts", "prompts").index.made["texts"]
+    assert texts == PROMPTS
+    make_prompts(weights, ["a" * 2000] * 200, tmp_path / "many", shard=200, batch=50)
+    texts = Shards(tmp_path / "many", "prompts").index.made["texts"]
+    assert isinstance(texts, list) and len(texts) == 128 and set(map(len, map(str, texts))) == {1000}

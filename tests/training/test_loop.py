@@ -329,6 +329,41 @@ def test_a_run_writes_recipe_log_samples_checkpoint_and_what_it_is_for(whole: Pa
     assert not [p for p in whole.iterdir() if p.name.endswith(".tmp")]
 
 
+def test_without_a_decay_no_average_is_kept_and_the_weights_themselves_are_shown(tmp_path: Path) -> None:
+    settings = replace(TOY, ema_decay=0.0)
+    method, modes = toy(settings), list[tuple[str, bool]]()
+    assert method.ema_model is not None
+
+    def score(module: nn.Module | None) -> dict[str, float]:
+        assert module is method.ema_model and module is not None
+        modes.append(("score", module.training))
+        return {}
+
+    def export(module: nn.Module | None, out: Path) -> None:
+        assert module is method.ema_model and module is not None
+        modes.append(("export", module.training))
+        torch.save(module.state_dict(), out / "exported.pt")
+
+    frozen = method.ema_model[1]  # type: ignore[index]
+    frozen.eval()  # as parts of a network that is trained may be, and stay
+    assert train(replace(method, score=score, export=export), settings, tmp_path / "run")
+    assert modes == [("score", False)] * 4 + [("export", False)]
+    assert method.ema_model.training and not frozen.training
+    tensors = checkpoint(tmp_path / "run")["tensors"]
+    assert not [name for name in tensors if name.startswith("average/")]
+    exported = torch.load(tmp_path / "run" / "exported.pt", weights_only=True)
+    assert differences(exported, {k: tensors[f"generator/module/{k}"] for k in exported}) == []
+
+    part = replace(settings, decay=False)
+    train(toy(part), replace(part, iterations=33), tmp_path / "parts")
+    train(toy(part), part, tmp_path / "parts", resume=True)
+    train(toy(part), part, tmp_path / "whole")
+    assert differences(checkpoint(tmp_path / "parts"), checkpoint(tmp_path / "whole")) == []
+    half_life = replace(settings, ema_half_life=64.0)
+    train(toy(half_life), replace(half_life, iterations=3), tmp_path / "half")
+    assert [name for name in checkpoint(tmp_path / "half")["tensors"] if name.startswith("average/")]
+
+
 def test_the_same_recipe_is_the_same_run(whole: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)  # randomness outside does not matter
     train(toy(TOY), TOY, tmp_path / "again", recipe={"name": "toy", "loop": asdict(TOY)})

@@ -99,7 +99,7 @@ def build_method(
     check_shares(parallel, recipe.shared, sizes)
     for name in ("clip", "inception"):
         if given := paths.get(name):
-            if recipe.data != "prompts":
+            if recipe.data not in ("prompts", "latents"):
                 raise InvalidInput(name, f"scores images of prompts, not of data={recipe.data}", given)
             if not given.exists():
                 raise InvalidInput(name, "no such file or folder; scripts/download-metrics fetches one", given)

@@ -123,7 +123,7 @@ class Prediction:
     weights: int
     """of all networks: those that are trained, frozen ones, adapters; where they are sharded, this one's shards"""
     average: int
-    """the student's exponential moving average"""
+    """the student's exponential moving average, where there is one"""
     optimizer: int
     step: int
     """what a step adds at its peak: gradients, activations, gathered shards"""
@@ -173,7 +173,8 @@ def predict(
         check_shares(parallel, recipe.shared, sizes)
         method = _wired(recipe, Inputs(paths, device, parallel))
         weights = tracker.now
-        average = Ema(method.ema_model, 0.999, 0.0, parallel) if method.ema_model is not None else None
+        kept = method.ema_model if recipe.loop.averages else None
+        average = Ema(kept, 0.999, 0.0, parallel) if kept is not None else None
         with_average = tracker.now
         _fill(method)
         standing = tracker.now

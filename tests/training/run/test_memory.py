@@ -45,11 +45,12 @@ def peak_of_real_steps(
     gc.collect()  # what an earlier test left, freed within the profile, would count as less than nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         method = build_method(recipe, paths, CPU, parallel)
-        average = Ema(method.ema_model, 0.9, 0.0, parallel) if method.ema_model is not None else None
+        kept = method.ema_model if recipe.loop.averages else None
+        average = Ema(kept, 0.9, 0.0, parallel) if kept is not None else None
         for _ in range(2):  # the optimizers' states are there in the second
             batch = Batch(0, method.data(0), parallel.ranks.generator(0))
             training_step(method.phases, batch, recipe.loop, parallel=parallel)
-        del average, method
+        del average, kept, method
     events = profiled.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
     sizes = [size for _, size in sorted(_allocations(events))]
     now = peak = 0
@@ -93,6 +94,13 @@ def test_predicts_an_optimizer_in_8_bits(weights: Path, emoji_zip: Path) -> None
     )
     found = peak_of_real_steps([*settings, "optimizer=adamw8bit"], inputs(weights, emoji_zip))
     assert small.peak == pytest.approx(found, rel=0.1) and small.optimizer < 0.4 * plain.optimizer
+
+
+def test_without_an_average_there_is_none_in_memory(weights: Path, emoji_zip: Path) -> None:
+    settings = [*SMALL, "ema_decay=0"]
+    said = predict(resolve("emoji-dmd2-4step", settings), {"init": weights}, CPU, count_flops=False)
+    assert said.average == 0
+    assert said.peak == pytest.approx(peak_of_real_steps(settings, inputs(weights, emoji_zip)), rel=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
