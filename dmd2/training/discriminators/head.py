@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,13 +95,18 @@ class GanJudge:
     standard deviation `noise` is added, squared; as R1 to first order, but without a second derivative. The penalty
     is divided by the variance of that noise, so that its size is R1's whatever the noise. `together`: whether the
     real images go down the fake score in one batch with the generated ones, which go up again alone: the same loss by
-    fewer operations, each of more images.
+    fewer operations, each of more images. `levels`: (n, generator) → σ (n,) that the critic's images are noised by;
+    None for levels drawn uniformly from the whole table.
     """
 
     by_teacher: bool = False
     r1: float = 0.0
     noise: float = 0.1
     together: bool = False
+    levels: Callable[[int, torch.Generator], Tensor] | None = None
+
+    def _sigma(self, denoiser: Denoiser, n: int, generator: torch.Generator) -> Tensor:
+        return sample_sigma(denoiser.sigmas, n, generator) if self.levels is None else self.levels(n, generator)
 
     def logits(self, n: Networks, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         assert n.head is not None
@@ -125,7 +131,7 @@ class GanJudge:
             fake, real: (B, C, H, W) clean generated samples (detached) and data.
             gan_weight: of the classification loss.
         """
-        sigma = sample_sigma(n.fake_score.sigmas, len(fake), generator)
+        sigma = self._sigma(n.fake_score, len(fake), generator)
         noise = draws.randn(fake.shape, generator).to(fake.device)
         generated = n.fake_score, fake, sigma, noise, cond_fake
         if n.head is None:
@@ -134,7 +140,7 @@ class GanJudge:
         assert real is not None, "a classifier needs real samples"
         by = n.teacher if self.by_teacher else n.fake_score
         by_teacher = self.logits(n, fake, cond_fake, generator) if self.by_teacher else None
-        sigma = sample_sigma(by.sigmas, len(real), generator)
+        sigma = self._sigma(by, len(real), generator)
         noisy = add_noise(real, sigma, draws.randn(real.shape, generator).to(real.device))
         together = self.together and by_teacher is None and getattr(n.fake_score, "takes_first", False)
         if together and cond_fake.length == cond_real.length:

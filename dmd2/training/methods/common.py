@@ -123,8 +123,8 @@ def generate(
     sigmas: Sequence[float],
     generator: torch.Generator,
     simulated: bool = True,
-) -> Tensor:
-    """The student's x0 at a random exit step, whose input is its own rollout from pure noise.
+) -> tuple[Tensor, float]:
+    """The student's x0 at a random exit step, whose input is its own rollout from pure noise; and that step's σ.
 
     DMD2's backward simulation (sec. 4.5): the student sees in training what it will see when sampling.
     Gradients flow through the last step only. One exit step for the whole batch. Without `simulated` later steps
@@ -136,34 +136,37 @@ def generate(
     denoise = conditioned(student, samples.cond)
     sigma = torch.full((samples.shape[0],), sigmas[last], device=device)
     if last == 0:
-        return denoise(student.scale_initial_noise(noise[0], sigma), sigma)
+        return denoise(student.scale_initial_noise(noise[0], sigma), sigma), sigmas[last]
     if simulated:
         with torch.no_grad():
             x0 = sample_few_step(denoise, student.scale_initial_noise, noise[:last], sigmas[:last])
     else:
         assert samples.real is not None, "without backward simulation later steps start from real images"
         x0 = samples.real
-    return denoise(add_noise(x0, sigma, noise[last]), sigma)
+    return denoise(add_noise(x0, sigma, noise[last]), sigma), sigmas[last]
 
 
 class SharedImages:
     """What the student generates in a step, once for both updates.
 
-    As in the published runs, the critic learns from the very images that the generator was just judged by, and
-    generates its own only in steps without the generator's update.
+    As in DMD2's published runs, the critic learns from the very images that the generator was just judged by, and
+    generates its own only in steps without the generator's update. Other methods' runs `share` nothing.
     """
 
-    def __init__(self, student: Denoiser, sigmas: Sequence[float], simulated: bool = True) -> None:
-        self._student, self._sigmas, self._simulated = student, sigmas, simulated
+    def __init__(
+        self, student: Denoiser, sigmas: Sequence[float], simulated: bool = True, share: bool = True
+    ) -> None:
+        self._student, self._sigmas, self._simulated, self._share = student, sigmas, simulated, share
         self._step, self._images = -1, dict[int, tuple[Batch, Tensor]]()
 
-    def for_generator(self, batch: Batch) -> Tensor:
-        """x0 (B, C, h, w) with gradient, for a part of a step."""
+    def for_generator(self, batch: Batch) -> tuple[Tensor, float]:
+        """x0 (B, C, h, w) with gradient, for a part of a step, and the σ that it was made at."""
         if batch.step != self._step:
             self._step, self._images = batch.step, {}
-        x0 = self._generate(batch)
-        self._images[id(batch)] = batch, x0.detach()
-        return x0
+        x0, level = self._generate(batch)
+        if self._share:
+            self._images[id(batch)] = batch, x0.detach()
+        return x0, level
 
     def for_critic(self, batch: Batch) -> Tensor:
         """The same without gradient; new ones if the step has none."""
@@ -171,7 +174,7 @@ class SharedImages:
         if owner is batch and x0 is not None:
             return x0
         with torch.no_grad():
-            return self._generate(batch)
+            return self._generate(batch)[0]
 
-    def _generate(self, batch: Batch) -> Tensor:
+    def _generate(self, batch: Batch) -> tuple[Tensor, float]:
         return generate(self._student, batch.data, self._sigmas, batch.generator, self._simulated)

@@ -22,8 +22,8 @@ from dmd2.training.methods.common import Kit, Networks, OptimizerName, Samples, 
 from dmd2.training.ranges import Count, Decay, Folder, Part, Rate, Weight
 from dmd2.training.sources import Inputs
 
-Objective = Callable[[Tensor, Batch], tuple[Tensor, Logs]]
-"""(x (B, C, h, w) with gradient, the step) → a loss that leads the student, and what to log"""
+Objective = Callable[[Tensor, Batch, float], tuple[Tensor, Logs]]
+"""(x (B, C, h, w) with gradient, the step, the student's σ) → a loss that leads the student, and what to log"""
 
 DM_RANGE = 0.02, 0.98
 """the part of the σ table that the distribution-matching gradient draws from"""
@@ -67,6 +67,12 @@ class Dmd2Recipe(Distillation):
     kind = "dmd2"
     most_steps = 1000
     keeps_fake_score = True
+    shares_images = True
+    """whether a step's images serve both updates; see `SharedImages`"""
+    own_adversary = False
+    """whether the objective has the GAN's loss of the generator already"""
+    student_begins = 0
+    """the step from which on the student learns, too"""
 
     @property
     def needs_images(self) -> bool:
@@ -145,11 +151,17 @@ class Dmd2Recipe(Distillation):
             guidance_scale=self.guidance_scale,
             generator_every=self.generator_every,
             disjoint=self.disjoint,
-            gan_weights=(self.gan_generator, self.gan_critic),
+            gan_weights=(0.0 if self.own_adversary else self.gan_generator, self.gan_critic),
             simulated=self.backward_simulation,
+            shares_images=self.shares_images,
+            student_begins=self.student_begins,
             objective=self.objective(networks),
-            judge=GanJudge(self.gan_features == "teacher", self.r1, self.r1_noise, self._together(kit)),
+            judge=self.judge(kit),
         )
+
+    def judge(self, kit: Kit) -> GanJudge:
+        """How generated images are denoised and judged."""
+        return GanJudge(self.gan_features == "teacher", self.r1, self.r1_noise, self._together(kit))
 
 
 def dmd2_phases(
@@ -164,6 +176,8 @@ def dmd2_phases(
     gan_weights: tuple[float, float] = (0.0, 0.0),
     dm_range: Callable[[int], tuple[float, float]] = lambda step: DM_RANGE,
     simulated: bool = True,
+    shares_images: bool = True,
+    student_begins: int = 0,
     objective: Objective | None = None,
     judge: GanJudge = GanJudge(),  # noqa: B008
 ) -> list[Phase]:
@@ -180,17 +194,19 @@ def dmd2_phases(
         gan_weights: of the generator's GAN loss and of the critic's.
         dm_range: step → the part of the σ table that the generator's levels are drawn from.
         simulated: see `generate`.
+        shares_images: see `SharedImages`.
+        student_begins: the first step with an update of the generator.
         objective: what the generator minimises beside the GAN's loss; None: DMD's matching with these two.
         judge: how the GAN judges.
     """
-    n, shared = networks, SharedImages(networks.student, sigmas, simulated)
+    n, shared = networks, SharedImages(networks.student, sigmas, simulated, shares_images)
     gan_of_generator, gan_of_critic = gan_weights
 
     minimised = objective or matching(n, guidance_scale, dm_range)
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
-        x = shared.for_generator(batch)
-        loss, logs = minimised(x, batch)
+        x, level = shared.for_generator(batch)
+        loss, logs = minimised(x, batch, level)
         if n.head is not None and gan_of_generator > 0:
             adversarial = gan_generator(judge.logits(n, x, batch.data.cond, batch.generator))
             logs["gan_generator"] = adversarial.detach()
@@ -203,7 +219,7 @@ def dmd2_phases(
         return judge.critic_loss(n, fake, s.cond, s.real, s.real_cond, gan_of_critic, batch.generator)
 
     return [
-        Phase("generator", generator_every, modules[0], optimizers[0], generator_loss),
+        Phase("generator", generator_every, modules[0], optimizers[0], generator_loss, first=student_begins),
         Phase("critic", 1, modules[1], optimizers[1], critic, rests=generator_every if disjoint else 0),
     ]
 
@@ -213,7 +229,7 @@ def matching(
 ) -> Objective:
     """DMD's distribution matching: teacher, guided, and fake score at one noisy version of x."""
 
-    def objective(x: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+    def objective(x: Tensor, batch: Batch, _: float) -> tuple[Tensor, Logs]:
         samples: Samples = batch.data
         with torch.no_grad():
             noisy, sigma = noised(n.teacher, x, batch.generator, dm_range(batch.step))

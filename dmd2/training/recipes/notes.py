@@ -155,6 +155,8 @@ NOTES: dict[str, Note] = {
         f"--init {_ADM}",
         "FID 1.12 (FastGen)",
     ),
+    "cifar10-f-distill": Note("f-distill (2502.15681)", EDM, CIFAR, f"--init {_COND}", "FID 1.85 (FastGen)"),
+    "imagenet64-f-distill": Note("f-distill (2502.15681)", EDM, IMAGENET, f"--init {_ADM}", "FID 1.11 (FastGen)"),
     **_gdd("cifar10", CIFAR, "edm-cifar10-32x32-uncond-ve or -cond-ve", "1.54"),
     **_gdd("afhqv2", "AFHQv2 64x64", "edm-afhqv2-64x64-uncond-ve", "1.23"),
     **_gdd("ffhq", "FFHQ 64x64", "edm-ffhq-64x64-uncond-ve", "0.85"),

@@ -219,8 +219,9 @@ def test_the_student_is_rolled_out_to_a_random_step_from_pure_noise() -> None:
     exits = []
     for seed in range(40):
         student = recorder()
-        out = generate(student, Samples((64, 2, 4, 4), None, None), LEVELS, generator(seed))
+        out, level = generate(student, Samples((64, 2, 4, 4), None, None), LEVELS, generator(seed))
         exits.append(len(student.calls) - 1)
+        assert level == LEVELS[exits[-1]]
         assert torch.equal(out.detach(), student.calls[-1][2])
         for step, (x, sigma, _, _) in enumerate(student.calls):
             assert sigma.shape == (64,) and bool((sigma == LEVELS[step]).all())  # one exit step for the batch
@@ -235,7 +236,7 @@ def test_the_student_is_rolled_out_to_a_random_step_from_pure_noise() -> None:
 def test_gradients_flow_through_the_last_step_alone() -> None:
     for seed in range(12):
         student = recorder()
-        out = generate(student, Samples((4, 2, 4, 4), None, None), LEVELS, generator(seed))
+        out, _ = generate(student, Samples((4, 2, 4, 4), None, None), LEVELS, generator(seed))
         assert [with_gradient for *_, with_gradient in student.calls] == [False] * (len(student.calls) - 1) + [True]
         out.sum().backward()
         x, sigma, _, _ = student.calls[-1]
@@ -408,12 +409,15 @@ def test_generated_images_are_shared_by_both_updates_of_the_same_part_of_the_sam
         assert not seen.requires_grad and seen.shape == x0.shape
         return seen.data_ptr() == x0.data_ptr()
 
-    x0 = shared.for_generator(one)
-    assert x0.requires_grad
+    x0, level = shared.for_generator(one)
+    assert x0.requires_grad and level in (5.0, 0.9)
     assert not is_shared(two, x0) and is_shared(one, x0) and not is_shared(one, x0)
-    again = shared.for_generator(one)
+    again, _ = shared.for_generator(one)
     shared.for_generator(later)
     assert not is_shared(one, again)  # of a step that is over
+    alone = SharedImages(s.student, (5.0, 0.9), share=False)
+    x0, _ = alone.for_generator(one)
+    assert not torch.equal(alone.for_critic(one), x0)  # of new noise
 
     calls: list[Any] = []
     s.student.register_forward_hook(lambda *given: calls.append(given))

@@ -104,8 +104,9 @@ def test_without_an_average_there_is_none_in_memory(weights: Path, emoji_zip: Pa
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("settings", [[], ["checkpointing=true"]])
-@pytest.mark.parametrize("name", ["sdxl-regression", "sd15-dmd"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("sdxl-regression", ["checkpointing=true"]), ("sd15-dmd", ["pairs_batch=2"])]
+)
 def test_predicts_lpips_by_the_decoder(name: str, settings: list[str], weights: Path, tmp_path: Path) -> None:
     """LPIPS takes most of what these tiny networks' step does."""
     torch.jit.script(Vgg16()).save(tmp_path / "vgg16.pt")
@@ -113,7 +114,6 @@ def test_predicts_lpips_by_the_decoder(name: str, settings: list[str], weights: 
     make_pairs(weights, tmp_path / "pairs", 4, 2, 4, CPU, prompts=PROMPTS)
     paths = {"init": weights, "lpips": tmp_path / "vgg16.pt"}
     settings = ["precision=fp32", "batch_size=4", *settings]
-    settings += ["pairs_batch=2"] if name == "sd15-dmd" else []
     recipe = resolve(name, settings)
     said, plain = (
         predict(recipe, given, CPU, count_flops=False) for given in (paths, {"init": weights, "lpips": None})

@@ -2,8 +2,9 @@
 
 A guided teacher's prediction is u + w·(c − u) = c + (w − 1)·(c − u), so DMD's direction μ_fake − μ_guided is the sum
 of μ_fake − c, which matches distributions, and −(w − 1)·(c − u), which drives the student where guidance points. DMD
-takes both at one noisy sample; here each has its own. The paper draws the guidance's level from above that of the
-student's step; here both ranges are the recipe's, for all steps alike.
+takes both at one noisy sample; here each has its own. Guidance is taken at levels with less noise than the student's
+step begins with (the paper's τ_CA > t, where t = 1 is a clean image): what is coarser than that is in its input
+already. Matching is taken everywhere, to mend what guidance distorts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class DecoupledRecipe(Dmd2Recipe):
 
     match_range: tuple[Part, Part] = DM_RANGE
     guidance_range: tuple[Part, Part] = DM_RANGE
-    """parts of the σ table"""
+    """parts of the σ table; of the guidance's, a step has what is below its own level"""
     kind = "decoupled-dmd"
 
     def conflict(self) -> str | None:
@@ -50,16 +51,25 @@ def decoupled_matching(n: Networks, scale: float, match: Range, guidance: Range)
 
     Args:
         scale: w, of the teacher's guidance.
-        match, guidance: where in the σ table each term's levels are drawn from.
+        match, guidance: where in the σ table each term's levels are drawn from; the guidance's, as far as they are
+            below the student's.
     """
+    below: dict[float, Range] = {}  # by the student's level: there are as many as its steps
 
-    def objective(x: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+    def guided_range(level: float) -> Range:
+        if level not in below:
+            cleaner = int((n.teacher.sigmas < level).sum()) - 1
+            high = min(guidance[1], max(0, cleaner) / len(n.teacher.sigmas))
+            below[level] = min(guidance[0], high), high
+        return below[level]
+
+    def objective(x: Tensor, batch: Batch, level: float) -> tuple[Tensor, Logs]:
         samples: Samples = batch.data
         with torch.no_grad():
             noisy, sigma = noised(n.teacher, x, batch.generator, match)
             real = n.teacher(noisy, sigma, samples.cond)
             matching = distribution_matching_gradient(x, real, n.fake_score(noisy, sigma, samples.cond))
-            noisy, sigma = noised(n.teacher, x, batch.generator, guidance)
+            noisy, sigma = noised(n.teacher, x, batch.generator, guided_range(level))
             both = n.teacher(torch.cat([noisy, noisy]), torch.cat([sigma, sigma]), samples.cond.cat(samples.uncond))
             conditional, unconditional = both.chunk(2)
             guided = (scale - 1) * distribution_matching_gradient(x, conditional, unconditional)

@@ -2,7 +2,9 @@
 
 With r = p/q, the density of real images over that of generated ones at a noisy sample, the gradient of D_f(p ‖ q) is
 DMD's times h(r) = f''(r)·r² (theorem 1); reverse KL, which is DMD's, has h = 1. The GAN's head tells r: where it is
-optimal, its logit is log r.
+optimal, its logit is log r. NVIDIA's FastGen, which the published figures are of, has the head on the frozen
+teacher's activations (`gan_features=teacher`), and also divides r by its running mean at like levels, which is not
+done here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from dmd2.diffusion.denoiser import cfg_denoise
 from dmd2.diffusion.noise import per_image
+from dmd2.training.discriminators.head import activations
 from dmd2.training.loop import Batch, Logs
 from dmd2.training.losses import distribution_matching_gradient
 from dmd2.training.methods.common import Networks, Samples
@@ -44,43 +47,51 @@ class FDistillRecipe(Dmd2Recipe):
     highest_ratio: Level = 10.0
     """what r is kept between: a head that is sure would leave a batch to one image"""
     kind = "f-distill"
+    shares_images = False
+    """as in FastGen"""
 
     def conflict(self) -> str | None:
         if self.gan_critic == 0:
             return "gan_critic=0: expected a GAN, whose head tells the densities' ratio"
-        if self.gan_features == "teacher":
-            return "gan_features=teacher: expected fake_score, whose activations the head sees in the matching, too"
         if self.lowest_ratio >= self.highest_ratio:
             return f"lowest_ratio={self.lowest_ratio:g}: expected less than highest_ratio, {self.highest_ratio:g}"
         return super().conflict()
 
     def objective(self, networks: Networks) -> Objective:
-        return weighted_matching(
-            networks, self.guidance_scale, self.divergence, (self.lowest_ratio, self.highest_ratio)
-        )
+        bounds, by_teacher = (self.lowest_ratio, self.highest_ratio), self.gan_features == "teacher"
+        return weighted_matching(networks, self.guidance_scale, self.divergence, bounds, by_teacher=by_teacher)
 
 
 def weighted_matching(
-    n: Networks, guidance_scale: float, divergence: str, bounds: tuple[float, float], part: Any = DM_RANGE
+    n: Networks,
+    guidance_scale: float,
+    divergence: str,
+    bounds: tuple[float, float],
+    part: Any = DM_RANGE,
+    *,
+    by_teacher: bool = False,
 ) -> Objective:
     """DMD's matching with h(r) for each image, divided by the batch's mean h, so that rates keep their meaning.
 
-    The head sees the fake score's activations at the very sample that is matched, in the same pass.
+    The head sees the fake score's activations at the very sample that is matched, in the same pass; or the teacher's.
 
     Args:
         n: with a head.
         bounds: of r.
         part: of the σ table.
+        by_teacher: whose activations the head was trained on.
     """
 
-    def objective(x: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+    def objective(x: Tensor, batch: Batch, _: float) -> tuple[Tensor, Logs]:
         samples: Samples = batch.data
         assert n.head is not None
         with torch.no_grad():
             noisy, sigma = noised(n.teacher, x, batch.generator, part)
             mu_real = cfg_denoise(n.teacher, noisy, sigma, samples.cond, samples.uncond, guidance_scale)
-            mu_fake, activations = n.fake_score.features(noisy, sigma, samples.cond)
-            weight = density_weight(n.head(activations), divergence, bounds)
+            mu_fake, seen = n.fake_score.features(noisy, sigma, samples.cond)
+            if by_teacher:
+                seen = activations(n.teacher, noisy, sigma, samples.cond)
+            weight = density_weight(n.head(seen), divergence, bounds)
             gradient = per_image(weight, x) * distribution_matching_gradient(x, mu_real, mu_fake)
         loss, logs = follow(x, gradient)
         return loss, logs | {"largest_weight": weight.max()}

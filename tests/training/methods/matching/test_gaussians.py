@@ -21,7 +21,7 @@ from dmd2.training.discriminators.head import GanJudge
 from dmd2.training.loop import Batch, LoopSettings
 from dmd2.training.losses import approximate_r1, gan_generator, r1
 from dmd2.training.methods.common import Networks, Samples
-from dmd2.training.methods.dmd2 import Dmd2Recipe, Objective, matching
+from dmd2.training.methods.dmd2 import Dmd2Recipe, Objective, dmd2_phases, matching
 from dmd2.training.methods.matching.decoupled import DecoupledRecipe, decoupled_matching
 from dmd2.training.methods.matching.f_distill import WEIGHTS, FDistillRecipe, density_weight, weighted_matching
 from dmd2.training.methods.matching.sid import ChannelMean, SidRecipe, score_identity
@@ -67,13 +67,15 @@ def networks(head: nn.Module | None = None, sigmas: tuple[float, ...] = (SIGMA,)
     return Networks(Gaussian(0, 1), Gaussian(MU, S, sigmas).requires_grad_(False), fake, head)
 
 
-def gradient(objective: Objective, cond: Any = None, uncond: Any = None, times: int = 4) -> tuple[float, float]:
-    """With respect to a and b, the mean of a few batches."""
+def gradient(
+    objective: Objective, cond: Any = None, uncond: Any = None, times: int = 4, level: float = 80.0
+) -> tuple[float, float]:
+    """With respect to a and b, the mean of a few batches. `level`: where the student's step begins."""
     a, b = torch.tensor(A, requires_grad=True), torch.tensor(B, requires_grad=True)
     for step in range(times):
         z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1000 + step))
         samples = Samples(SHAPE, cond, uncond)
-        loss, _ = objective(a * z + b, Batch(step, samples, torch.Generator().manual_seed(step)))
+        loss, _ = objective(a * z + b, Batch(step, samples, torch.Generator().manual_seed(step)), level)
         (loss / times).backward()
     assert a.grad is not None and b.grad is not None
     return float(a.grad), float(b.grad)
@@ -119,6 +121,68 @@ def test_sid_s_gradient(alpha: float) -> None:
 def test_sid_s_gradient_vanishes_where_student_and_data_agree() -> None:
     n = replace(networks(), fake_score=Gaussian(MU, S).requires_grad_(False))
     assert gradient(score_identity(n, 1.0, 1.2, (0.0, 1.0)), times=1) == (0.0, 0.0)
+
+
+def test_sida_s_gradient_adds_the_adversary_s() -> None:
+    """A logit of one pixel is the mean of its channels at x_t: N(b, (a² + σ²) / 3)."""
+    weight, e = 0.7, Expected.at(SIGMA)
+    logits, variance = line(), (A**2 + SIGMA**2) / 3
+    share = torch.exp(-((logits - B) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+    share *= float(logits[1] - logits[0])
+    fooled = -float((share * torch.sigmoid(-logits)).sum())  # E of softplus(−l)'s derivative
+    curved = float((share * torch.sigmoid(-logits) * torch.sigmoid(logits)).sum())  # of its second one
+    with_it, without = (
+        gradient(score_identity(networks(ChannelMean()), 1.0, 1.0, (0.0, 1.0), gan_weight), times=8)
+        for gan_weight in (weight, 0.0)
+    )
+    assert with_it[1] - without[1] == pytest.approx(weight * fooled / e.scale, rel=0.02)
+    assert with_it[0] - without[0] == pytest.approx(weight * curved * A / 3 / e.scale, rel=0.02)  # Stein's lemma
+
+
+def test_sida_s_adversary_is_in_its_objective_and_its_images_are_not_shared() -> None:
+    """The generator's logits are those of the pass that compares scores: there is no other."""
+    n = networks(ChannelMean())
+    calls: list[str] = []
+    n.student.register_forward_hook(lambda *_: calls.append("student"))  # type: ignore[attr-defined]
+    recipe = SidRecipe(LOOP, **RATES, **GAN, student_begins=3)
+    phases = dmd2_phases(
+        n,
+        (n.student, n.fake_score),  # type: ignore[arg-type]
+        (torch.optim.SGD([torch.zeros(1)]), torch.optim.SGD([torch.zeros(1)])),
+        (80.0,),
+        gan_weights=(0.0 if recipe.own_adversary else 0.1, 0.1),
+        shares_images=recipe.shares_images,
+        student_begins=recipe.student_begins,
+        objective=recipe.objective(n),
+    )
+    assert [[phase.name for phase in phases if phase.is_due(step)] for step in (0, 2, 3)] == [
+        ["critic"],
+        ["critic"],
+        ["generator", "critic"],
+    ]
+    images = torch.zeros(SHAPE)
+    batch = Batch(3, Samples(SHAPE, None, None, images, None), torch.Generator().manual_seed(0))
+    _, logs = phases[0].loss(batch)
+    assert {"score_distance", "gan_generator"} <= set(logs) and calls == ["student"]
+    phases[1].loss(batch)
+    assert calls == ["student"] * 2
+
+
+def test_the_fake_score_of_sid_learns_at_the_levels_of_teachers() -> None:
+    seen: list[Tensor] = []
+
+    def levels(n: int, generator: torch.Generator) -> Tensor:
+        return torch.full((n,), 0.123)
+
+    class Seen(Gaussian):
+        def features(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+            seen.append(sigma)
+            return super().features(x, sigma, cond)
+
+    n = replace(networks(ChannelMean()), fake_score=Seen(B, A))
+    images = torch.zeros(4, 3, 8, 8)
+    GanJudge(levels=levels).critic_loss(n, images, None, images, None, 0.5, torch.Generator().manual_seed(0))
+    assert len(seen) == 2 and all(bool((sigma == 0.123).all()) for sigma in seen)
 
 
 def test_sida_s_discriminator_is_the_mean_over_channels() -> None:
@@ -193,7 +257,7 @@ def test_images_weigh_as_the_head_says(divergence: str) -> None:
     def of(objective: Objective) -> Tensor:
         z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
         x = (A * z + B).requires_grad_()
-        loss, _ = objective(x, Batch(0, samples, torch.Generator().manual_seed(0)))
+        loss, _ = objective(x, Batch(0, samples, torch.Generator().manual_seed(0)), 80.0)
         (found,) = torch.autograd.grad(loss, x)
         return found
 
@@ -206,6 +270,24 @@ def test_images_weigh_as_the_head_says(divergence: str) -> None:
     plain, weighted = of(matching(n, 1.0)), of(weighted_matching(n, 1.0, divergence, bounds))
     torch.testing.assert_close(weighted, per_image(h / h.mean(), plain) * plain, rtol=1e-4, atol=1e-9)
     assert (ratio == bounds[0]).any() and (ratio == bounds[1]).any()
+
+
+def test_the_ratio_is_told_by_what_the_head_was_trained_on() -> None:
+    class Doubled(Gaussian):
+        def features(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+            return self(x, sigma, cond), 2 * x
+
+    seen: list[Tensor] = []
+
+    class Watching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x.flatten(1).mean(1, keepdim=True)
+
+    n = replace(networks(Watching()), teacher=Doubled(MU, S))
+    for by_teacher in (False, True):
+        gradient(weighted_matching(n, 1.0, "js", (0.1, 10.0), by_teacher=by_teacher), times=1)
+    torch.testing.assert_close(seen[1], 2 * seen[0])
 
 
 def test_weights_are_one_on_average_and_bounded() -> None:
@@ -234,6 +316,30 @@ def test_decoupled_gradient_has_each_term_at_its_own_level() -> None:
     guided = (scale - 1) * (1 - S**2 / (S**2 + high**2)) * (MU - away) / above.scale
     assert by_b == pytest.approx(-(e.c1 * B + e.c0) / e.scale - guided, rel=0.02)
     assert by_a == pytest.approx(-e.c1 * A / e.scale, rel=0.03)  # what leads away from u is the same everywhere
+
+
+@pytest.mark.parametrize(("level", "part"), [(0.5, 0.23), (0.85, 0.41), (80.0, 0.98)])
+def test_guidance_has_less_noise_than_the_student_s_step(level: float, part: float) -> None:
+    """Decoupled DMD: τ of the guidance on the clean side of the step's own t; matching everywhere."""
+    table = tuple(0.02 * (n + 1) for n in range(100))
+    n = networks(sigmas=table)
+    sigmas: list[Tensor] = []
+
+    class Seen(Gaussian):
+        def forward(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+            sigmas.append(sigma)
+            return x
+
+    n = replace(n, teacher=Seen(MU, S, table))
+    cond = Mean(torch.zeros(4))
+    for step in range(40):
+        batch = Batch(step, Samples((4, 1, 2, 2), cond, cond), torch.Generator().manual_seed(step))
+        x = torch.zeros(4, 1, 2, 2, requires_grad=True)
+        decoupled_matching(n, 2.0, (0.02, 0.98), (0.02, 0.98))(x, batch, level)
+    matched, guided = torch.cat(sigmas[::2]), torch.cat(sigmas[1::2])
+    highest = table[round(part * 100)]
+    assert 0.9 * highest < float(guided.max()) <= highest + 1e-6 and float(guided.min()) < 0.15
+    assert float(matched.max()) > 1.85
 
 
 # The GAN on the teacher's activations, and approximate R1
@@ -320,11 +426,14 @@ GAN: Any = {"gan_generator": 0.1, "gan_critic": 0.1}
     ("recipe", "told"),
     [
         (FDistillRecipe(LOOP, **RATES), "gan_critic=0: expected a GAN"),
-        (FDistillRecipe(LOOP, **RATES, **GAN, gan_features="teacher"), "expected fake_score"),
         (FDistillRecipe(LOOP, **RATES, **GAN, lowest_ratio=10.0), "lowest_ratio=10: expected less"),
         (DecoupledRecipe(LOOP, **RATES), "guidance_scale=1: expected more"),
         (DecoupledRecipe(LOOP, **RATES, guidance_scale=2.0, match_range=(0.5, 0.5)), "match_range=[0.5, 0.5]"),
         (SidRecipe(LOOP, **RATES, match_range=(0.8, 0.1)), "match_range=[0.8, 0.1]"),
+        (
+            SidRecipe(LoopSettings(9, 1), **RATES, student_begins=9),
+            "student_begins=9: expected less than iterations, 9",
+        ),
         (Dmd2Recipe(LOOP, **RATES, r1=1.0), "expected gan_generator and gan_critic above 0"),
         (Dmd2Recipe(LOOP, **RATES, gan_features="teacher"), "expected gan_generator and gan_critic above 0"),
     ],
