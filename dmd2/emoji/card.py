@@ -31,7 +31,7 @@ def model_card(out: Path, scores: Mapping[str, Any], seconds: Mapping[str, float
         out: the folder of `scripts/reproduce-emoji`, whose `weights` are complete.
         scores: by mode, what `scripts/score-emoji` printed.
         seconds: by stage, how long it took.
-        made_on: machine and date.
+        made_on: machine, date and commits.
     """
     scenes = EmojiScenes(out / "weights" / "emoji.zip")
     config = json.loads((out / "weights" / "vae" / "config.json").read_text())
@@ -92,7 +92,7 @@ images of one caption, relative to real scenes.
 
 ## How it was made
 
-`scripts/reproduce-emoji`, in one go, by the recipes of this commit: {made_on}.
+`scripts/reproduce-emoji`, by its commit's recipes: {made_on}.
 
 | stage | duration |
 |---|---|

@@ -203,17 +203,23 @@ def quick_score(
 ) -> dict[str, float]:
     """What to watch while training: `score_emoji` without top5, fd_real and diversity, of n images.
 
-    Flat: top1, top1_seen, top1_held_out, background and fd. Arguments and errors are those of `score_emoji`.
+    Flat: top1, top1_seen, top1_held_out, right, background and fd. Arguments and errors are those of `score_emoji`.
     """
     emoji, background, held_out = _pairs(scenes, classifier, n, seed)
     captions = [scenes.caption(e, b) for e, b in zip(emoji.tolist(), background.tolist(), strict=True)]
-    found = _features(generate, captions, _seeds("drawn", seed, n), classifier)
+    views: tuple[View, View] = (
+        lambda images, _: classifier.features(images),
+        lambda images, rows: likeness(images, emoji[rows], scenes),
+    )
+    found, like = _viewed(generate, captions, _seeds("drawn", seed, n), *views)
     reference = _features(RealScenes(scenes), captions, _seeds("real 0", seed, n), classifier)
     emoji_logits, background_logits = classifier.answers(found)
-    top1 = _shares(emoji_logits.argmax(1) == emoji, held_out)
+    named = emoji_logits.argmax(1) == emoji
+    top1 = _shares(named, held_out)
     return {
         "top1": top1.pop("all"),
         **{f"top1_{split}": share for split, share in top1.items()},
+        "right": float((named & (like >= GOOD)).double().mean()),
         "background": float((background_logits.argmax(1) == background).double().mean()),
         "fd": frechet_distance_of(found, reference),
     }

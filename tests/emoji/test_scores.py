@@ -109,11 +109,12 @@ def test_generator_that_ignores_the_caption_is_found_out(scenes: EmojiScenes, cl
     def generate(captions: list[str], seeds: list[int]) -> Tensor:
         return scenes.batch(len(captions), seed=seeds[0], step=0).images
 
-    scores = quick_score(generate, scenes, classifier, n=256)
-    assert scores["top1"] <= 5 / len(scenes) + 0.02
+    scores = quick_score(generate, scenes, classifier, n=96)
+    assert scores["top1"] <= 0.1
     assert scores["background"] == pytest.approx(1 / len(BACKGROUNDS), abs=0.1)
-    real = quick_score(RealScenes(scenes), scenes, classifier, n=256)
+    real = quick_score(RealScenes(scenes), scenes, classifier, n=96)
     assert real["top1"] >= 0.97 and real["top1_held_out"] >= 0.97
+    assert real["right"] >= 0.95 and scores["right"] <= scores["top1"]
     assert real["fd"] < scores["fd"]  # even though the images are real: the mix of emoji differs
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
+from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dmd2.emoji.card import MODES, model_card
 from dmd2.emoji.scenes import EmojiScenes
@@ -40,7 +43,8 @@ def test_every_stage_takes_what_an_earlier_one_makes(reproduce: Any, tmp_path: P
             own = path in (stage.run, stage.made, tmp_path / "weights", tmp_path / "second-opinion.safetensors")
             assert own or any(one == path or path in one.parents for one in made), (stage.name, path)
         if stage.run is not None:
-            assert stage.command[4] in RECIPES and "--set" not in stage.command
+            assert stage.command[4] in RECIPES
+            assert [word for word in stage.command if "=" in word] == ["precision=auto"], "the committed recipe"
         made.add(stage.made)
     assert len(made) == 8 + len(MODES)
 
@@ -70,6 +74,61 @@ def test_it_goes_on_at_the_stage_that_was_stopped(
     assert ran == [stage.name for stage in stages[4:]] and set(times) == {stage.name for stage in stages}
     assert times["teacher"] >= spent["teacher, begun"], "what it took before counts"
     assert "[5/15] teacher: " in capsys.readouterr().out
+    commits = json.loads((tmp_path / "commits.json").read_text())
+    assert set(commits) == {stage.name for stage in stages} and all(len(found) == 1 for found in commits.values())
+
+
+def test_a_stage_that_went_on_with_other_code_says_so(
+    reproduce: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stage,) = reproduce.stages(tmp_path, "cpu", 8, False)[:1]
+
+    def stopped(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for code, run in (("one", stopped), ("one", stopped), ("two", lambda stage: stage.made.write_text("made"))):
+        monkeypatch.setattr(reproduce, "commit", lambda code=code: code)
+        with suppress(KeyboardInterrupt):
+            reproduce.reproduce([stage], tmp_path, run)
+    assert json.loads((tmp_path / "commits.json").read_text()) == {stage.name: ["one", "two"]}
+
+
+def test_precision_and_threads_are_chosen_once(
+    reproduce: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmd2.runtime.precision.resolve_precision", lambda *_: "bf16")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    chosen = reproduce.Machine.of(tmp_path, "cpu")
+    monkeypatch.setattr("dmd2.runtime.precision.resolve_precision", lambda *_: "fp32")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert reproduce.Machine.of(tmp_path, "cpu") == chosen == reproduce.Machine("bf16", 3)
+    seen: list[tuple[list[str], str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: Any) -> Any:
+        seen.append((command, env["OMP_NUM_THREADS"]))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    vae = reproduce.stages(tmp_path, "cpu", 8, True, chosen.precision)[1]
+    reproduce.do(vae, chosen.threads)
+    ((command, threads),) = seen
+    assert "precision=bf16" in command and "iterations=2" in command and threads == "3"
+
+
+def test_progress_is_told_while_a_stage_runs(reproduce: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    told, third = list[str](), threading.Event()
+
+    def view() -> str:
+        told.append(f"view {len(told)}")
+        if len(told) == 3:
+            third.set()
+        return told[-1]
+
+    with reproduce.again_and_again(view, 0.01):
+        assert third.wait(60)
+    count = len(told)
+    assert capsys.readouterr().out.splitlines()[:3] == ["view 0", "view 1", "view 2"]
+    assert len(told) == count, "not after it"
 
 
 def test_a_training_that_was_stopped_is_resumed_and_a_failure_is_named(
