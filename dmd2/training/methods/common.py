@@ -123,13 +123,20 @@ def generate(
     sigmas: Sequence[float],
     generator: torch.Generator,
     simulated: bool = True,
-) -> tuple[Tensor, float]:
-    """The student's x0 at a random exit step, whose input is its own rollout from pure noise; and that step's σ.
+) -> Tensor:
+    """The student's x0 (B, C, h, w) at a random exit step, whose input is its own rollout from pure noise.
 
     DMD2's backward simulation (sec. 4.5): the student sees in training what it will see when sampling.
     Gradients flow through the last step only. One exit step for the whole batch. Without `simulated` later steps
     start from noised real images, as students of several steps did before.
     """
+    return rollout(student, samples, sigmas, generator, simulated)[0]
+
+
+def rollout(
+    student: Denoiser, samples: Samples, sigmas: Sequence[float], generator: torch.Generator, simulated: bool
+) -> tuple[Tensor, float]:
+    """As `generate`, and the exit step's σ."""
     device = student.sigmas.device
     last = int(torch.randint(len(sigmas), (1,), generator=generator))
     noise = [draws.randn(samples.shape, generator).to(device) for _ in range(last + 1)]
@@ -177,4 +184,4 @@ class SharedImages:
             return self._generate(batch)[0]
 
     def _generate(self, batch: Batch) -> tuple[Tensor, float]:
-        return generate(self._student, batch.data, self._sigmas, batch.generator, self._simulated)
+        return rollout(self._student, batch.data, self._sigmas, batch.generator, self._simulated)

@@ -115,7 +115,7 @@ def gdd_phases(
     """
 
     def generated(batch: Batch) -> Tensor:
-        return generate(student, batch.data, (sigma,), batch.generator)[0]
+        return generate(student, batch.data, (sigma,), batch.generator)
 
     def generator_loss(batch: Batch) -> tuple[Tensor, Logs]:
         return gan_generator(discriminator(generated(batch), batch.data.cond)), {}
