@@ -28,6 +28,7 @@ from starlette.requests import Request
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import read_bounded
 from dmd2.service.http.metrics import Metrics
+from dmd2.service.http.models import ClientGone
 from dmd2.service.http.refusal import Refusal, answer
 
 Message = MutableMapping[str, Any]
@@ -45,6 +46,8 @@ TEXT_BODY = 1_000_000
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 SILENCE = 30.0
 """seconds within which more of a body must come"""
+WRITE, SLOWEST = 60.0, 100_000
+"""a client may take so many seconds for a part of its answer, and one more for each so many bytes of it"""
 MOST_CALLERS = 10_000
 """whose rates are remembered"""
 LEAST_KEY = 16
@@ -194,7 +197,12 @@ class Guard:
                     headers["cross-origin-resource-policy"] = "cross-origin"
             elif message["type"] in ("websocket.accept", "websocket.close"):
                 state["status"] = message.get("code", 101)
-            await send(message)
+            size = len(message.get("body") or message.get("bytes") or b"")
+            try:
+                async with asyncio.timeout(WRITE + size / SLOWEST):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGone from None
 
         try:
             try:
@@ -208,6 +216,8 @@ class Guard:
                     await (await answer(Request(scope), refusal))(scope, receive, sending)
             else:
                 await self._app(scope, receive if websocket else body.receive, sending)
+        except ClientGone:
+            pass  # who takes nothing of an answer is told nothing more
         finally:
             self._held -= body.held
             self._log(scope, time.perf_counter() - began)

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
-from dmd2.service.http.models import Models, request_of
+from dmd2.service.http.models import ClientGone, Models, request_of
 from dmd2.service.http.openai import LoraChoice, lora_text
 from dmd2.service.http.refusal import NOT_BLANK, Refusal
 
@@ -84,7 +84,7 @@ class Line:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._generate())
                 group.create_task(self._listen())
-        except* WebSocketDisconnect:
+        except* (WebSocketDisconnect, ClientGone):
             pass  # as all of them end
 
     async def _listen(self) -> None:

@@ -145,6 +145,7 @@ class Run:
 
         Raises:
             Refusal: an error, or the time is over; told in the metrics.
+            ClientGone: from `take` or `still_waiting`.
         """
         metrics, name = self.served.metrics, self.served.name
         try:
@@ -161,6 +162,8 @@ class Run:
                         self._count(image)
                         await take(image)
                 self._done = True
+        except ClientGone:
+            raise
         except Exception as error:
             refusal = Refusal.of(error)
             metrics.errors.labels(refusal.code).inc()

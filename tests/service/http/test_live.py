@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmd2.service.http import guard
 from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import Rules, hashlib
 from tests.service.http.fake import FakeService, client_of, fake_app, until
@@ -25,6 +26,8 @@ class Socket:
         self.sent: list[Any] = []
         self.accepted: Any = None
         self.closed: Any = None
+        self.takes = 1000
+        """messages; then it takes nothing more, and stays connected"""
         raw = {"host": "localhost"} | {name.replace("_", "-"): value for name, value in headers.items()}
         scope = {
             "type": "websocket",
@@ -46,6 +49,8 @@ class Socket:
         elif message["type"] == "websocket.close":
             self.closed = message
         else:
+            if len(self.sent) == self.takes:
+                await asyncio.Event().wait()
             self.sent.append(message)
 
     def say(self, **message: Any) -> None:
@@ -167,6 +172,18 @@ def test_who_hangs_up_leaves_nothing_behind() -> None:
         assert len(service.cancelled) == 1
 
     talk(talking, FakeService(held=True))
+
+
+@pytest.mark.parametrize("takes", [0, 1])
+def test_who_takes_nothing_gives_up_its_place(takes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def talking(socket: Socket, service: FakeService, app: FastAPI) -> None:
+        monkeypatch.setattr(guard, "WRITE", 0.05)
+        socket.takes = takes
+        socket.say(id=1, prompt="a")
+        await socket.task
+        assert len(service.asked) == 1 and len(socket.sent) == takes
+
+    talk(talking)
 
 
 @pytest.mark.parametrize(

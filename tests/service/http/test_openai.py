@@ -13,6 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from dmd2.service.http import guard
 from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import Rules
 from dmd2.service.http.openai import Kept
@@ -313,8 +314,12 @@ def test_a_time_that_is_none_is_refused(timeout: str) -> None:
     assert answer.status_code == 400 and "x-request-timeout" in answer.json()["error"]["param"].lower()
 
 
-async def raw(app: Any, body: bytes, hang_up: asyncio.Event) -> list[Any]:
-    """A request as uvicorn makes it, whose client hangs up once `hang_up` is set; what the application sent."""
+async def raw(app: Any, body: bytes, hang_up: asyncio.Event, takes: int = 1000) -> list[Any]:
+    """A request as uvicorn makes it, whose client hangs up once `hang_up` is set; what the application sent.
+
+    Args:
+        takes: messages that the client reads; then it stays connected and takes nothing more.
+    """
     sent: list[Any] = []
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -325,6 +330,8 @@ async def raw(app: Any, body: bytes, hang_up: asyncio.Event) -> list[Any]:
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
+        if len(sent) == takes:
+            await asyncio.Event().wait()
         sent.append(message)
 
     scope = {
@@ -366,6 +373,26 @@ def test_a_client_that_hangs_up_is_cancelled_wherever_it_is(stream: bool, waits:
             service.open.set()
             if other is not None:
                 assert (await other).status_code == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("takes", [0, 1, 2, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_takes_nothing_of_its_answer_gives_up_its_place(
+    stream: bool, takes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "WRITE", 0.05)
+
+    async def run() -> None:
+        app = fake_app()
+        async with client_of(app) as client:
+            admission = app.state.models.served["fake"].admission
+            body = {"prompt": "an owl", "n": 4, "stream": stream}
+            sent = await raw(app, json.dumps(body).encode(), asyncio.Event(), takes)
+            assert len(sent) == (takes if stream else min(takes, 2))
+            assert (admission.waiting, admission.running) == (0, 0)
+            assert (await client.post(GENERATIONS, json=body)).status_code == 200
 
     asyncio.run(run())
 
