@@ -40,9 +40,12 @@ OPEN = ("/healthz", "/readyz", "/openapi.json", "/files/")
 """what needs no key; so does the page, which asks for one. Names of files cannot be guessed"""
 METERED = ("/v1/images/", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 """what counts for a key's rate; the websocket counts its messages"""
-WITH_IMAGES = ("/v1/images/edits", "/sdapi/v1/img2img")
+JSON_IMAGES = ("/sdapi/v1/img2img",)
+WITH_IMAGES = ("/v1/images/edits", *JSON_IMAGES)
 TEXT_BODY = 1_000_000
 """bytes of a request without images: what JSON becomes in memory is many times as large"""
+MOST_VALUES = 10_000
+"""of JSON that is larger, about: images are few and long"""
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 SILENCE = 30.0
 """seconds within which more of a body must come"""
@@ -175,7 +178,7 @@ class Guard:
             return
         began, websocket = time.perf_counter(), scope["type"] == "websocket"
         most = self._rules.body if scope["path"] in WITH_IMAGES else min(self._rules.body, TEXT_BODY)
-        body = _Body(self, receive, most)
+        body = _Body(self, receive, most, scope["path"] in JSON_IMAGES)
         state = scope.setdefault("state", {})
         state |= {
             "id": uuid.uuid4().hex,
@@ -267,11 +270,11 @@ class Guard:
 
 
 class _Body:
-    """Passes on the body of a request, counted and not for ever."""
+    """Passes on the body of a request, counted and not for ever. `json`: it is parsed as such, however large."""
 
-    def __init__(self, guard: Guard, receive: Receive, most: int) -> None:
-        self._guard, self._receive, self.most = guard, receive, most
-        self.held, self._whole = 0, False
+    def __init__(self, guard: Guard, receive: Receive, most: int, json: bool) -> None:
+        self._guard, self._receive, self.most, self._json = guard, receive, most, json
+        self.held, self._values, self._whole = 0, 0, False
 
     async def receive(self) -> Message:
         try:
@@ -279,6 +282,11 @@ class _Body:
         except TimeoutError:
             raise Refusal(408, "too_slow", f"nothing of the body came for {SILENCE:.0f} s") from None
         if message["type"] == "http.request":
-            self._guard.hold(len(message.get("body", b"")), self)
+            part = message.get("body", b"")
+            self._guard.hold(len(part), self)
+            if self._json:
+                self._values += sum(map(part.count, (b",", b"[", b"{")))  # base64 has none of them
+                if self.held > TEXT_BODY and self._values > MOST_VALUES:
+                    raise Refusal(413, "too_large", f"more than {MOST_VALUES} values; expected text and images")
             self._whole = not message.get("more_body")
         return message

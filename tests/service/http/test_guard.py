@@ -14,6 +14,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from dmd2.runtime.errors import UserError
 from dmd2.service.http import guard
@@ -25,6 +26,7 @@ from tests.service.http.fake import FakeService, client_of, fake_app
 GENERATIONS = "/v1/images/generations"
 KEYS = ("first-key-0123456789", "second-key-0123456789")
 BODY = {"prompt": "an owl"}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
@@ -212,8 +214,39 @@ def test_only_a_request_with_images_may_be_large() -> None:
     large = {"content": b"[" + b"0," * 600_000 + b"0]", "headers": {"content-type": "application/json"}}
     form = {"data": {"prompt": "x"}, "files": {"image": b"x" * 2_000_000}}
     paths = (GENERATIONS, "/sdapi/v1/txt2img", "/sdapi/v1/options", "/nowhere")
-    found = answers(Rules(), *[("POST", path, large) for path in paths], ("POST", "/v1/images/edits", form))
-    assert [answer.status_code for answer in found] == [413] * 4 + [200]
+    image = base64.b64encode(b"x" * 2_000_000).decode()
+    with_image = {"json": {"prompt": "x", "init_images": [f"data:image/png;base64,{image}"]}}
+    found = answers(
+        Rules(),
+        *[("POST", path, large) for path in paths],
+        ("POST", "/v1/images/edits", form),
+        ("POST", "/sdapi/v1/img2img", with_image),
+    )
+    assert [answer.status_code for answer in found] == [413] * 4 + [200] * 2
+
+
+@pytest.mark.parametrize("value", ["{}", "[", '{"a":', '"a"', "0"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_large_request_of_many_values_is_refused_before_it_is_parsed(
+    value: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+
+    async def parse(request: Request) -> Any:
+        parsed.append(len(await request.body()))
+        return {}
+
+    monkeypatch.setattr(Request, "json", parse)
+    comma = "" if value[-1] in "[:" else ","
+    found = answers(
+        Rules(),
+        *[
+            ("POST", "/sdapi/v1/img2img", {"content": text.encode(encoding), "headers": JSON})
+            for text in ((value + comma) * 11_000 + " " * 1_000_000, (value + comma) * 11_000, " " * 1_000_001)
+        ],
+    )
+    assert found[0].status_code == 413 and "10000 values" in found[0].json()["detail"]
+    assert len(parsed) == 2  # a small one, and a large one of one value
 
 
 def test_all_bodies_together_are_bounded_and_forgotten_after_the_answer() -> None:
