@@ -47,10 +47,8 @@ TEXT_BODY = 1_000_000
 MOST_VALUES = 10_000
 """of JSON that is larger, about: images are few and long"""
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-SILENCE = 30.0
-"""seconds within which more of a body must come"""
-WRITE, SLOWEST = 60.0, 100_000
-"""a client may take so many seconds for a part of its answer, and one more for each so many bytes of it"""
+READ, WRITE, SLOWEST = 30.0, 60.0, 100_000
+"""seconds for a body, and for a client to take a part of its answer; both have one more for each SLOWEST bytes"""
 MOST_CALLERS = 10_000
 """whose rates are remembered"""
 LEAST_KEY = 16
@@ -275,12 +273,15 @@ class _Body:
     def __init__(self, guard: Guard, receive: Receive, most: int, json: bool) -> None:
         self._guard, self._receive, self.most, self._json = guard, receive, most, json
         self.held, self._values, self._whole = 0, 0, False
+        self._began: float | None = None
 
     async def receive(self) -> Message:
+        self._began = self._began or asyncio.get_running_loop().time()
         try:
-            message = await asyncio.wait_for(self._receive(), None if self._whole else SILENCE)
+            async with asyncio.timeout_at(None if self._whole else self._began + READ + self.held / SLOWEST):
+                message = await self._receive()
         except TimeoutError:
-            raise Refusal(408, "too_slow", f"nothing of the body came for {SILENCE:.0f} s") from None
+            raise Refusal(408, "too_slow", f"the body came slower than {SLOWEST // 1000} kB/s") from None
         if message["type"] == "http.request":
             part = message.get("body", b"")
             self._guard.hold(len(part), self)

@@ -268,18 +268,31 @@ def test_all_bodies_together_are_bounded_and_forgotten_after_the_answer() -> Non
     asyncio.run(run())
 
 
-def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SILENCE", 0.05)
-    forever = asyncio.Event
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_body_that_comes_too_slowly_is_given_up(stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it stops, or goes on byte by byte."""
+    monkeypatch.setattr(guard, "READ", 0.05)
 
-    async def stalled() -> AsyncIterator[bytes]:
-        yield b"{"
-        await forever().wait()
+    async def slow() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" "
+            await (asyncio.Event().wait() if stops else asyncio.sleep(0.01))
 
-    (slow,) = answers(
-        Rules(), ("POST", GENERATIONS, {"content": stalled(), "headers": {"content-type": "application/json"}})
-    )
-    assert slow.status_code == 408 and slow.json()["error"]["code"] == "too_slow"
+    (answer,) = answers(Rules(), ("POST", GENERATIONS, {"content": slow(), "headers": JSON}))
+    assert answer.status_code == 408 and answer.json()["error"]["code"] == "too_slow"
+
+
+def test_a_large_body_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "READ", 0.05)
+    monkeypatch.setattr(guard, "SLOWEST", 1)
+
+    async def large() -> AsyncIterator[bytes]:
+        yield json.dumps(BODY).ljust(5000).encode()
+        await asyncio.sleep(0.1)
+        yield b" "
+
+    (answer,) = answers(Rules(), ("POST", GENERATIONS, {"content": large(), "headers": JSON}))
+    assert answer.status_code == 200
 
 
 def test_every_answer_carries_the_strict_headers(tmp_path: Path) -> None:
