@@ -38,6 +38,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN = ("/healthz", "/readyz", "/openapi.json", "/files/")
 """what needs no key; so does the page, which asks for one. Names of files cannot be guessed"""
+HEALTH = ("/healthz", "/readyz")
+"""what is answered however many requests there are: who asks would end a busy server"""
 METERED = ("/v1/images/", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 """what counts for a key's rate; the websocket counts its messages"""
 JSON_IMAGES = ("/sdapi/v1/img2img",)
@@ -47,6 +49,8 @@ TEXT_BODY = 1_000_000
 MOST_VALUES = 10_000
 """of JSON that is larger, about: images are few and long"""
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+REQUESTS = 1000
+"""under way at one time, open websockets among them"""
 READ, WRITE, SLOWEST = 30.0, 60.0, 100_000
 """seconds for a body, and for a client to take a part of its answer; both have one more for each SLOWEST bytes"""
 MOST_CALLERS = 10_000
@@ -169,6 +173,7 @@ class Guard:
         self._app, self._rules, self._metrics, self._pages = app, rules, metrics, pages
         self.rates = Rates(rules.per_minute)
         self._held = 0  # bytes of bodies
+        self._under_way = 0  # requests
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -185,6 +190,7 @@ class Guard:
             "status": 0,
         }
         policy = PAGE_POLICY if scope["path"] in self._pages else POLICY
+        self._under_way += 1
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -209,7 +215,7 @@ class Guard:
             try:
                 self._check(scope, most)
             except Refusal as refusal:
-                if refusal.status_code == 429:
+                if refusal.status_code in (429, 503):
                     self._metrics.rejections.labels(refusal.code).inc()
                 if websocket:
                     await sending({"type": "websocket.close", "code": 1008, "reason": refusal.code})
@@ -220,12 +226,15 @@ class Guard:
         except ClientGone:
             pass  # who takes nothing of an answer is told nothing more
         finally:
+            self._under_way -= 1
             self._held -= body.held
             self._log(scope, time.perf_counter() - began)
 
     def _check(self, scope: MutableMapping[str, Any], most: int) -> None:
         """Raises Refusal unless the request may come in."""
         headers, rules, path = Headers(scope=scope), self._rules, scope["path"]
+        if self._under_way > REQUESTS and path not in HEALTH:
+            raise Refusal(503, "busy", f"more than {REQUESTS} requests at once", retry_after=2)
         host, origin = headers.get("host", ""), headers.get("origin")
         if rules.loopback and not rules.keys and _host(f"//{host}")[0] not in LOOPBACK:
             # Else any web page could reach this machine's server by a name of its own (DNS rebinding).

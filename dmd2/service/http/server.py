@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -26,8 +27,8 @@ from dmd2.service.http.openai import Kept
 
 DRAIN = 300
 """seconds that requests under way have after SIGTERM"""
-CONNECTIONS = 1000
-"""at one time; one more is a 503"""
+CONNECTIONS = 4000
+"""at one time, those between two requests among them; one more is a 503 of uvicorn's. The guard refuses before"""
 MESSAGE = 1 << 16
 """bytes of a websocket's message"""
 
@@ -102,6 +103,7 @@ def serve(
         kept=Kept(keep_seconds),
         failed=failed,
     )
+    allow_files(CONNECTIONS + 1000)
     listener = listen(host, port)
     config = uvicorn.Config(
         app,
@@ -129,6 +131,14 @@ def serve(
             raise error
         raise UserError(f"the weights cannot be loaded: {type(error).__name__}: {one_line(error)}")
     return int(server.lost)
+
+
+def allow_files(number: int) -> None:
+    """This process may have `number` files and connections open, or as many as the system lets it ask for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def is_loopback(host: str) -> bool:

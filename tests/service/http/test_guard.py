@@ -21,7 +21,7 @@ from dmd2.service.http import guard
 from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import MOST_CALLERS, Rates, Rules, read_keys
 from dmd2.service.http.refusal import Refusal
-from tests.service.http.fake import FakeService, client_of, fake_app
+from tests.service.http.fake import FakeService, client_of, fake_app, until
 
 GENERATIONS = "/v1/images/generations"
 KEYS = ("first-key-0123456789", "second-key-0123456789")
@@ -264,6 +264,27 @@ def test_all_bodies_together_are_bounded_and_forgotten_after_the_answer() -> Non
             assert (await first).status_code == 200
             for _ in range(3):
                 assert (await client.post(GENERATIONS, **padded)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_who_asks_of_a_busy_server_is_told_when_to_return_and_its_health_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "REQUESTS", 2)
+
+    async def run() -> None:
+        service = FakeService(held=True)
+        async with client_of(fake_app(service)) as client:
+            first = [asyncio.create_task(client.post(GENERATIONS, json=BODY)) for _ in range(2)]
+            await until(lambda: len(service.asked) == 2)
+            refused = await client.get("/v1/models")
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "busy"
+            assert int(refused.headers["retry-after"]) >= 1
+            assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+            service.open.set()
+            assert [(await task).status_code for task in first] == [200, 200]
+            assert 'dmd2_rejections_total{reason="busy"} 1.0' in (await client.get("/metrics")).text
 
     asyncio.run(run())
 

@@ -210,6 +210,20 @@ def test_weights_of_classes_are_served_at_every_door_whatever_their_steps(tmp_pa
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("soft", "hard", "after"),
+    [(1024, 524_288, 5000), (1024, 4096, 4096), (1024, -1, 5000), (8000, -1, None), (-1, -1, None), (256, 256, None)],
+)
+def test_as_many_files_are_allowed_as_the_system_lets(
+    soft: int, hard: int, after: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[Any] = []
+    monkeypatch.setattr(served.resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(served.resource, "setrlimit", lambda _, limit: limits.append(limit))
+    served.allow_files(5000)
+    assert limits == ([] if after is None else [(after, hard)])
+
+
 # The command
 
 
