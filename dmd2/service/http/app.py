@@ -132,7 +132,7 @@ def create_app(
         # Not mounted at "/", which would say of every other path that only its method is wrong.
         static = StaticFiles(directory=page, html=True)
         app.router.routes.extend(Route(path, static, include_in_schema=False) for path in sorted(pages))
-    for kind in (RequestValidationError, HTTPException, Exception):
+    for kind in (RequestValidationError, HTTPException):  # the guard answers to any other
         app.add_exception_handler(kind, answer)
     app.add_middleware(Guard, rules=rules, metrics=metrics, pages=pages)
     if rules.origins:
@@ -140,7 +140,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(rules.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Timeout"],
-            expose_headers=["Retry-After", "X-Queue-Position", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client has a dozen of its own; no cookie is of any use here
+            expose_headers=["Retry-After", "Server-Timing", "X-Queue-Position", "X-Request-Id", "X-Should-Retry"],
         )
     return app

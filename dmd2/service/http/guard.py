@@ -72,6 +72,7 @@ HEADERS = {
 }
 
 access = logging.getLogger("dmd2.access")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,13 @@ class Guard:
                 await self._app(scope, receive if websocket else body.receive, sending)
         except ClientGone:
             pass  # who takes nothing of an answer is told nothing more
+        except Exception as error:
+            if websocket or state["status"]:
+                raise
+            logger.exception("%s %s", scope["method"], shown(scope["path"], 200))
+            self._metrics.errors.labels("internal_error").inc()
+            failure = Refusal(500, "internal_error", f"{type(error).__name__}; the server's log says more")
+            await (await answer(Request(scope), failure))(scope, receive, sending)
         finally:
             self._under_way -= 1
             self._held -= body.held

@@ -49,6 +49,8 @@ class Refusal(HTTPException):
         headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if status == 408:
+            headers["x-should-retry"] = "false"  # else OpenAI's client asks twice more for what takes too long
         super().__init__(status, one_line(message), headers)
         self.code, self.param = code, param
 

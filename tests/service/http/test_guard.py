@@ -183,11 +183,16 @@ def test_other_pages_may_not_call_unless_they_are_named() -> None:
     assert "access-control-allow-origin" not in found[2].headers
     (closed,) = answers(Rules(), ("POST", GENERATIONS, {"json": BODY, "headers": headers[0]}))
     assert closed.status_code == 403 and "access-control-allow-origin" not in closed.headers
+    exposed = found[0].headers["access-control-expose-headers"].lower().split(", ")
+    assert {"server-timing", "retry-after", "x-request-id", "x-should-retry", "x-queue-position"} == set(exposed)
     preflight = headers[0] | {"Access-Control-Request-Method": "POST"}
+    preflight |= {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os,x-stainless-timeout"}
     with_cors, without = (
         answers(each, ("OPTIONS", GENERATIONS, {"headers": preflight}))[0] for each in (rules, Rules())
     )
     assert with_cors.status_code == 200 and without.status_code in (403, 405)
+    assert "x-stainless-timeout" in with_cors.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in with_cors.headers
 
 
 def test_bodies_are_bounded_whether_or_not_they_say_their_length() -> None:
@@ -337,6 +342,36 @@ def test_every_answer_carries_the_strict_headers(tmp_path: Path) -> None:
         assert "unsafe" not in policy and "http" not in policy and "*" not in policy
     assert "script-src 'self'" in found[0].headers["content-security-policy"]
     assert "script-src" not in found[3].headers["content-security-policy"]
+
+
+def test_an_error_that_nobody_foresaw_is_answered_logged_and_counted_as_any_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rules = Rules(origins=("https://good.example",))
+
+    async def run() -> tuple[httpx.Response, httpx.Response]:
+        app = fake_app(rules=rules)
+
+        @app.get("/broken")
+        async def broken() -> None:
+            raise KeyError("what only the log may say")
+
+        async with client_of(app) as client:
+            headers = {"Origin": "https://good.example"}
+            return await client.get("/broken", headers=headers), await client.get("/metrics")
+
+    with caplog.at_level(logging.INFO):
+        failed, metrics = asyncio.run(run())
+    error = failed.json()["error"]
+    assert (failed.status_code, error["code"], error["type"]) == (500, "internal_error", "server_error")
+    assert "what only the log" not in failed.text and "what only the log" in caplog.text
+    assert failed.headers["x-content-type-options"] == "nosniff" and "content-security-policy" in failed.headers
+    assert failed.headers["access-control-allow-origin"] == "https://good.example"
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "dmd2.access"]
+    assert (lines[0]["status"], lines[0]["request"]) == (500, failed.headers["x-request-id"])
+    assert lines[0]["code"] == "internal_error"
+    assert 'dmd2_errors_total{code="internal_error"} 1.0' in metrics.text
+    assert 'dmd2_requests_total{route="/broken",status="500"} 1.0' in metrics.text
 
 
 def test_the_page_needs_no_key_but_what_it_calls_does(tmp_path: Path, keys: tuple[bytes, ...]) -> None:

@@ -21,12 +21,14 @@ from tests.service.http.fake import FakeService, client_of, fake_app
 
 
 @asynccontextmanager
-async def asking(service: FakeService, rules: Rules | None = None) -> AsyncIterator[openai.AsyncOpenAI]:
+async def asking(
+    service: FakeService, rules: Rules | None = None, max_retries: int = 0
+) -> AsyncIterator[openai.AsyncOpenAI]:
     app = fake_app(service, rules)
     async with client_of(app):
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
         async with openai.AsyncOpenAI(
-            api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=0
+            api_key="none", base_url="http://localhost/v1", http_client=http, max_retries=max_retries
         ) as it:
             yield it
 
@@ -70,6 +72,18 @@ def test_its_errors_are_its_own() -> None:
         async with asking(FakeService(), Rules((b"0" * 32,))) as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.images.generate(prompt="an owl")
+
+    asyncio.run(run())
+
+
+def test_what_took_too_long_is_not_asked_for_again() -> None:
+    async def run() -> None:
+        service = FakeService(held=True)
+        async with asking(service, max_retries=openai.DEFAULT_MAX_RETRIES) as client:
+            with pytest.raises(openai.APIStatusError) as late:
+                await client.images.generate(prompt="an owl", extra_headers={"X-Request-Timeout": "0.05"})
+            assert late.value.status_code == 408 and late.value.code == "timeout"
+            assert len(service.asked) <= 1  # none, if the time was over before it was begun
 
     asyncio.run(run())
 
