@@ -49,7 +49,7 @@ class Warm(BaseModel):
 class Ready(BaseModel):
     """Whether requests should come here."""
 
-    status: Literal["ready", "loading", "stopping"]
+    status: Literal["ready", "loading", "stopping", "device_lost"]
     models: dict[str, Warm]
 
 
@@ -100,8 +100,9 @@ def create_app(
     @app.get("/readyz", responses={503: {"model": Ready, "description": "Not now."}})
     async def readyz(response: Response) -> Ready:
         response.status_code = 200 if models.ready else 503
+        waits: Literal["loading", "stopping"] = "stopping" if models.draining else "loading"
         return Ready(
-            status="ready" if models.ready else "stopping" if models.draining else "loading",
+            status="ready" if models.ready else waits if models.alive else "device_lost",
             models={name: Warm(**warm) for name, warm in models.warm().items()},
         )
 
@@ -111,6 +112,7 @@ def create_app(
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.head("/files/{name}", include_in_schema=False)
     @app.get(
         "/files/{name}",
         name="kept",

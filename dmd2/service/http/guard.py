@@ -201,7 +201,7 @@ class Guard:
                     HEADERS | {"content-security-policy": policy, "x-request-id": state["id"]}
                 ).items():
                     headers.setdefault(name, value)
-                if self._rules.origins:
+                if self._rules.origins or scope["path"].startswith("/files/"):  # any page may show an image
                     headers["cross-origin-resource-policy"] = "cross-origin"
             elif message["type"] in ("websocket.accept", "websocket.close"):
                 state["status"] = message.get("code", 101)

@@ -107,6 +107,7 @@ class Line:
             try:
                 self._socket.state.rates.check(self._socket.state.caller)
             except Refusal as refusal:
+                self._models.metrics.rejections.labels(refusal.code).inc()
                 await self._refuse(wanted.id, refusal)
                 return
         stale, self._newest = self._newest, wanted if isinstance(wanted, Live) else None

@@ -253,6 +253,7 @@ class Models:
                 "model",
             )
         if known not in self.served:
+            self.metrics.rejections.labels("loading").inc()
             raise Refusal(503, "loading", f"{known} is being loaded; see /readyz", retry_after=5)
         return self.served[known]
 

@@ -340,7 +340,7 @@ class Events(Response):
     media_type = "text/event-stream"
 
     def __init__(self, answer: Answer, headers: dict[str, str]) -> None:
-        super().__init__(headers=headers)
+        super().__init__(headers=headers | {"X-Accel-Buffering": "no"})  # else nginx keeps events until the end
         del self.headers["content-length"]
         self._answer = answer
 

@@ -96,7 +96,8 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         error = Refusal.invalid(error)
     elif isinstance(error, HTTPException) and not isinstance(error, Refusal):
-        error = Refusal(error.status_code, "invalid_request", error.detail)
+        headers, error = error.headers, Refusal(error.status_code, "invalid_request", error.detail)
+        error.headers = {**(headers or {}), **(error.headers or {})}  # such as Allow
     refusal = Refusal.of(error)
     request.state.code = refusal.code
     content: dict[str, Any] = {"error": refusal.error}

@@ -393,7 +393,9 @@ def test_a_path_that_is_none_is_said_to_be_none_whatever_the_method() -> None:
     async def run() -> dict[str, int]:
         async with client_of(create_app({"fake": FakeService})) as client:
             paths = ["/v1/images/variations", "/sdapi/v1/png-info", "/", "/style.css", GENERATIONS]
-            found = {path: (await client.put(path)).status_code for path in paths}
+            answers = {path: await client.put(path) for path in paths}
+            assert [answer.headers.get("allow") for answer in answers.values()][3:] == ["GET, HEAD", "POST"]
+            found = {path: answer.status_code for path, answer in answers.items()}
             return found | {f"GET {path}": (await client.get(path)).status_code for path in ("/style.css", "/style")}
 
     assert list(asyncio.run(run()).values()) == [404, 404, 405, 405, 405, 200, 404]

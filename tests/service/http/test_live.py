@@ -229,12 +229,13 @@ def test_errors_of_the_device_and_the_queue_are_told() -> None:
 
 
 def test_requests_count_for_the_rate() -> None:
-    async def talking(socket: Socket, _: FakeService, __: FastAPI) -> None:
+    async def talking(socket: Socket, _: FakeService, app: FastAPI) -> None:
         for number in range(3):
             socket.say(id=number, prompt="a")
         await until(lambda: 2 in socket.final())
         (error,) = (answer["error"] for answer in socket.answers if answer["id"] == 2)
         assert error["code"] == "rate_limit_exceeded" and error["retry_after"] >= 1
+        assert b'dmd2_rejections_total{reason="rate_limit_exceeded"} 1.0' in app.state.metrics.text()
 
     talk(talking, rules=Rules(per_minute=2))
 

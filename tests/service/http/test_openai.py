@@ -186,6 +186,9 @@ def test_urls_lead_to_the_images_for_a_stated_time_and_within_a_bound() -> None:
                 image = await client.get(url)
                 assert image.status_code == 200 and image.headers["content-type"] == "image/webp"
                 assert Image.open(io.BytesIO(image.content)).format == "WEBP"
+                assert image.headers["cross-origin-resource-policy"] == "cross-origin"  # other pages may show it
+                head = await client.head(url)
+                assert head.status_code == 200 and head.headers["content-length"] == str(len(image.content))
             now[0] = 60.0
             gone = await client.get(urls[0])
             assert gone.status_code == 404 and "60 s" in gone.json()["error"]["message"]
@@ -397,6 +400,10 @@ def test_a_client_that_takes_nothing_of_its_answer_gives_up_its_place(
     asyncio.run(run())
 
 
+def test_a_stream_is_not_kept_back_by_a_proxy() -> None:
+    assert ask({"prompt": "an owl", "stream": True}).headers["x-accel-buffering"] == "no"
+
+
 def test_a_drained_server_finishes_and_takes_no_more() -> None:
     async def run() -> None:
         service = FakeService(held=True)
@@ -435,6 +442,7 @@ def test_before_the_weights_are_loaded_it_lives_but_is_not_ready() -> None:
             early = await client.post(GENERATIONS, json={"prompt": "an owl"})
             assert early.status_code == 503 and early.json()["error"]["code"] == "loading"
             assert int(early.headers["retry-after"]) >= 1
+            assert b'dmd2_rejections_total{reason="loading"} 1.0' in (await client.get("/metrics")).content
             load.set()
             await until(lambda: app.state.models.ready)
             assert (await client.get("/readyz")).status_code == 200
@@ -450,5 +458,6 @@ def test_a_device_that_is_gone_is_a_503_and_not_ready() -> None:
             lost = await client.post(GENERATIONS, json={"prompt": "an owl"})
             assert lost.status_code == 503 and lost.json()["error"]["code"] == "device_lost"
             assert (await client.get("/readyz")).status_code == (await client.get("/healthz")).status_code == 503
+            assert (await client.get("/readyz")).json()["status"] == "device_lost"
 
     asyncio.run(run())
