@@ -144,10 +144,10 @@ class Run:
             still_waiting: is told the position in the queue now and then.
 
         Raises:
-            Refusal: an error, or the time is over; told in the metrics.
+            Refusal: an error, every image was withheld, or the time is over; told in the metrics.
             ClientGone: from `take` or `still_waiting`.
         """
-        metrics, name = self.served.metrics, self.served.name
+        metrics, name, withheld = self.served.metrics, self.served.name, True
         try:
             async with asyncio.timeout(self._until - time.monotonic()):
                 while not self.admitted.is_set():
@@ -160,8 +160,11 @@ class Run:
                 async with aclosing(self.served.service.generate(self.request)) as images:
                     async for image in images:
                         self._count(image)
+                        withheld &= image.step is not None or image.data is None
                         await take(image)
                 self._done = True
+            if withheld:
+                raise Refusal(400, "moderation_blocked", "withheld by the safety checker; try another seed")
         except ClientGone:
             raise
         except Exception as error:

@@ -90,7 +90,10 @@ class Generation(BaseModel):
     )
     stream: bool | None = False
     partial_images: int | None = Field(
-        0, ge=0, le=3, description="Previews of each image of a stream; at most steps - 1."
+        0,
+        ge=0,
+        le=3,
+        description="Previews of each image of a stream; at most one less than the steps that it takes.",
     )
     style: Literal["vivid", "natural"] | None = Field(None, description="Inert.")
     user: str | None = Field(None, max_length=1000, description="Inert.")
@@ -257,10 +260,16 @@ class Answer:
         self.run, self._body, self._kind, self._kept, self._link = run, body, kind, kept, link
         self._created = int(loop_time)
         self.images: list[OutputImage] = []
-        served, steps = run.served, run.request.num_inference_steps or run.served.steps[-1]
+        asked, served = run.request, run.served
+        steps = asked.num_inference_steps or served.steps[-1]
         self._quality: Literal["low", "high"] = "low" if steps < served.steps[-1] else "high"
         wanted = body.partial_images or 0
-        self._shown = [round((i + 1) * steps / (wanted + 1)) for i in range(wanted)]
+        if asked.image is not None:
+            from dmd2.diffusion.sampling import timesteps_for_strength  # torch, which the service has loaded by now
+
+            steps = len(timesteps_for_strength(range(steps), asked.prompt_strength))
+        spread = {round((i + 1) * steps / (wanted + 1)) for i in range(wanted)}
+        self._shown = sorted(spread & set(range(1, steps)))
         """steps whose previews are sent"""
 
     async def whole(self) -> ImagesAnswer:
@@ -271,8 +280,6 @@ class Answer:
 
         await self.run.each(take)
         shown = [image for image in self.images if image.data is not None]
-        if not shown:
-            raise Refusal(400, "moderation_blocked", "withheld by the safety checker; try another seed")
         return ImagesAnswer(
             created=self._created,
             data=[self._data(image) for image in shown],
@@ -287,11 +294,7 @@ class Answer:
         """Sends previews and images as server-sent events, and an error as the last of them."""
 
         async def take(image: OutputImage) -> None:
-            if image.step is not None and image.step not in self._shown:
-                return
-            if image.data is None:
-                error = Refusal(400, "moderation_blocked", f"the image of seed {image.seed} was withheld")
-                await send(_event("error", {"type": "error", "error": error.error}))
+            if image.data is None or (image.step is not None and image.step not in self._shown):
                 return
             event = {
                 "b64_json": base64.b64encode(image.data).decode(),

@@ -15,6 +15,7 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
+from dmd2.diffusion.sampling import timesteps_for_strength
 from dmd2.inference.request import ImageRequest, resolve_request
 from dmd2.runtime.errors import InvalidInput
 from dmd2.service.http.app import create_app
@@ -87,7 +88,10 @@ class FakeService:
         if (error := self._error(request)) is not None:
             raise error
         for each in range(seed, seed + request.num_outputs):
-            shown = range(1, steps) if request.previews else ()
+            run = (
+                steps if request.image is None else len(timesteps_for_strength(range(steps), request.prompt_strength))
+            )
+            shown = range(1, run) if request.previews else ()
             for step in shown:
                 yield OutputImage(None, each, step=step, data=colour(request, each + step, size), size=size)
             data = None if each in self._withheld else colour(request, each, size)

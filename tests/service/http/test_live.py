@@ -228,6 +228,18 @@ def test_errors_of_the_device_and_the_queue_are_told() -> None:
     talk(talking, FakeService(error=lambda _: RuntimeError("broken")), waiting=0)
 
 
+def test_what_is_withheld_is_an_error() -> None:
+    async def talking(socket: Socket, _: FakeService, app: FastAPI) -> None:
+        socket.say(id=1, prompt="a", seed=1, num_inference_steps=4, previews=True)
+        await until(lambda: 1 in socket.final())
+        assert socket.answers[-1]["error"]["code"] == "moderation_blocked"
+        assert b'dmd2_errors_total{code="moderation_blocked"} 1.0' in app.state.metrics.text()
+        socket.say(id=2, prompt="a", seed=2)
+        await until(lambda: socket.final() == {1: "error", 2: "image"})
+
+    talk(talking, FakeService(withheld=(1,)))
+
+
 def test_requests_count_for_the_rate() -> None:
     async def talking(socket: Socket, _: FakeService, app: FastAPI) -> None:
         for number in range(3):

@@ -207,6 +207,18 @@ def test_what_the_safety_checker_withholds_is_left_out_or_refused() -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "moderation_blocked")
 
 
+@pytest.mark.parametrize("path", [GENERATIONS, "/sdapi/v1/txt2img"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_gets_nothing_for_safety_is_counted(path: str, stream: bool) -> None:
+    async def run() -> str:
+        async with client_of(fake_app(FakeService(withheld=(1,)))) as client:
+            for seed in (0, 1):
+                await client.post(path, json={"prompt": "an owl", "seed": seed, "stream": stream})
+            return (await client.get("/metrics")).text
+
+    assert 'dmd2_errors_total{code="moderation_blocked"} 1.0' in asyncio.run(run()).splitlines()
+
+
 def test_a_failed_generation_is_one_line_of_json() -> None:
     def fail(_: object) -> Exception:
         return RuntimeError("out of\nmemory " + "x" * 1_000_000)

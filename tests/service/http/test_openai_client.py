@@ -131,10 +131,48 @@ def test_it_streams(partial_images: int, edits: bool) -> None:
             partial = [event for event in events if event.type == f"{kind}.partial_image"]
             completed = [event for event in events if event.type == f"{kind}.completed"]
             assert len(events) == len(partial) + len(completed)
-            assert [event.partial_image_index for event in partial] == [*range(partial_images)] * 2
+            shown = min(partial_images, 2) if edits else partial_images  # three steps, as the strength is 0.75
+            assert [event.partial_image_index for event in partial] == [*range(shown)] * 2
             assert [event.seed for event in completed] == [5, 6]
             assert all(opened(event.b64_json).size == (64, 64) for event in events)
             assert completed[0].usage.output_tokens == 256 and completed[0].size == "64x64"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("strength", "partial_images", "shown"),
+    [(0.1, 1, 0), (0.25, 3, 0), (0.5, 1, 1), (0.5, 3, 1), (0.75, 1, 1), (0.75, 2, 2), (0.75, 3, 2), (1.0, 3, 3)],
+)
+def test_previews_of_an_edit_are_those_of_the_steps_that_it_takes(
+    strength: float, partial_images: int, shown: int
+) -> None:
+    async def run() -> None:
+        async with asking(FakeService()) as client:
+            stream = await client.images.edit(
+                image=image(),
+                prompt="an owl",
+                stream=True,
+                partial_images=partial_images,
+                extra_body={"prompt_strength": strength},
+            )
+            events: Any = [event async for event in stream]
+            assert [event.partial_image_index for event in events[:-1]] == [*range(shown)]
+            assert events[-1].type == "image_edit.completed"
+
+    asyncio.run(run())
+
+
+def test_what_is_withheld_of_a_stream_is_left_out_or_an_error() -> None:
+    async def run() -> None:
+        async with asking(FakeService(withheld=(1, 5))) as client:
+            more: Any = {"prompt": "an owl", "stream": True}
+            stream = await client.images.generate(**more, n=3, extra_body={"seed": 0})
+            assert [event.seed async for event in stream] == [0, 2]
+            stream = await client.images.generate(**more, extra_body={"seed": 5})
+            with pytest.raises(openai.APIError, match="withheld") as blocked:
+                [event async for event in stream]
+            assert blocked.value.code == "moderation_blocked"
 
     asyncio.run(run())
 
