@@ -322,7 +322,7 @@ class ImageService:
         show: Callable[[_Preview], object] | None = None,
     ) -> list[_Job]:
         check = not (request.disable_safety_checker and self._unsafe_allowed)
-        seeds = range(seed, seed + request.num_outputs)
+        seeds = [(seed + i) % 2**32 for i in range(request.num_outputs)]  # each may be asked for by itself
         return [_Job(request.prompt, each, steps, size, check, edit, show) for each in seeds]
 
     def _read(self, request: ImageRequest) -> tuple[tuple[int, int], int, int, ImageConditioning]:

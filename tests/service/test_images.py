@@ -125,6 +125,11 @@ def test_the_text_encoder_is_given_the_prompt_as_it_was_asked_for(
     assert given == [asked]
 
 
+def test_every_seed_of_a_request_may_be_asked_for_by_itself(service: ImageService) -> None:
+    found = generate(service, replace(OWL, seed=2**32 - 1, num_outputs=2, num_inference_steps=1))
+    assert [image.seed for image in found] == [2**32 - 1, 0]
+
+
 def test_a_seed_is_drawn_where_none_is_given(service: ImageService) -> None:
     request = replace(OWL, seed=None, num_inference_steps=1)
     seeds = {generate(service, request)[0].seed for _ in range(5)}

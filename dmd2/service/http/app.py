@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from dmd2 import __version__
 from dmd2.service.http import a1111, live, openai
-from dmd2.service.http.guard import Guard, Rules
+from dmd2.service.http.guard import OPEN, Guard, Rules
 from dmd2.service.http.metrics import Metrics
 from dmd2.service.http.models import Models
 from dmd2.service.http.openai import Kept
@@ -51,6 +51,27 @@ class Ready(BaseModel):
 
     status: Literal["ready", "loading", "stopping", "device_lost"]
     models: dict[str, Warm]
+
+
+class Application(FastAPI):
+    """FastAPI, whose document says what is answered here: a wrong request is a 400, and a key is a bearer."""
+
+    keys = False
+    """whether one is needed"""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            security: list[dict[str, list[str]]] = [{"key": []}] if self.keys else [{"key": []}, {}]
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    operation["security"] = [] if path.startswith(OPEN) else security
+            for name in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(name, None)
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            self.openapi_schema = document
+        return self.openapi_schema
 
 
 def create_app(
@@ -88,16 +109,20 @@ def create_app(
         await asyncio.wait({loading})
         await models.close()
 
-    app = FastAPI(title="dmd2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = Application(title="dmd2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.keys = bool(rules.keys)
     app.state.models, app.state.metrics = models, metrics
 
-    @app.get("/healthz", responses={503: openai.ERRORS[503]})
+    def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
+        return {status: openai.ERRORS[status] for status in (403, 421, *statuses)}
+
+    @app.get("/healthz", responses=refused(503))
     async def healthz() -> Alive:
         if not models.alive:
             raise Refusal(503, "device_lost", "the device is gone: the server must be restarted", retry_after=30)
         return Alive()
 
-    @app.get("/readyz", responses={503: {"model": Ready, "description": "Not now."}})
+    @app.get("/readyz", responses={**refused(), 503: {"model": Ready, "description": "Not now."}})
     async def readyz(response: Response) -> Ready:
         response.status_code = 200 if models.ready else 503
         waits: Literal["loading", "stopping"] = "stopping" if models.draining else "loading"
@@ -106,9 +131,9 @@ def create_app(
             models={name: Warm(**warm) for name, warm in models.warm().items()},
         )
 
-    refused: dict[int | str, dict[str, Any]] = {status: openai.ERRORS[status] for status in (401, 403, 421)}
-
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **refused}, response_class=Response)
+    @app.get(
+        "/metrics", responses={200: {"content": {"text/plain": {}}}, **refused(401, 503)}, response_class=Response
+    )
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -116,7 +141,7 @@ def create_app(
     @app.get(
         "/files/{name}",
         name="kept",
-        responses={200: {"content": {"image/*": {}}}, 404: openai.ERRORS[404], 403: openai.ERRORS[403]},
+        responses={200: {"content": {"image/*": {}}}, **refused(404, 503)},
         response_class=Response,
     )
     async def file(name: str) -> Response:

@@ -1,4 +1,4 @@
-"""OpenAI's images API: `/v1/images/generations`, `/v1/images/edits`, `/v1/models`.
+"""OpenAI's images API: `/v1/images/generations`, `/v1/images/edits`, `/v1/models`, `/v1/models/NAME`.
 
 Beside OpenAI's own fields: `seed`, `num_inference_steps`, `negative_prompt` and `guidance_scale` (inert: guidance is
 distilled into the models), `loras`, `priority` ("bulk" waits behind others) and, of edits, `prompt_strength`.
@@ -98,7 +98,7 @@ class Generation(BaseModel):
     style: Literal["vivid", "natural"] | None = Field(None, description="Inert.")
     user: str | None = Field(None, max_length=1000, description="Inert.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Inert.")
-    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Image i has seed + i. None: random.")
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Image i has seed + i, modulo 2^32. None: random.")
     num_inference_steps: int | None = Field(None, ge=1, le=100, description="One of the model's `steps`.")
     negative_prompt: str | None = Field(None, max_length=5000, description="Inert.")
     guidance_scale: float | None = Field(None, ge=0, le=20, description="Inert.")
@@ -408,22 +408,26 @@ def router(models: Models, kept: Kept, clock: Callable[[], float] = time.time) -
             asked = body.request(served, **files, **strength)
         return await answered(request, served, body, asked, x_request_timeout, "image_edit")
 
-    @routes.get("/models", responses={status: ERRORS[status] for status in (401, 403, 421)})
-    async def listed() -> ModelList:
-        engines = {served: served.service.engine for served in models.served.values()}
-        return ModelList(
-            data=[
-                ModelData(
-                    id=served.name,
-                    created=served.created,
-                    steps=served.steps,
-                    size="{}x{}".format(*engine.manifest.native_size),
-                    takes_prompts=engine.model.takes_prompts,
-                    classes=engine.manifest.class_names,
-                )
-                for served, engine in engines.items()
-            ]
+    def described(served: Served) -> ModelData:
+        engine = served.service.engine
+        return ModelData(
+            id=served.name,
+            created=served.created,
+            steps=served.steps,
+            size="{}x{}".format(*engine.manifest.native_size),
+            takes_prompts=engine.model.takes_prompts,
+            classes=engine.manifest.class_names,
         )
+
+    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 421, 503)}
+
+    @routes.get("/models", responses=refused)
+    async def listed() -> ModelList:
+        return ModelList(data=[described(served) for served in models.served.values()])
+
+    @routes.get("/models/{name}", responses={**refused, 404: ERRORS[404]})
+    async def retrieved(name: str) -> ModelData:
+        return described(models.find(name))
 
     return routes
 

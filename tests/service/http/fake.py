@@ -87,7 +87,7 @@ class FakeService:
             raise
         if (error := self._error(request)) is not None:
             raise error
-        for each in range(seed, seed + request.num_outputs):
+        for each in ((seed + i) % 2**32 for i in range(request.num_outputs)):
             run = (
                 steps if request.image is None else len(timesteps_for_strength(range(steps), request.prompt_strength))
             )

@@ -89,6 +89,22 @@ def test_every_route_but_the_open_ones_wants_a_key(keys: tuple[bytes, ...]) -> N
     assert statuses["/metrics"] == 401
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_document_says_how_requests_are_refused_and_where_a_key_is_needed(
+    wanted: bool, keys: tuple[bytes, ...]
+) -> None:
+    document = fake_app(rules=Rules(keys if wanted else ())).openapi()
+    security = [{"key": []}] if wanted else [{"key": []}, {}]
+    assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"] and {"403", "421", "503"} <= operation["responses"].keys()
+            is_open = path in ("/healthz", "/readyz", "/files/{name}")
+            assert operation["security"] == ([] if is_open else security)
+            assert ("401" in operation["responses"]) != is_open
+    assert "ValidationError" not in json.dumps(document)
+
+
 def test_keys_are_compared_in_constant_time(keys: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is given, each key's digest is compared, whole, by what compares in constant time."""
     compared: list[tuple[bytes, bytes]] = []

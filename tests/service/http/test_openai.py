@@ -88,6 +88,12 @@ def test_defaults_are_the_weights_own() -> None:
     assert said["data"][0]["seed"] == asked.seed
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_seed_that_is_told_may_be_asked_for(stream: bool) -> None:
+    answer = ask({"prompt": "an owl", "seed": 2**32 - 1, "n": 2, "stream": stream})
+    assert f'"seed":{2**32 - 1}' in answer.text.replace(" ", "") and '"seed":0' in answer.text.replace(" ", "")
+
+
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [

@@ -56,7 +56,8 @@ def test_it_generates() -> None:
             assert (service.asked[0].seed, service.asked[0].num_inference_steps) == (3, 1)
             linked = await client.images.generate(prompt="an owl", response_format="url")
             assert linked.data is not None and str(linked.data[0].url).startswith("http://localhost/files/")
-            assert [model.id async for model in client.models.list()] == ["fake"]
+            listed = [model async for model in client.models.list()]
+            assert [model.id for model in listed] == ["fake"] and await client.models.retrieve("fake") == listed[0]
 
     asyncio.run(run())
 
@@ -69,6 +70,8 @@ def test_its_errors_are_its_own() -> None:
             assert wrong.value.param == "size" and wrong.value.code == "invalid_value"
             with pytest.raises(openai.NotFoundError):
                 await client.images.generate(prompt="an owl", model="other")
+            with pytest.raises(openai.NotFoundError, match="expected one of fake"):
+                await client.models.retrieve("other")
         async with asking(FakeService(), Rules((b"0" * 32,))) as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.images.generate(prompt="an owl")
