@@ -465,8 +465,12 @@ class Connection(H11Protocol):
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def patience(self) -> float:
+        """Seconds for which it may bring no request from now on."""
+        return IDLE
+
     def _look_again(self) -> None:
-        self._timer = self.loop.call_later(IDLE, self._look, self.cycle, self._idle())
+        self._timer = self.loop.call_later(self.patience(), self._look, self.cycle, self._idle())
 
     def _look(self, cycle: object, was_idle: bool) -> None:
         if was_idle and self._idle() and self.cycle is cycle:

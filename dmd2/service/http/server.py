@@ -29,10 +29,23 @@ DRAIN = 300
 """seconds that requests under way have after SIGTERM"""
 CONNECTIONS = 4000
 """at one time, those between two requests among them; one more is a 503 of uvicorn's. The guard refuses before"""
+KEEP_ALIVE = 75
+"""seconds between two requests of a connection; more than the 60 s after which many proxies close theirs"""
 MESSAGE = 1 << 16
 """bytes of a websocket's message"""
 
 logger = logging.getLogger(__name__)
+
+
+class KeptAlive(Connection):
+    """Waits longer for another request than for the first; a websocket, which nobody else need watch, for ever."""
+
+    def patience(self) -> float:
+        return super().patience() if self.cycle is None else KEEP_ALIVE
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._timer.cancel()
+        super().handle_websocket_upgrade(event)
 
 
 class Server(uvicorn.Server):
@@ -107,7 +120,7 @@ def serve(
     listener = listen(host, port)
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=KeptAlive,
         ws="websockets-sansio",
         ws_max_size=MESSAGE,
         ws_max_queue=4,
@@ -117,6 +130,7 @@ def serve(
         server_header=False,
         proxy_headers=False,
         limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=DRAIN,
     )
     server = Server(config)

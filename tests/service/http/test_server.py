@@ -13,13 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import openai
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from PIL import Image
+from uvicorn.server import ServerState
 from websockets import ConnectionClosed, Subprotocol
 from websockets.sync.client import connect
 
@@ -30,7 +33,7 @@ from dmd2.service.http.guard import Rules
 from dmd2.service.images import ImageService
 from dmd2.weights.manifest import read_manifest
 from tests.service.cog.cog_server import wait_for
-from tests.service.http.fake import FakeService, client_of
+from tests.service.http.fake import FakeService, client_of, until
 from tests.service.http.serve_process import ServeProcess
 from tests.training.pixels import CONFIG, write_teacher
 
@@ -222,6 +225,59 @@ def test_as_many_files_are_allowed_as_the_system_lets(
     monkeypatch.setattr(served.resource, "setrlimit", lambda _, limit: limits.append(limit))
     served.allow_files(5000)
     assert limits == ([] if after is None else [(after, hard)])
+
+
+class Timers:
+    """An event loop whose timers go off when the test says so."""
+
+    def __init__(self) -> None:
+        self.set: list[tuple[float, Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio.get_running_loop(), name)
+
+    def call_later(self, delay: float, call: Any, *arguments: Any) -> Mock:
+        handle = Mock()
+        self.set.append((delay, handle, lambda: call(*arguments)))
+        return handle
+
+
+async def answering(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await asyncio.Event().wait()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+def test_a_connection_waits_longer_between_requests_and_a_websocket_is_not_closed() -> None:
+    async def run() -> None:
+        config = uvicorn.Config(answering, ws="websockets-sansio", timeout_keep_alive=served.KEEP_ALIVE)
+        config.load()
+
+        def connect_to(timers: Timers, head: bytes) -> Mock:
+            line = served.KeptAlive(config, ServerState(), {}, timers)  # type: ignore[arg-type]
+            transport = Mock(get_extra_info=lambda _: None, is_closing=lambda: False)
+            line.connection_made(transport)
+            line.data_received(head)
+            return transport
+
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n"
+        timers = Timers()
+        transport = connect_to(timers, head + b"\r\n")
+        await until(lambda: len(timers.set) == 2)
+        (first, _, look), (between, _, _) = timers.set
+        assert (first, between) == (30, 75)
+        look()
+        assert not transport.close.called and timers.set[2][0] == 75
+        timers.set[2][2]()
+        assert transport.close.called
+
+        timers = Timers()
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        transport = connect_to(timers, head + upgrade + b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+        assert transport.set_protocol.called and timers.set[0][1].cancel.called
+
+    asyncio.run(run())
 
 
 # The command
