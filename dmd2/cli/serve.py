@@ -70,6 +70,10 @@ def serve(
     keep_seconds: Annotated[
         int, typer.Option(min=1, max=86_400, help="Seconds for which images that are answered as URLs are kept.")
     ] = 3600,
+    public_url: Annotated[
+        str | None,
+        typer.Option(help="Where clients reach this server, as https://HOST: what URLs of images begin with."),
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts go into the access log.")] = False,
 ) -> None:
     """Serve images to clients of OpenAI's and AUTOMATIC1111's APIs, and a page to generate in."""
@@ -79,6 +83,10 @@ def serve(
     for origin in cors or ():
         if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?", origin, re.ASCII):
             raise InvalidInput("cors", "expected an origin such as https://example.org", shown(origin))
+    if public_url is not None and not re.fullmatch(
+        r"https?://[\w.-]+(:\d{1,5})?(/[\w.~-]+)*/?", public_url, re.ASCII
+    ):
+        raise InvalidInput("public_url", "expected a URL such as https://example.org", shown(public_url))
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise UserError("what serving needs is not installed; pip install 'dmd2[serve]'")
 
@@ -104,4 +112,4 @@ def serve(
         bodies=4 * body_mb * 1_000_000,
         log_prompts=log_prompts,
     )
-    sys.exit(run(weights or [], host, port, rules, waiting=queue, keep_seconds=keep_seconds))
+    sys.exit(run(weights or [], host, port, rules, waiting=queue, keep_seconds=keep_seconds, public_url=public_url))

@@ -80,6 +80,7 @@ def create_app(
     *,
     waiting: int = 64,
     kept: Kept | None = None,
+    public_url: str | None = None,
     page: Path = PAGE,
     failed: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
@@ -88,6 +89,7 @@ def create_app(
     Args:
         loaders: name of a model → what loads its `ImageService`.
         waiting: requests in the queue of each model.
+        public_url: what URLs of images begin with, where a proxy stands before this; None: as the request came.
         page: folder of static files for `/`.
         failed: is told what a loader raised.
     """
@@ -150,7 +152,7 @@ def create_app(
             raise Refusal(404, "not_found", f"no such file, or it is older than {kept.seconds:.0f} s")
         return Response(found[0], media_type=found[1])
 
-    app.include_router(openai.router(models, kept))
+    app.include_router(openai.router(models, kept, public_url))
     app.include_router(a1111.router(models))
     app.include_router(live.router(models))
     pages = frozenset[str]()

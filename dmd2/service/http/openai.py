@@ -366,8 +366,10 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def router(models: Models, kept: Kept, clock: Callable[[], float] = time.time) -> APIRouter:
-    """The routes."""
+def router(
+    models: Models, kept: Kept, public_url: str | None = None, clock: Callable[[], float] = time.time
+) -> APIRouter:
+    """The routes. `public_url`: see `create_app`."""
     routes = APIRouter(prefix="/v1")
 
     async def answered(
@@ -376,7 +378,12 @@ def router(models: Models, kept: Kept, clock: Callable[[], float] = time.time) -
         more = {"bulk": body.priority == "bulk", "timeout": timeout or 600.0}
         run = served.offer_for(request.state, asked, body.n or 1, body.prompt, **more)
         headers = {"X-Queue-Position": str(run.position)}
-        made = Answer(run, body, kind, kept, lambda name: str(request.url_for("kept", name=name)), clock())
+
+        def link(name: str) -> str:
+            url = request.url_for("kept", name=name)
+            return str(url) if public_url is None else public_url.rstrip("/") + url.path
+
+        made = Answer(run, body, kind, kept, link, clock())
         if body.stream:
             return Events(made, headers)
         answer = await run.unless_gone(request.receive, made.whole())

@@ -95,9 +95,20 @@ def loaders(weights: Sequence[Path]) -> dict[str, Callable[[], Any]]:
 
 
 def serve(
-    weights: Sequence[Path], host: str, port: int, rules: Rules, *, waiting: int = 64, keep_seconds: float = 3600.0
+    weights: Sequence[Path],
+    host: str,
+    port: int,
+    rules: Rules,
+    *,
+    waiting: int = 64,
+    keep_seconds: float = 3600.0,
+    public_url: str | None = None,
 ) -> int:
     """Serves until a signal comes; the exit status: 0, or 1 if a device is gone, where starting anew helps.
+
+    Args:
+        waiting, public_url: see `create_app`.
+        keep_seconds: for which images that are answered as URLs are kept.
 
     Raises:
         UserError: it cannot listen there, or weights cannot be loaded.
@@ -114,6 +125,7 @@ def serve(
         rules,
         waiting=waiting,
         kept=Kept(keep_seconds),
+        public_url=public_url,
         failed=failed,
     )
     allow_files(CONNECTIONS + 1000)

@@ -206,6 +206,17 @@ def test_urls_lead_to_the_images_for_a_stated_time_and_within_a_bound() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("public", ["https://example.org", "https://example.org:8443/images/"])
+def test_urls_begin_with_what_clients_reach(public: str) -> None:
+    async def run() -> None:
+        async with client_of(fake_app(public_url=public)) as client:
+            said = (await client.post(GENERATIONS, json={"prompt": "an owl", "response_format": "url"})).json()
+            start, _, name = said["data"][0]["url"].rpartition("/files/")
+            assert start == public.rstrip("/") and (await client.get(f"/files/{name}")).status_code == 200
+
+    asyncio.run(run())
+
+
 def test_what_the_safety_checker_withholds_is_left_out_or_refused() -> None:
     said = ask({"prompt": "an owl", "n": 3, "seed": 0}, FakeService(withheld=(1,))).json()
     assert [image["seed"] for image in said["data"]] == [0, 2]

@@ -305,6 +305,8 @@ def test_bad_options_are_one_line(
     assert "--host ::: anybody" in line("--host", "::")
     assert "expected a folder with a dmd2.json" in line("--weights", tmp_path)
     assert "--cors *: expected an origin" in line("--cors", "*")
+    for url in ("example.org", "ftp://example.org", "https://example.org/?a", "https://a b", "https://example.org//"):
+        assert f"--public-url {url}: expected a URL such as https://example.org" in line("--public-url", url)
     assert "api-key-file: cannot be read (No such file" in line("--api-key-file", tmp_path / "none")
     assert "two folders are called emoji" in line("--weights", EMOJI, "--weights", EMOJI)
     with socket.socket() as taken:
