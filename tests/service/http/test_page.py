@@ -1,4 +1,4 @@
-"""The page, in a browser: Chromium by Playwright, where both are installed."""
+"""The page, in a browser: Chromium, where one is on the PATH, by Playwright."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from dmd2.weights.manifest import DEFAULT, read_manifest
 from tests.service.cog.cog_server import START
 from tests.service.http.serve_process import ServeProcess
 
-sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
-expect = sync_api.expect
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")]
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +30,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def page(browser: Any, server: ServeProcess) -> Iterator[Any]:
+def page(browser: Browser, server: ServeProcess) -> Iterator[Page]:
     """A new visitor's. Whatever the browser complains of (scripts, the Content-Security-Policy) fails the test."""
     with browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True) as context:
         context.set_default_timeout(1000 * START)
@@ -57,11 +56,11 @@ def page(browser: Any, server: ServeProcess) -> Iterator[Any]:
         assert [url for url in elsewhere if not url.startswith((server.url, "blob:", "data:"))] == []
 
 
-def image(page: Any, steps: int) -> Any:
+def image(page: Page, steps: int) -> Locator:
     return page.locator(f"figure[data-steps='{steps}'] img")
 
 
-def test_typing_changes_both_images_and_the_seed_and_the_steps_count(page: Any) -> None:
+def test_typing_changes_both_images_and_the_seed_and_the_steps_count(page: Page) -> None:
     page.keyboard.type("owl", delay=50)
     for steps in (1, 4):
         expect(image(page, steps)).to_have_attribute("data-prompt", "owl")
@@ -74,7 +73,7 @@ def test_typing_changes_both_images_and_the_seed_and_the_steps_count(page: Any) 
     expect(page.locator("#status")).to_have_text("Type what you want to see.")
 
 
-def test_what_was_typed_and_kept_is_there_after_a_reload_and_can_be_downloaded(page: Any) -> None:
+def test_what_was_typed_and_kept_is_there_after_a_reload_and_can_be_downloaded(page: Page) -> None:
     page.keyboard.type("apple")
     expect(image(page, 4)).to_have_attribute("data-prompt", "apple")
     page.keyboard.press("Control+Enter")
@@ -83,7 +82,7 @@ def test_what_was_typed_and_kept_is_there_after_a_reload_and_can_be_downloaded(p
         page.keyboard.press("Alt+s")
     assert download.value.suggested_filename == "apple-0.png"
     with Image.open(io.BytesIO(Path(download.value.path()).read_bytes())) as found:
-        assert (found.format, found.size) == ("PNG", (64, 64))
+        assert (found.format, found.size) == ("PNG", read_manifest(DEFAULT).native_size)
     page.reload()
     expect(page.locator("textarea")).to_have_value("apple")
     expect(image(page, 1)).to_have_attribute("data-prompt", "apple")
@@ -98,7 +97,7 @@ def test_what_was_typed_and_kept_is_there_after_a_reload_and_can_be_downloaded(p
     expect(page.locator("input[name=seed]")).to_have_value("7")
 
 
-def test_an_image_is_begun_with_and_a_painted_mask_keeps_the_rest(page: Any, tmp_path: Path) -> None:
+def test_an_image_is_begun_with_and_a_painted_mask_keeps_the_rest(page: Page, tmp_path: Path) -> None:
     page.keyboard.type("owl")
     expect(image(page, 4)).to_have_attribute("data-prompt", "owl")
     Image.new("RGB", (128, 64), (255, 160, 0)).save(tmp_path / "orange.png")
@@ -133,7 +132,7 @@ def test_an_image_is_begun_with_and_a_painted_mask_keeps_the_rest(page: Any, tmp
     assert max(abs(a - b) for a, b in zip(kept, (255, 160, 0), strict=True)) < 8  # by the mask, and the codec
 
 
-def test_text_to_copy_names_what_is_on_the_screen(page: Any, server: ServeProcess) -> None:
+def test_text_to_copy_names_what_is_on_the_screen(page: Page, server: ServeProcess) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
     page.keyboard.type("it's")
     for kind in ("curl", "python", "openai"):
@@ -147,7 +146,7 @@ def test_text_to_copy_names_what_is_on_the_screen(page: Any, server: ServeProces
             compile(text, "<copied>", "exec")
 
 
-def test_a_phone_shows_it_without_scrolling_sideways(page: Any) -> None:
+def test_a_phone_shows_it_without_scrolling_sideways(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     wide, window = page.evaluate("() => [document.documentElement.scrollWidth, window.innerWidth]")
     assert wide <= window
