@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -145,17 +144,22 @@ def matching(given: Iterable[str], keys: tuple[bytes, ...]) -> str | None:
 
 def presented(headers: Headers) -> list[str]:
     """The keys that a request brings: as a bearer, as the password of basic authentication, or, from a page's
-    websocket, as a subprotocol `key.KEY`."""
+    websocket, as a subprotocol `key64.KEY`, the key in base64url without padding."""
     kind, _, value = headers.get("authorization", "").partition(" ")
     found = [value.strip()] if kind.lower() == "bearer" else []
     if kind.lower() == "basic":
-        try:
-            both = base64.b64decode(value, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
-            both = ""
+        both = _decoded(value)
         found += [both, both.partition(":")[2]]
-    protocols = headers.get("sec-websocket-protocol", "").split(",")
-    return found + [text.strip()[4:] for text in protocols if text.strip().startswith("key.")]
+    protocols = [text.strip() for text in headers.get("sec-websocket-protocol", "").split(",", 8)[:8]]
+    return found + [_decoded(text[6:], b"-_") for text in protocols if text.startswith("key64.")]
+
+
+def _decoded(text: str, last: bytes = b"+/") -> str:
+    """Of base64, padded or not, with these as its last two digits; "", which is no key, if it is none."""
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), last, validate=True).decode()
+    except ValueError:
+        return ""
 
 
 def _host(url: str) -> tuple[str | None, str]:

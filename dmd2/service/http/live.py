@@ -21,7 +21,8 @@ one has come: somebody who types fast sees images meanwhile. A connection has on
 newer request takes over; a full queue is an error with code `queue_full` and `retry_after` in seconds.
 
 A page of another origin is refused. Where keys are needed, the page gives its own as a subprotocol beside "dmd2":
-`new WebSocket(url, ["dmd2", "key." + KEY])`. Each request counts for the key's rate.
+`new WebSocket(url, ["dmd2", "key64." + KEY])`, in base64url without padding, as not every letter of a key may stand
+there. Each request counts for the key's rate.
 """
 
 from __future__ import annotations

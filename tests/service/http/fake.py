@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import torch
+import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
 from dmd2.diffusion.sampling import timesteps_for_strength
 from dmd2.inference.request import ImageRequest, resolve_request
 from dmd2.runtime.errors import InvalidInput
+from dmd2.service.cog.supervisor import listen
 from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import Rules
 from dmd2.service.images import OutputImage
+from tests.service.cog.cog_server import wait_for
 
 NATIVE = (64, 64)
 PILLOWS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -125,6 +129,21 @@ async def client_of(app: FastAPI, **more: Any) -> AsyncIterator[httpx.AsyncClien
 def fake_app(service: FakeService | None = None, rules: Rules | None = None, **more: Any) -> FastAPI:
     service = service or FakeService()
     return create_app({"fake": lambda: service}, rules, **more)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Where the application answers, in a thread."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, loop="asyncio"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started and app.state.models.ready, "the application")
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
 
 
 async def until(true: Callable[[], object]) -> None:

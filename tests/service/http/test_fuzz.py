@@ -6,14 +6,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import schemathesis
-import uvicorn
-from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -24,9 +19,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from dmd2.service.cog.supervisor import listen
-from tests.service.cog.cog_server import wait_for
-from tests.service.http.fake import FakeService, fake_app
+from tests.service.http.fake import FakeService, fake_app, listening
 
 CASES = int(os.environ.get("DMD2_FUZZ_CASES", "2000"))
 CHECKS = [
@@ -36,21 +29,6 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """Where the application answers, in a thread."""
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, loop="asyncio"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        wait_for(lambda: server.started and app.state.models.ready, "the application")
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
 
 
 def ask(operation: schemathesis.APIOperation, mode: GenerationMode, cases: int, statuses: Counter[str]) -> None:

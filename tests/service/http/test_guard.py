@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from dmd2.runtime.errors import UserError
@@ -118,6 +120,35 @@ def test_keys_are_compared_in_constant_time(keys: tuple[bytes, ...], monkeypatch
         compared.clear()
         guard.matching([given_key], keys)
         assert [b for _, b in compared] == list(keys) and {len(a) for a, _ in compared} == {32}
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=16, max_size=200))
+def test_any_key_comes_as_it_is_by_each_of_the_ways(key: str) -> None:
+    coded = base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+    assert re.fullmatch(r"[\w.-]+", f"key64.{coded}", re.ASCII)  # what browsers let stand in a subprotocol
+    basic = base64.b64encode(f"user:{key}".encode()).decode()
+    for name, value in (
+        ("authorization", f"Bearer {key}"),
+        ("authorization", f"Basic {basic}"),
+        ("sec-websocket-protocol", f"dmd2, key64.{coded}"),
+        ("sec-websocket-protocol", f"key64.{coded},dmd2"),
+    ):
+        assert key in guard.presented(Headers({name: value}))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.characters(max_codepoint=255), max_size=100))
+def test_whatever_stands_there_for_a_key_is_read_without_an_error(text: str) -> None:
+    for name, value in (
+        ("authorization", text),
+        ("authorization", f"Bearer {text}"),
+        ("authorization", f"Basic {text}"),
+        ("sec-websocket-protocol", f"dmd2, key64.{text}"),
+        ("sec-websocket-protocol", f"{text}," * 100),
+    ):
+        found = guard.presented(Headers(raw=[(name.encode(), value.encode("latin-1"))]))
+        assert len(found) <= 8 and guard.matching(found, (b"\0" * 32,)) is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable
 from typing import Any
@@ -291,7 +292,8 @@ def test_every_request_is_answered_once_whatever_comes(steps: list[str]) -> None
 
 
 def test_only_who_may_is_let_in() -> None:
-    key = "a-key-of-enough-characters"
+    key = "a-key+of/enough=characters"
+    coded = base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
     rules = Rules((hashlib.sha256(key.encode()).digest(),), origins=("https://good.example",))
 
     async def run() -> None:
@@ -300,8 +302,9 @@ def test_only_who_may_is_let_in() -> None:
             cases: list[tuple[dict[str, str], bool]] = [
                 ({}, False),
                 ({"authorization": f"Bearer {key}"}, True),
-                ({"sec_websocket_protocol": f"dmd2, key.{key}"}, True),
-                ({"sec_websocket_protocol": "dmd2, key.wrong"}, False),
+                ({"sec_websocket_protocol": f"dmd2, key64.{coded}"}, True),
+                ({"sec_websocket_protocol": f"dmd2, key64.{coded[:-1]}"}, False),
+                ({"sec_websocket_protocol": f"dmd2, key64.{key}"}, False),
                 ({"authorization": f"Bearer {key}", "origin": "https://evil.example"}, False),
                 ({"authorization": f"Bearer {key}", "origin": "https://good.example"}, True),
                 ({"authorization": f"Bearer {key}", "origin": "http://localhost"}, True),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from dmd2.service.http.guard import Rules
 from dmd2.weights.manifest import DEFAULT, read_manifest
-from tests.service.cog.cog_server import START
+from tests.service.cog.cog_server import START, wait_for
+from tests.service.http.fake import fake_app, listening
 from tests.service.http.serve_process import ServeProcess
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -37,23 +43,37 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def page(browser: Browser, server: ServeProcess) -> Iterator[Page]:
-    """A new visitor's. Whatever the browser complains of (scripts, the Content-Security-Policy) fails the test."""
+@contextmanager
+def visit(browser: Browser, url: str, but: str = "(?!)", clock: bool = False) -> Iterator[Page]:
+    """A new visitor's page. Whatever the browser complains of (scripts, the Content-Security-Policy) fails the test.
+
+    Args:
+        but: a pattern of complaints that are right.
+        clock: the page's own, which the test may move on, or hold.
+    """
     with browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True) as context:
         context.set_default_timeout(1000 * START)
         expect.set_options(timeout=1000 * START)
         page = context.new_page()
+        if clock:
+            page.clock.install()
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         elsewhere: list[str] = []
         page.on("request", lambda request: elsewhere.append(request.url))
-        page.goto(server.url)
+        page.goto(url)
+        yield page
+        assert [text for text in complaints if not re.search(but, text)] == []
+        assert [one for one in elsewhere if not one.startswith((url, "blob:", "data:"))] == []
+
+
+@pytest.fixture
+def page(browser: Browser, server: ServeProcess) -> Iterator[Page]:
+    """Of the real server."""
+    with visit(browser, server.url) as page:
         expect(page.locator("#status")).to_have_text("Type what you want to see.")
         yield page
-        assert complaints == []
-        assert [url for url in elsewhere if not url.startswith((server.url, "blob:", "data:"))] == []
 
 
 def image(page: Page, steps: int) -> Locator:
@@ -150,3 +170,27 @@ def test_a_phone_shows_it_without_scrolling_sideways(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     wide, window = page.evaluate("() => [document.documentElement.scrollWidth, window.innerWidth]")
     assert wide <= window
+
+
+@pytest.mark.parametrize("key", ["abcdefgh/ijklmnop+qrs==", """a:b,c;"d"(e)@f<g>[h]?{i}\\'j'"""])
+def test_any_key_that_the_server_takes_lets_the_page_in_at_once(browser: Browser, key: str) -> None:
+    rules = Rules((hashlib.sha256(key.encode()).digest(),))
+    with (
+        listening(fake_app(rules=rules)) as url,
+        visit(browser, url, "401|WebSocket", clock=True) as page,
+    ):
+        status = page.locator("#status")
+        expect(status).to_have_text("This server wants an API key.")
+        page.clock.pause_at(datetime.now() + timedelta(hours=1))
+        vain: list[object] = []
+        page.on("websocket", lambda socket: vain.append(socket))
+        wait_for(lambda: page.clock.run_for(10_000) or len(vain) > 3, "more attempts of both lines")
+        expect(status).to_have_text("This server wants an API key.")
+        page.fill("input[name=key]", key[:-1])
+        page.keyboard.press("Enter")
+        expect(status).to_have_text("The server does not know this API key.")
+        page.fill("input[name=key]", f" {key}")
+        page.keyboard.press("Enter")
+        expect(status).to_have_text("Type what you want to see.")
+        page.fill("textarea", "owl")
+        expect(image(page, 1)).to_have_attribute("data-prompt", "owl")  # without a wait: the page's clock stands

@@ -2,7 +2,7 @@
 
 import * as gallery from "./gallery.js";
 import { Edits, images, Words } from "./line.js";
-import { body, key, loras } from "./request.js";
+import { bearer, body, key, loras } from "./request.js";
 import { snippets } from "./snippets.js";
 
 const $ = (selector) => document.querySelector(selector);
@@ -58,7 +58,7 @@ function changed({ now = false } = {}) {
   clearTimeout(later);
   if (!request(1).prompt) {
     for (const line of [...words, ...edits]) line.forget();
-    return say(model() ? "Type what you want to see." : "Connecting …");
+    return locked || say(model() ? "Type what you want to see." : "Connecting …");
   }
   const [used, unused] = given ? [edits, words] : [words, edits];
   for (const line of unused) line.forget();
@@ -76,12 +76,13 @@ function say(text, bad = false) {
   $("#status").classList.toggle("bad", bad);
 }
 
+let locked = false; // whether the server wants another key than there is, which it says once
 let lost = false; // whether a connection was, so that another server may answer now
 const told = (place) => ({
   image: (blob, about, asked) => show(place, blob, about, asked),
   failed: (message) => say(message, true),
   state: (there) => {
-    if (!there) say("The connection is lost; trying again …", true);
+    if (!there && !locked) say("The connection is lost; trying again …", true);
     else if (lost) begin();
     lost = !there;
   },
@@ -320,12 +321,13 @@ function choose() {
 
 /** Once connected, and each time anew: another server may answer by then. */
 async function begin() {
-  const answer = await fetch("v1/models", { headers: key() ? { Authorization: `Bearer ${key()}` } : {} }).catch(() => null);
+  const answer = await fetch("v1/models", { headers: bearer() }).catch(() => null);
   if (!answer) return; // the websockets say so, and call again
-  if (answer.status === 401) {
+  locked = answer.status === 401;
+  if (locked) {
     $("#key").hidden = false;
     $("#more").open = true;
-    return say("This server wants an API key.", true);
+    return say(key() ? "The server does not know this API key." : "This server wants an API key.", true);
   }
   $("#key").hidden = !key();
   models = (await answer.json()).data;
@@ -347,7 +349,10 @@ form.addEventListener("input", ({ target }) => {
   if (target.name === "model") choose();
   changed({ now: target.name === "steps" || target.name === "model" });
 });
-field.key.addEventListener("change", begin); // the websockets try again by themselves, with it
+field.key.addEventListener("change", () => {
+  begin();
+  for (const line of words) line.reconnect();
+});
 function dice() {
   field.seed.value = Math.floor(Math.random() * 2 ** 32);
   changed({ now: true });

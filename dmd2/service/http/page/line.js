@@ -2,7 +2,7 @@
 //
 // Both kinds have `ask(request)`, `forget()` and tell `image(blob, about, request)` or `failed(message, request)`.
 
-import { body, key } from "./request.js";
+import { bearer, body, protocols } from "./request.js";
 
 const FIRST_PAUSE = 500; // ms before the first attempt to connect again; doubled each time
 const LONGEST_PAUSE = 10_000;
@@ -37,6 +37,8 @@ class Line {
 /** By words: over a websocket. */
 export class Words extends Line {
   #socket = null;
+  #open = false;
+  #later = 0; // the timer of the next attempt
   #about = null; // of the binary message to come
   #pause = FIRST_PAUSE;
   #count = 0;
@@ -47,30 +49,47 @@ export class Words extends Line {
     this.connect();
   }
 
+  /** Anew and at once: the key is another. */
+  reconnect() {
+    this.#pause = FIRST_PAUSE;
+    this.connect();
+  }
+
   connect() {
+    clearTimeout(this.#later);
+    this.#lose();
     const address = new URL("ws/generate", location.href);
     address.protocol = address.protocol.replace("http", "ws");
-    const socket = new WebSocket(address, key() ? ["dmd2", `key.${key()}`] : ["dmd2"]);
+    const socket = (this.#socket = new WebSocket(address, protocols()));
     socket.binaryType = "blob";
     socket.onopen = () => {
-      this.#socket = socket;
+      this.#open = true;
       this.#pause = FIRST_PAUSE;
       this.told.state(true);
       this.send();
     };
     socket.onmessage = ({ data }) => this.#take(data);
     socket.onclose = () => {
-      this.#socket = null;
-      if (this.asked && !this.asked.forgotten) this.next ??= this.asked; // it never came
-      this.asked = this.#about = null;
+      this.#lose();
       this.told.state(false);
-      setTimeout(() => this.connect(), this.#pause);
+      this.#later = setTimeout(() => this.connect(), this.#pause);
       this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
     };
   }
 
+  #lose() {
+    if (this.#socket) {
+      this.#socket.onopen = this.#socket.onmessage = this.#socket.onclose = null;
+      this.#socket.close();
+    }
+    this.#socket = null;
+    this.#open = false;
+    if (this.asked && !this.asked.forgotten) this.next ??= this.asked; // it never came
+    this.asked = this.#about = null;
+  }
+
   send() {
-    if (!this.#socket || this.asked || !this.next) return;
+    if (!this.#open || this.asked || !this.next) return;
     [this.asked, this.next] = [this.next, null];
     this.#socket.send(JSON.stringify({ id: ++this.#count, output_format: "png", ...body(this.asked) }));
   }
@@ -123,8 +142,7 @@ export class Edits extends Line {
 /** Posts to OpenAI's API: [{blob, seed, seconds}]. Throws what the server says is wrong. */
 export async function images(path, { headers, ...rest }) {
   const began = performance.now();
-  const bearer = key() ? { Authorization: `Bearer ${key()}` } : {};
-  const answer = await fetch(path, { method: "POST", headers: { ...headers, ...bearer }, ...rest });
+  const answer = await fetch(path, { method: "POST", headers: { ...headers, ...bearer() }, ...rest });
   const told = await answer.json();
   if (!answer.ok) throw new Error(told.error?.message ?? `status ${answer.status}`);
   const seconds = { all: (performance.now() - began) / 1000 };

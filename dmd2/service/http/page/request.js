@@ -3,7 +3,16 @@
 const field = (name) => document.querySelector("#form").elements[name];
 
 /** The API key that was typed; empty where none is needed. */
-export const key = () => field("key").value;
+export const key = () => field("key").value.trim();
+
+/** The header that brings it. Only ASCII can be in one; other keys are none. */
+export const bearer = () => (/^[!-~]+$/.test(key()) ? { Authorization: `Bearer ${key()}` } : {});
+
+/** A websocket's subprotocols, which have no `/`, `=` and others of a key's letters: it is in base64url. */
+export function protocols() {
+  const coded = btoa(String.fromCharCode(...new TextEncoder().encode(key())));
+  return ["dmd2", ...(coded ? [`key64.${coded.replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`] : [])];
+}
 
 /** "owner/name:0.8, other" → [{path, scale}, …] */
 export function loras(text) {
