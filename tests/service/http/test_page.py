@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from dmd2.service.http.guard import Rules
 from dmd2.weights.manifest import DEFAULT, read_manifest
 from tests.service.cog.cog_server import START, wait_for
-from tests.service.http.fake import fake_app, listening
+from tests.service.http.fake import FakeService, fake_app, listening
 from tests.service.http.serve_process import ServeProcess
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -194,3 +194,39 @@ def test_any_key_that_the_server_takes_lets_the_page_in_at_once(browser: Browser
         expect(status).to_have_text("Type what you want to see.")
         page.fill("textarea", "owl")
         expect(image(page, 1)).to_have_attribute("data-prompt", "owl")  # without a wait: the page's clock stands
+
+
+@pytest.mark.parametrize("begun", ["noise", "image"])
+def test_a_full_queue_is_asked_again_when_it_says_and_for_what_is_newest(
+    browser: Browser, begun: str, tmp_path: Path
+) -> None:
+    service = FakeService()
+    app = fake_app(service, waiting=0)
+    with listening(app) as url, visit(browser, url, "429", clock=True) as page:
+        status = page.locator("#status")
+        page.check("input[name=steps][value=fewest]")
+        page.clock.pause_at(datetime.now() + timedelta(hours=1))
+        admission = app.state.models.served["fake"].admission
+        admission.running = 4  # as many as are let in
+        if begun == "image":
+            Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+            page.set_input_files("input[name=image]", tmp_path / "black.png")
+        page.fill("textarea", "owl")
+        expect(status).to_have_text(re.compile(r"The queue is full; asking again in \d+ s …"))
+        page.fill("textarea", "cat")
+        page.fill("textarea", "dog")
+        admission.running = 0
+        assert not service.asked
+        page.clock.run_for(300_000)
+        expect(image(page, 1)).to_have_attribute("data-prompt", "dog")
+        assert image(page, 1).get_attribute("data-from") == begun
+        assert [request.prompt for request in service.asked] == ["dog"]
+
+
+def test_a_rate_that_is_used_up_is_told(browser: Browser) -> None:
+    with listening(fake_app(rules=Rules(per_minute=1))) as url, visit(browser, url) as page:
+        page.check("input[name=steps][value=fewest]")
+        page.fill("textarea", "owl")
+        expect(image(page, 1)).to_have_attribute("data-prompt", "owl")
+        page.fill("textarea", "cat")
+        expect(page.locator("#status")).to_have_text(re.compile("The rate .* is used up; asking again in .* s …"))

@@ -11,6 +11,7 @@ const { elements: field } = form;
 const figures = [...document.querySelectorAll("figure")]; // of the fewest steps, and of the most
 const mask = $("canvas.mask");
 const SETTINGS = "settings"; // of localStorage
+const BUSY = { queue_full: "The queue is full", rate_limit_exceeded: "The rate of this key or address is used up" };
 const PAUSE = 250; // ms without typing, before the slower image is asked for
 
 let models = [];
@@ -81,6 +82,7 @@ let lost = false; // whether a connection was, so that another server may answer
 const told = (place) => ({
   image: (blob, about, asked) => show(place, blob, about, asked),
   failed: (message) => say(message, true),
+  waits: ({ code, message }, seconds) => say(`${BUSY[code] ?? message}; asking again in ${seconds} s …`),
   state: (there) => {
     if (!there && !locked) say("The connection is lost; trying again …", true);
     else if (lost) begin();
@@ -352,6 +354,7 @@ form.addEventListener("input", ({ target }) => {
 field.key.addEventListener("change", () => {
   begin();
   for (const line of words) line.reconnect();
+  for (const line of [...words, ...edits]) line.release();
 });
 function dice() {
   field.seed.value = Math.floor(Math.random() * 2 ** 32);

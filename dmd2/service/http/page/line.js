@@ -1,15 +1,20 @@
 // Where images come from, one at a time. What is asked for meanwhile replaces what waited: stale requests are never sent.
 //
-// Both kinds have `ask(request)`, `forget()` and tell `image(blob, about, request)` or `failed(message, request)`.
+// Both kinds have `ask(request)`, `forget()`, `release()` and tell `image(blob, about, request)` or
+// `failed(message, request)`, and before that `waits(error, seconds)` if the server says when to ask again.
 
 import { bearer, body, protocols } from "./request.js";
 
 const FIRST_PAUSE = 500; // ms before the first attempt to connect again; doubled each time
 const LONGEST_PAUSE = 10_000;
+const LONGEST_WAIT = 300; // s until the server is asked again, whatever it says
+const MOST_REFUSALS = 20; // in a row; then the last one is an error
 
 class Line {
   asked = null; // the request on its way
   next = null; // the newest that waits
+  held = 0; // the timer, while the server wants to be left alone
+  refusals = 0; // in a row
 
   constructor(told) {
     this.told = told;
@@ -26,9 +31,30 @@ class Line {
     if (this.asked) this.asked = { ...this.asked, forgotten: true };
   }
 
+  /** There is no room, or the key's rate is used up: what is newest by then is asked for when the server says. */
+  refused(error) {
+    const seconds = Math.min(error.retry_after, LONGEST_WAIT);
+    this.refusals += 1;
+    if (!this.asked || !(seconds > 0) || this.refusals > MOST_REFUSALS) {
+      return this.done((request) => this.told.failed(error.message, request));
+    }
+    if (!this.asked.forgotten) this.next ??= this.asked;
+    this.asked = null;
+    this.held = setTimeout(() => this.release(), 1000 * seconds);
+    if (this.next) this.told.waits(error, seconds);
+  }
+
+  /** Waits no longer. */
+  release() {
+    clearTimeout(this.held);
+    this.held = 0;
+    this.send();
+  }
+
   done(tell) {
     const request = this.asked;
     this.asked = null;
+    this.refusals = 0;
     this.send(); // first: the network shall not wait for the page
     if (request && !request.forgotten) tell(request);
   }
@@ -89,7 +115,7 @@ export class Words extends Line {
   }
 
   send() {
-    if (!this.#open || this.asked || !this.next) return;
+    if (!this.#open || this.held || this.asked || !this.next) return;
     [this.asked, this.next] = [this.next, null];
     this.#socket.send(JSON.stringify({ id: ++this.#count, output_format: "png", ...body(this.asked) }));
   }
@@ -102,7 +128,7 @@ export class Words extends Line {
     }
     const about = JSON.parse(data);
     if (about.type === "image") this.#about = about;
-    else if (about.type === "error") this.done((request) => this.told.failed(about.error.message, request));
+    else if (about.type === "error") this.refused(about.error);
     else if (about.type === "stale") this.done(() => {});
   }
 }
@@ -117,12 +143,12 @@ export class Edits extends Line {
   }
 
   send() {
-    if (this.asked || !this.next) return;
+    if (this.held || this.asked || !this.next) return;
     [this.asked, this.next] = [this.next, null];
     this.#stop = new AbortController();
     this.#post(this.asked, this.#stop.signal).then(
       ({ blob, about }) => this.done((request) => this.told.image(blob, about, request)),
-      (error) => this.done((request) => this.told.failed(error.message, request)),
+      (error) => this.refused(error),
     );
   }
 
@@ -139,12 +165,15 @@ export class Edits extends Line {
   }
 }
 
-/** Posts to OpenAI's API: [{blob, seed, seconds}]. Throws what the server says is wrong. */
+/** Posts to OpenAI's API: [{blob, seed, seconds}]. Throws what the server says is wrong, with its `code` and, if it says, `retry_after`. */
 export async function images(path, { headers, ...rest }) {
   const began = performance.now();
   const answer = await fetch(path, { method: "POST", headers: { ...headers, ...bearer() }, ...rest });
   const told = await answer.json();
-  if (!answer.ok) throw new Error(told.error?.message ?? `status ${answer.status}`);
+  if (!answer.ok) {
+    const error = new Error(told.error?.message ?? `status ${answer.status}`);
+    throw Object.assign(error, { code: told.error?.code, retry_after: Number(answer.headers.get("Retry-After")) });
+  }
   const seconds = { all: (performance.now() - began) / 1000 };
   return told.data.map(({ b64_json, seed }) => {
     const bytes = Uint8Array.from(atob(b64_json), (character) => character.charCodeAt(0));
