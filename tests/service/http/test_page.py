@@ -230,3 +230,43 @@ def test_a_rate_that_is_used_up_is_told(browser: Browser) -> None:
         expect(image(page, 1)).to_have_attribute("data-prompt", "owl")
         page.fill("textarea", "cat")
         expect(page.locator("#status")).to_have_text(re.compile("The rate .* is used up; asking again in .* s …"))
+
+
+def test_eight_seeds_begin_with_the_image_and_a_kept_one_is_opened_as_it_is(browser: Browser, tmp_path: Path) -> None:
+    service = FakeService()
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    with listening(fake_app(service)) as url, visit(browser, url) as page:
+        page.check("input[name=steps][value=most]")
+        page.fill("input[name=seed]", "40")
+        page.fill("textarea", "owl")
+        page.set_input_files("input[name=image]", tmp_path / "black.png")
+        page.fill("input[name=strength]", "0.4")
+        page.click("#grid")
+        expect(page.locator("#gallery li")).to_have_count(8)
+        (eight,) = (request for request in service.asked if request.num_outputs == 8)
+        assert (eight.image is not None, eight.prompt_strength, eight.seed) == (True, 0.4, 40)
+
+        page.fill("input[name=strength]", "0.9")
+        page.click("#drop-image")
+        page.fill("textarea", "cat")
+        expect(image(page, 4)).to_have_attribute("data-prompt", "cat")
+        expect(image(page, 4)).to_have_attribute("data-from", "noise")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#gallery li")).to_have_count(9)
+        page.click("#gallery li:nth-child(2) button.open")  # the last of the eight
+        expect(page.locator("#status")).to_contain_text("As it was kept.")
+        expect(image(page, 4)).to_have_attribute("data-from", "image")
+        for name, value in {"prompt": "owl", "seed": "47", "strength": "0.4"}.items():
+            expect(page.locator(f"[name={name}]")).to_have_value(value)
+        with page.expect_download() as download:
+            page.click("#download")
+        assert download.value.suggested_filename == "owl-47.png"
+        with Image.open(download.value.path()) as found:
+            assert found.getpixel((0, 0)) == (47, 0, 3)  # what the service had made of this seed and prompt
+        assert 47 not in [request.seed for request in service.asked]
+
+        page.set_input_files("input[name=image]", tmp_path / "black.png")
+        expect(page.locator("#with-image")).to_be_visible()
+        page.click("#gallery li:nth-child(1) button.open")  # which began without an image
+        expect(image(page, 4)).to_have_attribute("data-prompt", "cat")
+        expect(image(page, 4)).to_have_attribute("data-from", "noise")

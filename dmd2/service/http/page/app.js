@@ -1,8 +1,8 @@
 // The page: what is typed is generated at once, in one step, in four, or in both.
 
 import * as gallery from "./gallery.js";
-import { Edits, images, Words } from "./line.js";
-import { bearer, body, key, loras } from "./request.js";
+import { Edits, several, Words } from "./line.js";
+import { bearer, key, loras } from "./request.js";
 import { snippets } from "./snippets.js";
 
 const $ = (selector) => document.querySelector(selector);
@@ -17,7 +17,7 @@ const PAUSE = 250; // ms without typing, before the slower image is asked for
 let models = [];
 let given = null; // the image to begin with, a PNG at about the model's size
 let painted = null; // the mask as a PNG, white where it was painted; null if nothing was
-let shown = null; // the image that "Keep" and "Download" mean: {blob, request, about}
+let shown = null; // the image that "Keep" and "Download" mean: {blob, request}
 let later = 0;
 
 // What is asked for
@@ -45,9 +45,8 @@ function seed() {
   return Number.isFinite(value) ? Math.min(Math.max(value, 0), 4294967295) : 0;
 }
 
-/** Asks for what the form says now: the faster image at once, the slower one when the typing pauses. */
-function changed({ now = false } = {}) {
-  remember();
+/** Shows as many figures as are wanted, and returns what `wanted` does. */
+function arrange() {
   const asked = wanted();
   figures.forEach((figure, place) => {
     const n = asked.find(([where]) => where === place)?.[1];
@@ -56,13 +55,24 @@ function changed({ now = false } = {}) {
     figure.querySelector("figcaption").textContent = n === undefined ? "" : counted(n);
   });
   figures[asked[0][0]].querySelector(".frame").append(mask);
+  return asked;
+}
+
+function forget(lines) {
   clearTimeout(later);
+  for (const line of lines) line.forget();
+}
+
+/** Asks for what the form says now: the faster image at once, the slower one when the typing pauses. */
+function changed({ now = false } = {}) {
+  remember();
+  const asked = arrange();
   if (!request(1).prompt) {
-    for (const line of [...words, ...edits]) line.forget();
+    forget([...words, ...edits]);
     return locked || say(model() ? "Type what you want to see." : "Connecting …");
   }
   const [used, unused] = given ? [edits, words] : [words, edits];
-  for (const line of unused) line.forget();
+  forget(unused);
   const [[place, n], ...slow] = asked;
   used[place].ask(request(n));
   const rest = () => slow.forEach(([where, most]) => used[where].ask(request(most)));
@@ -93,6 +103,12 @@ const words = figures.map((_, place) => new Words(told(place)));
 const edits = figures.map((_, place) => new Edits(told(place)));
 
 function show(place, blob, about, asked) {
+  put(place, blob, asked);
+  const seconds = Object.values(about.seconds).reduce((sum, each) => sum + each, 0);
+  say(`${counted(asked.num_inference_steps)}: ${Math.round(1000 * seconds)} ms`);
+}
+
+function put(place, blob, asked) {
   const image = figures[place].querySelector("img");
   const old = image.src;
   image.src = URL.createObjectURL(blob);
@@ -102,10 +118,8 @@ function show(place, blob, about, asked) {
   };
   // What it shows, for whoever looks from outside.
   image.dataset.prompt = asked.prompt;
-  image.dataset.from = asked.mask ? "mask" : asked.image ? "image" : "noise";
-  shown = { blob, request: asked, about };
-  const seconds = Object.values(about.seconds).reduce((sum, each) => sum + each, 0);
-  say(`${counted(asked.num_inference_steps)}: ${Math.round(1000 * seconds)} ms`);
+  image.dataset.from = asked.mask || asked.with_mask ? "mask" : asked.image || asked.with_image ? "image" : "noise";
+  shown = { blob, request: asked };
 }
 
 // The image to begin with, and its mask
@@ -168,11 +182,14 @@ $("#clear-mask").addEventListener("click", () => {
   clearMask();
   changed({ now: true });
 });
-$("#drop-image").addEventListener("click", () => {
+function dropImage() {
   given = painted = null;
   field.image.value = "";
   field.paint.checked = false;
   mask.hidden = $("#with-image").hidden = true;
+}
+$("#drop-image").addEventListener("click", () => {
+  dropImage();
   changed({ now: true });
 });
 field.image.addEventListener("change", () => field.image.files[0] && begins(field.image.files[0]));
@@ -220,7 +237,7 @@ function entry({ key, blob, settings: its }) {
   image.src = URL.createObjectURL(blob);
   image.alt = its.prompt;
   open.append(image);
-  open.addEventListener("click", () => back(its));
+  open.addEventListener("click", () => back(its, blob));
   remove.className = "remove";
   remove.textContent = "Remove";
   remove.setAttribute("aria-label", `Remove ${its.prompt}, seed ${its.seed}`);
@@ -231,29 +248,33 @@ function entry({ key, blob, settings: its }) {
   return item;
 }
 
-function back(its) {
+function back(its, blob) {
   if (models.some(({ id }) => id === its.model)) field.model.value = its.model;
   choose();
   field.prompt.value = field.class_name.value = its.prompt;
   field.seed.value = its.seed;
   field.steps.value = its.num_inference_steps === Math.min(...(model()?.steps ?? [1])) ? "fewest" : "most";
   field.loras.value = (its.loras ?? []).map(({ path, scale }) => (scale === 1 ? path : `${path}:${scale}`)).join(" ");
-  changed({ now: true });
+  field.strength.value = its.strength ?? field.strength.value;
   scrollTo({ top: 0 });
+  if (its.with_image) {
+    remember();
+    forget([...words, ...edits]);
+    put(arrange()[0][0], blob, its);
+    return say("As it was kept. The image that it began with was not: give it again to make more of it.");
+  }
+  dropImage(); // it began without one
+  changed({ now: true });
 }
 
 /** Eight seeds from this one on, into the gallery. */
 async function grid() {
   const [[, n]] = wanted();
-  const { image, mask: painting, ...first } = request(n);
+  const first = request(n);
   if (!first.prompt) return;
   say("Eight seeds …");
   try {
-    const asked = { ...body(first), n: 8, response_format: "b64_json" };
-    const made = await images("v1/images/generations", {
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(asked),
-    });
+    const made = await several(first, 8);
     for (const { blob, seed: number } of made) await gallery.add({ blob, settings: { ...settings(first), seed: number } });
     say("Eight seeds are in the gallery.");
   } catch (error) {
@@ -274,7 +295,7 @@ function download() {
 
 async function copy(kind) {
   $("#copy").open = false;
-  if (given) return say("Not copied: text to copy is for what begins with words alone.", true);
+  if (given || shown?.request.with_image) return say("Not copied: text to copy is for what begins with words alone.", true);
   const [[, n]] = wanted();
   const text = snippets[kind](request(n), location.href.replace(/\/[^/]*$/, ""), Boolean(key()));
   try {

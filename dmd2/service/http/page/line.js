@@ -152,21 +152,30 @@ export class Edits extends Line {
     );
   }
 
-  async #post({ image, mask, strength, ...words }, signal) {
-    const form = new FormData();
-    const { loras, ...rest } = body(words);
-    for (const [name, value] of Object.entries({ ...rest, response_format: "b64_json" })) form.set(name, value);
-    if (loras) form.set("loras", JSON.stringify(loras));
-    form.set("prompt_strength", strength);
-    form.set("image", image, "image.png");
-    if (mask) form.set("mask", mask, "mask.png");
-    const [{ blob, ...about }] = await images("v1/images/edits", { body: form, signal });
+  async #post(request, signal) {
+    const [{ blob, ...about }] = await several(request, 1, signal);
     return { blob, about };
   }
 }
 
+/** `n` seeds, from the request's own on, over HTTP: as `images`. */
+export function several({ image, mask, strength, ...words }, n, signal) {
+  const { loras, ...fields } = { ...body(words), n, response_format: "b64_json" };
+  if (!image) {
+    const headers = { "Content-Type": "application/json" };
+    return images("v1/images/generations", { headers, body: JSON.stringify({ ...fields, loras }), signal });
+  }
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.set(name, value);
+  if (loras) form.set("loras", JSON.stringify(loras));
+  form.set("prompt_strength", strength);
+  form.set("image", image, "image.png");
+  if (mask) form.set("mask", mask, "mask.png");
+  return images("v1/images/edits", { body: form, signal });
+}
+
 /** Posts to OpenAI's API: [{blob, seed, seconds}]. Throws what the server says is wrong, with its `code` and, if it says, `retry_after`. */
-export async function images(path, { headers, ...rest }) {
+async function images(path, { headers, ...rest }) {
   const began = performance.now();
   const answer = await fetch(path, { method: "POST", headers: { ...headers, ...bearer() }, ...rest });
   const told = await answer.json();
