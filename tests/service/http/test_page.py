@@ -270,3 +270,26 @@ def test_eight_seeds_begin_with_the_image_and_a_kept_one_is_opened_as_it_is(brow
         page.click("#gallery li:nth-child(1) button.open")  # which began without an image
         expect(image(page, 4)).to_have_attribute("data-prompt", "cat")
         expect(image(page, 4)).to_have_attribute("data-from", "noise")
+
+
+def test_a_mask_may_be_a_file_without_a_mouse(browser: Browser, tmp_path: Path) -> None:
+    service = FakeService()
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "white.webp")
+    with listening(fake_app(service)) as url, visit(browser, url) as page:
+        page.check("input[name=steps][value=fewest]")
+        page.fill("textarea", "owl")
+        page.set_input_files("input[name=image]", tmp_path / "black.png")
+        expect(image(page, 1)).to_have_attribute("data-from", "image")
+        chooser = page.get_by_label("Mask: light where the image is to be made anew")
+        page.focus("input[name=strength]")
+        page.keyboard.press("Tab")
+        expect(chooser).to_be_focused()
+        with page.expect_file_chooser() as choice:
+            page.keyboard.press("Space")
+        choice.value.set_files(tmp_path / "white.webp")
+        expect(image(page, 1)).to_have_attribute("data-from", "mask")
+        assert service.asked[-1].mask == (tmp_path / "white.webp").read_bytes()
+        page.click("#clear-mask")
+        expect(image(page, 1)).to_have_attribute("data-from", "image")
+        expect(chooser).to_have_value("")

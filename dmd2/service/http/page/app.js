@@ -16,7 +16,7 @@ const PAUSE = 250; // ms without typing, before the slower image is asked for
 
 let models = [];
 let given = null; // the image to begin with, a PNG at about the model's size
-let painted = null; // the mask as a PNG, white where it was painted; null if nothing was
+let painted = null; // the mask: a file, or a PNG that is white where it was painted; null if there is none
 let shown = null; // the image that "Keep" and "Download" mean: {blob, request}
 let later = 0;
 
@@ -146,6 +146,11 @@ async function begins(file) {
 
 function clearMask() {
   painted = null;
+  field.mask.value = "";
+  clearCanvas();
+}
+
+function clearCanvas() {
   const context = mask.getContext("2d");
   context.fillStyle = "black";
   context.fillRect(0, 0, mask.width, mask.height);
@@ -165,6 +170,7 @@ function paint(event) {
 
 mask.addEventListener("pointerdown", (event) => {
   mask.setPointerCapture(event.pointerId);
+  if (field.mask.value) clearMask(); // what is painted takes the file's place
   paint(event);
 });
 mask.addEventListener("pointermove", (event) => event.buttons && paint(event));
@@ -182,9 +188,16 @@ $("#clear-mask").addEventListener("click", () => {
   clearMask();
   changed({ now: true });
 });
+field.mask.addEventListener("change", () => {
+  const [file] = field.mask.files;
+  if (!file) return;
+  clearCanvas();
+  painted = file;
+  changed({ now: true });
+});
 function dropImage() {
   given = painted = null;
-  field.image.value = "";
+  field.image.value = field.mask.value = "";
   field.paint.checked = false;
   mask.hidden = $("#with-image").hidden = true;
 }
@@ -368,7 +381,7 @@ async function begin() {
 
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("input", ({ target }) => {
-  if (["image", "key", "paint", "brush"].includes(target.name)) return;
+  if (["image", "mask", "key", "paint", "brush"].includes(target.name)) return;
   if (target.name === "model") choose();
   changed({ now: target.name === "steps" || target.name === "model" });
 });
