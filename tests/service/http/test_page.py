@@ -293,3 +293,51 @@ def test_a_mask_may_be_a_file_without_a_mouse(browser: Browser, tmp_path: Path) 
         page.click("#clear-mask")
         expect(image(page, 1)).to_have_attribute("data-from", "image")
         expect(chooser).to_have_value("")
+
+
+COLOURS = """() => {
+  const behind = (one) => {
+    const colour = getComputedStyle(one).backgroundColor;
+    return colour === "rgba(0, 0, 0, 0)" ? behind(one.parentElement) : colour;
+  };
+  const written = (node) => node.nodeType === Node.TEXT_NODE && node.data.trim();
+  const fields = "textarea, select, input:not([type=radio], [type=checkbox], [type=range])";
+  const seen = [...document.querySelectorAll("body *")].filter((one) => one.checkVisibility());
+  const texts = seen.filter((one) => one.matches(fields) || [...one.childNodes].some(written));
+  return texts.map((one) => [one.outerHTML.slice(0, 60), getComputedStyle(one).color, behind(one)]);
+}"""
+
+
+def luminance(colour: str) -> float:
+    """As WCAG defines it, of "rgb(1, 2, 3)"."""
+    assert re.fullmatch(r"rgb\(\d+, \d+, \d+\)", colour)
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read_in_light_and_in_the_dark(browser: Browser, scheme: str, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    with listening(fake_app()) as url, visit(browser, url) as page:
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        page.fill("textarea", "owl")
+        page.set_input_files("input[name=image]", tmp_path / "black.png")
+        expect(image(page, 4)).to_have_attribute("data-from", "image")
+        page.click("#keep")
+        expect(page.locator("#gallery li")).to_have_count(1)
+        page.click("#copy summary")
+        backgrounds = set()
+        for bad in (False, True):
+            page.evaluate("(bad) => document.querySelector('#status').classList.toggle('bad', bad)", bad)
+            found = page.evaluate(COLOURS)
+            assert {"h1", "p", "label", "button", "textarea", "summary", "figcaption"} <= {
+                html[1:].partition(" ")[0].partition(">")[0] for html, _, _ in found
+            }
+            for html, text, behind in found:
+                dim, bright = sorted((luminance(text), luminance(behind)))
+                assert (bright + 0.05) / (dim + 0.05) >= 4.5, (html, text, behind)
+                backgrounds.add(behind)
+        body = luminance(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+        assert body < 0.05 if scheme == "dark" else body > 0.9
+        assert len(backgrounds) > 1  # the page's, and a card's
