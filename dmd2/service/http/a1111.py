@@ -2,8 +2,8 @@
 
 Fields that mean nothing to distilled models (samplers, schedulers, high-resolution fixes, scripts) are accepted and
 have no effect, since these clients send all of theirs; any number of steps becomes the student's that is next below.
-LoRAs are named in the prompt, as `<lora:NAME:0.8>`. The chosen checkpoint, progress and interrupts are each caller's
-own: by key, or by address where there are no keys.
+LoRAs are named in the prompt, as `<lora:NAME:0.8>`; it may be empty. The chosen checkpoint, progress and interrupts
+are each caller's own: by key, or by address where there are no keys.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import binascii
 import io
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from dmd2.inference.request import ImageRequest
 from dmd2.runtime.errors import UserError
 from dmd2.service.http.models import Models, Run, Served, request_of, timing
 from dmd2.service.http.openai import ERRORS, MOST_IMAGES, Timeout
-from dmd2.service.http.refusal import NOT_BLANK, Refusal
+from dmd2.service.http.refusal import Refusal
 
 if TYPE_CHECKING:
     from dmd2.service.images import OutputImage
@@ -46,8 +47,8 @@ LISTS: dict[str, list[str]] = {
 LORA = re.compile(r"<lora:([^\s,:<>]{1,1000})(?::(-?\d{1,2}(?:\.\d{1,6})?))?>")
 MOST_CALLERS = 1000
 """whose choice of a checkpoint is remembered"""
-BASE64 = 4 * MOST_BYTES // 3 + 100
-"""characters of an image"""
+BASE64 = 4 * MOST_BYTES // 3 * 78 // 76 + 100
+"""characters of an image, in lines of 76 or in one"""
 
 
 class ErrorBody(BaseModel):
@@ -63,7 +64,7 @@ class TextToImage(BaseModel):
     """The body of `txt2img`: what has an effect. The rest of what clients send is ignored."""
 
     model_config = ConfigDict(extra="ignore")
-    prompt: str = Field(min_length=1, max_length=5000, pattern=NOT_BLANK)
+    prompt: str = Field("", max_length=5000, description="Empty: whatever the model makes of no words.")
     negative_prompt: str | None = Field("", max_length=5000, description="Inert.")
     width: int | None = Field(None, ge=16, le=2048)
     height: int | None = Field(None, ge=16, le=2048)
@@ -106,7 +107,7 @@ class State(BaseModel):
 
 
 class Progress(BaseModel):
-    """How far a caller's requests are, in images."""
+    """How far a caller's requests are, in images; within one, by the time that images took lately."""
 
     progress: float
     eta_relative: float
@@ -158,9 +159,24 @@ class _Job:
 
     def __init__(self, run: Run) -> None:
         self.run, self.images, self.task = run, list["OutputImage"](), asyncio.ensure_future(run.each(self._take))
+        self._since: float | None = None  # somebody asked, and it was under way
 
     async def _take(self, image: OutputImage) -> None:
         self.images.append(image)
+
+    def done(self) -> tuple[float, int]:
+        """Its images, and steps of those under way. Steps are not watched, which would cost a decoding each: an image
+        is as far as the time says that images took lately, but never done before it is."""
+        admission, now, made = self.run.served.admission, time.monotonic(), len(self.images)
+        if not self.run.admitted.is_set():
+            return 0.0, 0
+        if self._since is None:
+            self._since = now
+        together = min(self.run.request.num_outputs - made, self.run.served.service.max_batch)
+        each = admission.seconds_each()
+        likely = (now - self._since) / each - made if each else 0.0
+        share = min(0.99, max(0.0, likely / together)) if together else 0.0
+        return made + share * together, int(share * (self.run.request.num_inference_steps or 0))
 
 
 class _Callers:
@@ -181,11 +197,29 @@ class _Callers:
 
 
 def decoded(text: str, field: str) -> bytes:
-    """An image's content, from base64 or a data URL. Raises Refusal."""
+    """An image's content, from base64, in lines or in one, or a data URL. Raises Refusal."""
     try:
-        return base64.b64decode(text.partition(",")[2] if text[:5].lower() == "data:" else text, validate=True)
+        digits = text.partition(",")[2] if text[:5].lower() == "data:" else text
+        return base64.b64decode("".join(digits.split()), validate=True)
     except (binascii.Error, ValueError):
         raise Refusal(400, "invalid_value", f"{field}: expected base64 or a data URL", field) from None
+
+
+def bare(title: str) -> str:
+    """The name in a checkpoint's title or path: "emoji.safetensors [abcd1234]" → "emoji"."""
+    name, bracket, _ = title.rpartition("[") if title.rstrip().endswith("]") else (title, "", "")
+    name = (name if bracket else title).strip().replace("\\", "/").rpartition("/")[2]
+    return name.removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+def found(models: Models, name: str | None) -> Served:
+    """As `Models.find`; the name may be a checkpoint's title, too."""
+    try:
+        return models.find(name)
+    except Refusal as refusal:
+        if refusal.code != "model_not_found":
+            raise
+        return models.find(bare(name or "") or name)
 
 
 def asked_by(body: TextToImage, served: Served) -> ImageRequest:
@@ -205,14 +239,14 @@ def asked_by(body: TextToImage, served: Served) -> ImageRequest:
                 given["mask"] = inverted.getvalue()
     return request_of(
         max((n for n in served.steps if n <= most), default=served.steps[0]),
-        prompt=prompt,
+        prompt=prompt or "no words",
         width=body.width,
         height=body.height,
         seed=None if body.seed == -1 else body.seed,
         output_format="png",
         lora_weights=" ".join(loras) or None,
         **given,
-    )
+    ).model_copy(update={"prompt": prompt})  # which other doors refuse if it is empty; encoders do not
 
 
 def _listing(names: list[str]) -> Callable[[], Awaitable[list[Named]]]:
@@ -229,8 +263,8 @@ def router(models: Models) -> APIRouter:
     routes, callers = APIRouter(prefix="/sdapi/v1", responses=few), _Callers()
 
     def chosen(request: Request, name: object = None) -> Served:
-        """The model that a caller names now, or has chosen before; titles are names."""
-        return models.find(str(name or callers.checkpoint(request.state.caller) or "") or None)
+        """The model that a caller names now, or has chosen before."""
+        return found(models, str(name or callers.checkpoint(request.state.caller) or "") or None)
 
     async def made(request: Request, response: Response, body: TextToImage, timeout: float | None) -> Images:
         n = (body.batch_size or 1) * (body.n_iter or 1)
@@ -281,15 +315,20 @@ def router(models: Models) -> APIRouter:
     @routes.post("/options", responses={404: errors[404]})
     async def set_options(request: Request, body: Options) -> None:
         if body.sd_model_checkpoint:
-            callers.choose(request.state.caller, models.find(body.sd_model_checkpoint).name)
+            callers.choose(request.state.caller, found(models, body.sd_model_checkpoint).name)
 
     @routes.get("/progress")
     async def progress(request: Request) -> Progress:
         jobs = callers.jobs.get(request.state.caller, [])
-        done, total = sum(len(job.images) for job in jobs), sum(job.run.request.num_outputs for job in jobs)
-        each = max((job.run.served.admission.seconds_each() or 0.0 for job in jobs), default=0.0)
-        share, left = done / total if total else 0.0, each * (total - done)
-        return Progress(progress=share, eta_relative=left, state=State(job_count=len(jobs), job_no=min(1, len(jobs))))
+        state = State(job_count=len(jobs), job_no=min(1, len(jobs)))
+        if not jobs:
+            return Progress(progress=0.0, eta_relative=0.0, state=state)
+        parts = [job.done() for job in jobs]
+        done, total = sum(images for images, _ in parts), sum(job.run.request.num_outputs for job in jobs)
+        each = max(job.run.served.admission.seconds_each() or 0.0 for job in jobs)
+        state.sampling_step, state.sampling_steps = parts[0][1], jobs[0].run.request.num_inference_steps or 0
+        # Not 0, which to clients means that nothing is under way; so AUTOMATIC1111 has it.
+        return Progress(progress=max(0.01, done / total), eta_relative=each * (total - done), state=state)
 
     @routes.post("/interrupt")
     async def interrupt(request: Request) -> dict[str, str]:

@@ -228,6 +228,92 @@ def test_progress_and_interrupt_are_the_callers_own() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("body", "prompt", "loras"),
+    [({}, "", None), ({"prompt": ""}, "", None), ({"prompt": " <lora:only> "}, "", "only:1")],
+)
+def test_no_words_are_a_prompt_too(body: dict[str, Any], prompt: str, loras: str | None) -> None:
+    service = FakeService()
+    answer = ask(body, service)
+    assert answer.status_code == 200, answer.text
+    assert [(request.prompt, request.lora_weights) for request in service.asked] == [(prompt, loras)]
+    assert json.loads(answer.json()["info"])["prompt"] == ""
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "one.5",
+        "one.5.safetensors",
+        "one.5.safetensors [abcd1234]",
+        "one.5 [0f]",
+        "sd/one.5.ckpt",
+        "C:\\sd\\one.5.ckpt",
+    ],
+)
+def test_a_checkpoint_goes_by_its_title_too(title: str) -> None:
+    async def run() -> None:
+        services = {name: FakeService() for name in ("first", "one.5")}
+        app = create_app({name: lambda service=service: service for name, service in services.items()})
+        async with client_of(app) as client:
+            body = {"prompt": "an owl", "override_settings": {"sd_model_checkpoint": title}}
+            assert (await client.post(f"{API}/txt2img", json=body)).status_code == 200
+            assert services["one.5"].asked and not services["first"].asked
+            assert (await client.post(f"{API}/options", json={"sd_model_checkpoint": title})).status_code == 200
+            assert (await client.get(f"{API}/options")).json()["sd_model_checkpoint"] == "one.5"
+
+    asyncio.run(run())
+
+
+def test_progress_moves_within_an_image_and_is_not_done_before_it_is() -> None:
+    async def run() -> None:
+        service = FakeService()
+        async with client_of(fake_app(service)) as client:
+
+            async def progress() -> Any:
+                return (await client.get(f"{API}/progress")).json()
+
+            async def under_way(n: int) -> asyncio.Task[httpx.Response]:
+                begun = len(service.asked)
+                job = asyncio.create_task(client.post(f"{API}/txt2img", json={"prompt": "an owl", "n_iter": n}))
+                await until(lambda: len(service.asked) > begun)
+                return job
+
+            service.open.clear()
+            first = await under_way(1)  # how long one takes is not known yet
+            told = await progress()
+            assert told["progress"] == 0.01 and told["state"]["sampling_step"] == 0
+            await asyncio.sleep(0.05)  # more than a coarse clock's tick
+            service.open.set()
+            await first
+
+            service.open.clear()
+            second = await under_way(1)
+            seen = [await progress()]
+            async with asyncio.timeout(120):
+                while seen[-1]["progress"] < 0.99:
+                    await asyncio.sleep(0.001)
+                    seen.append(await progress())
+            assert sorted(each["progress"] for each in seen) == [each["progress"] for each in seen]
+            assert seen[-1]["progress"] == 0.99 and seen[-1]["state"]["sampling_step"] == 3
+            assert {each["state"]["sampling_steps"] for each in seen} == {4}
+            service.open.set()
+            await second
+            assert (await progress())["progress"] == 0.0
+
+    asyncio.run(run())
+
+
+def test_base64_may_come_in_lines() -> None:
+    service = FakeService()
+    image = coded(Image.effect_noise((64, 64), 50))
+    lines = "\r\n".join(image[at : at + 76] for at in range(0, len(image), 76)) + "\n"
+    body = {"prompt": "a cat", "init_images": [lines], "mask": f"data:image/png;base64,{lines}"}
+    answer = ask(body, service, "img2img")
+    assert answer.status_code == 200, answer.text
+    assert service.asked[0].image == service.asked[0].mask == base64.b64decode(image)
+
+
 @pytest.mark.parametrize("invert", [0, 1])
 def test_an_image_and_its_mask_reach_the_service(invert: int) -> None:
     service = FakeService()
@@ -255,13 +341,14 @@ def test_any_number_of_steps_becomes_a_students(steps: int | None, expected: int
 @pytest.mark.parametrize(
     ("path", "change", "said"),
     [
-        ("txt2img", {"prompt": ""}, "prompt"),
-        ("txt2img", {"prompt": "<lora:only>"}, "prompt"),
+        ("txt2img", {"prompt": "a" * 5001}, "prompt"),
         ("txt2img", {"width": 8}, "width"),
         ("txt2img", {"width": 63}, "width"),
         ("txt2img", {"batch_size": 4, "n_iter": 3}, "batch_size"),
         ("txt2img", {"seed": -2}, "seed"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": ["x"] * 1000}}, "model"),
+        ("txt2img", {"override_settings": {"sd_model_checkpoint": "other.safetensors [0000000000]"}}, "model"),
+        ("txt2img", {"override_settings": {"sd_model_checkpoint": "[0000000000]"}}, "model"),
         ("img2img", {}, "init_images"),
         ("img2img", {"init_images": ["%%%"]}, "init_images"),
         ("img2img", {"init_images": ["é"]}, "init_images"),

@@ -78,6 +78,8 @@ def test_a_process_serves_openais_client_and_finishes_what_it_took(tmp_path: Pat
             assert made.size == f"{width}x{height}"
             assert pixels(made.data[0].b64_json).shape == (height, width, 3)
             owl = base64.b64decode(str(made.data[0].b64_json))
+            wordless = server.client.post("/sdapi/v1/txt2img", json={"seed": 5}).json()["images"][0]
+            assert pixels(wordless).shape == (height, width, 3)
             mask = io.BytesIO()
             half = Image.new("L", (width, height))
             half.paste(255, (0, 0, width, height // 2))
