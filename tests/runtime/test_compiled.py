@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
@@ -236,6 +237,16 @@ def test_compiled_decoders_and_captured_text_encoders_are_the_eager_ones(
         fast.decode(z)
     difference = fast.decode(z).int() - codec.decode(z).int()
     assert int(difference.abs().max()) <= 1
+    plain, vae = build_vae(), build_vae()
+    expected, larger = LatentCodec(plain).decode(z), LatentCodec(vae, compiler=compiler)
+    with compiler.recording():
+        larger.encode(expected)
+        larger.decode(z)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert int((larger.decode(z).int() - expected.int()).abs().max()) <= 1
+        larger.encode(expected)
+    assert graphs >= 2 and compiler.failures == compiler.unprepared == 0
     tokenizer, first, second = text_models
     both: tuple[Any, Any] = ([tokenizer] * 2, [first, second])
     with compiler.recording():
@@ -288,6 +299,24 @@ def test_no_shape_of_sdxl_breaks_a_graph_and_none_is_compiled_twice() -> None:
     assert stats["unique_graphs"] == graphs and compiler.unprepared == 0
 
 
+@torch.no_grad()
+def test_the_decoder_of_sdxl_is_one_graph() -> None:
+    """At full width and with all of its blocks, on tensors without numbers."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**SDXL["vae"]).eval().requires_grad_(False)
+    compiler = Compiler(CPU, backend="eager")
+    codec = LatentCodec(vae, compiler=compiler)
+    torch._dynamo.utils.counters.clear()
+    z = torch.empty(2, 4, 64, 64, device="meta")
+    with compiler.recording():
+        assert codec.decoded(z).shape == (2, 3, 512, 512)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        codec.decoded(z)
+    assert compiler.failures == compiler.unprepared == 0
+
+
 @pytest.mark.parametrize("rows", [1, 40, 2**28])
 @torch.no_grad()
 def test_a_vaes_attention_in_two_products_is_the_fused_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,19 +330,33 @@ def test_a_vaes_attention_in_two_products_is_the_fused_one(rows: int, monkeypatc
     assert torch.allclose(vae.decode(z).sample, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("task", [None, 3])
 @torch.no_grad()
-def test_controls_are_recorded_with_the_network() -> None:
+def test_controls_are_recorded_with_the_network(task: int | None) -> None:
     network = unet()
     torch.manual_seed(6)
-    net = ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    if task is None:
+        net: Any = ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    else:
+        net = ControlNetUnionModel(
+            **{
+                key: network.config[key]
+                for key in signature(ControlNetUnionModel).parameters
+                if key in network.config
+            },
+            conditioning_embedding_out_channels=(8, 8, 16, 16),
+            num_trans_channel=32,
+            num_proj_channel=32,
+            num_trans_head=2,
+        )
     for parameter in net.eval().requires_grad_(False).parameters():
         if not parameter.any():  # a new one adds nothing
             nn.init.normal_(parameter, std=0.05)
     compiler = Compiler(CPU, backend="eager")
     image, x, cond = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8), torch.randn(2, 4, 16, 16), condition(2)
     sigma = torch.full((2,), 5.0)
-    expected = StableDiffusion(network)(x, sigma, cond, ControlModel(net, CPU).guide(image, [999], 0.7))
-    denoiser, control = StableDiffusion(network, compiler=compiler), ControlModel(net, CPU, None, compiler)
+    expected = StableDiffusion(network)(x, sigma, cond, ControlModel(net, CPU, task).guide(image, [999], 0.7))
+    denoiser, control = StableDiffusion(network, compiler=compiler), ControlModel(net, CPU, task, compiler)
     with compiler.recording():
         denoiser(x, sigma, cond, control.guide(image, [999], 0.3))
     with torch.compiler.set_stance("fail_on_recompile"):

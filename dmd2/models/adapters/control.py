@@ -118,21 +118,17 @@ class ControlModel:
         return control
 
     def _control_net(self, values: Tensor, scale: float) -> Control:
+        chosen = None
         if self.task is not None:
             chosen = torch.zeros(1, self.network.config.num_control_type).to(values)
             chosen[0, self.task] = 1
 
         def residuals(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:
-            given: Any = values.expand(len(x), -1, -1, -1)
-            if self.task is not None:  # a union's scale is within its network: it runs as it is
-                if self.compiler is not None:
-                    self.compiler.unprepared += not self.compiler.recording_now
-                of_task: Any = {"control_type": chosen.expand(len(x), -1), "control_type_idx": [self.task]}
-                text = cond.context, [given], cond.pooled, cond.time_ids
-                down, middle = self._call(x, timestep, *text, scale, **of_task)
-            else:
-                outputs = self._run(x, timestep, cond.context, given, cond.pooled, cond.time_ids)
-                *down, middle = (output * scale for output in outputs)
+            given = values.expand(len(x), -1, -1, -1)
+            of_task = None if chosen is None else chosen.expand(len(x), -1)
+            outputs = self._run(x, timestep, cond.context, given, cond.pooled, cond.time_ids, of_task)
+            # Outside of the network, that one record serves every scale. A union of one task scales its outputs, too.
+            *down, middle = (output * scale for output in outputs)
             return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
         return residuals
@@ -157,16 +153,18 @@ class ControlModel:
         given: Any,
         pooled: Tensor | None,
         ids: Tensor | None,
-        scale: float = 1.0,
-        **of_task: Any,
+        chosen: Tensor | None,
     ) -> Any:
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": ids}
+        of_task: dict[str, Any] = {}
+        if chosen is not None:
+            given, of_task = [given], {"control_type": chosen, "control_type_idx": [self.task]}
         return self.network(
             x,
             timestep,
             context,
             controlnet_cond=given,
-            conditioning_scale=float(scale),
+            conditioning_scale=1.0,
             **of_task,
             added_cond_kwargs=added,
             return_dict=False,

@@ -31,8 +31,18 @@ class OneHead:
     reaches a fraction of a product's rate.
     """
 
-    def __call__(self, attention: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """(B, C, h, w) → (B, C, h, w)."""
+    def __call__(
+        self,
+        attention: Any,
+        x: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, h, w) → (B, C, h, w).
+
+        The others are not used, but named: diffusers logs a line about each that is not, and there a graph breaks.
+        """
         tokens = attention.group_norm(x.flatten(2)).transpose(1, 2)
         query, key, value = (layer(tokens) for layer in (attention.to_q, attention.to_k, attention.to_v))
         query = query * attention.scale  # before the product, which might be too large for fp16
