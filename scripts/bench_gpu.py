@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -33,7 +34,22 @@ VARIANTS: dict[str, dict[str, Any]] = {  # dmd2's engines, the most important on
     "bf16": {"dtype": "bfloat16"},
     "fp8": {"dtype": "float16", "go_fast": True},
 }
-NEEDED = ("torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow", "typer")
+NEEDED = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "accelerate",
+    "safetensors",
+    "pydantic",
+    "numpy",
+    "pillow",
+    "typer",
+)
+"""packages. Triton takes a C compiler besides (gcc, clang or what CC names): without one, every shape counts as a
+failure in a row's `compile_failures`."""
 
 
 def start(weights: Path, system: str, device: str, size: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -192,6 +208,39 @@ def wheels() -> dict[str, str]:
     return found
 
 
+def told(error: Exception) -> str:
+    """An error's kind and first line."""
+    from dmd2.runtime.errors import first_line
+
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def attempt(
+    result: dict[str, Any], fits: Callable[[str, float], bool], what: str, seconds: float, run: Callable[[], None]
+) -> None:
+    """Runs what takes about so many seconds, if it fits. If it fails that is named, and the next one has its turn."""
+    if not fits(what, seconds):
+        return
+    try:
+        run()
+    except Exception as error:
+        result["skipped"].append(f"{what}: {told(error)}")
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable for what runs within, child processes included."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def gpu(device: str, minutes: float, size: int, rounds: int, out: Path | None = None) -> dict[str, Any]:
     """Everything that fits into `minutes`. Without a GPU: only the starts, one step at `size`.
 
@@ -227,6 +276,8 @@ def gpu(device: str, minutes: float, size: int, rounds: int, out: Path | None = 
             _measure(device, size, rounds, result, fits, cuda, write_full_size)
     except OutOfTime as error:
         result["skipped"].append(f"what had begun when time was up ({error})")
+    except Exception as error:  # what there is so far is worth having
+        result["skipped"].append(f"the rest: {told(error)}")
     result["seconds"] = round(time.perf_counter() - BEGAN, 1)
     if out is not None:
         atomic_text(out, json.dumps(result, indent=2) + "\n")
@@ -253,14 +304,17 @@ def _measure(
             compare(weights, result, fits, rounds)
         # On a CPU the first process of all converts the networks.
         for system in ("dmd2", "diffusers") if cuda else ("dmd2, converting", "dmd2", "dmd2 tiny", "diffusers"):
-            if fits(f"start {system}", 200 if cuda else 120):
-                command = [sys.executable, __file__, str(weights), system, device, str(size), "1", str(rounds)]
-                child = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-                if child.returncode:
-                    result["skipped"].append(f"start {system}: exit status {child.returncode}")
-                    continue
-                result["starts"].append(json.loads(child.stdout))
-                print(json.dumps(result["starts"][-1]), file=sys.stderr)
+            command = [sys.executable, __file__, str(weights), system, device, str(size), "1", str(rounds)]
+            attempt(result, fits, f"start {system}", 200 if cuda else 120, partial(_start, result, command))
+
+
+def _start(result: dict[str, Any], command: list[str]) -> None:
+    """Adds what a child process found. Raises whatever is wrong with that."""
+    child = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if child.returncode:
+        raise RuntimeError(f"exit status {child.returncode}")
+    result["starts"].append(json.loads(child.stdout))
+    print(json.dumps(result["starts"][-1]), file=sys.stderr)
 
 
 def compare(
@@ -273,72 +327,89 @@ def compare(
     import torch
 
     from dmd2.inference.engine import Engine
-    from dmd2.runtime.errors import first_line
 
     largest = SHAPES[0][0]
+    tried = partial(attempt, result, fits)
 
-    def attempt(what: str, seconds: float, run: Callable[[], None]) -> None:
-        if not fits(what, seconds):
-            return
-        try:
-            run()
-        except Exception as error:
-            result["skipped"].append(f"{what}: {type(error).__name__}: {first_line(error)}")
-
-    def rows(name: str, make: Callable[..., Callable[[], Any]], size: int, batch: int) -> None:
+    def rows(
+        name: str, make: Callable[..., Callable[[], Any]], size: int, batch: int, made: Engine | None = None
+    ) -> None:
         for steps in STEPS:
             torch.cuda.reset_peak_memory_stats()
-            row(result, name, size, steps, batch, make(size, steps, batch), rounds)
+            row(result, name, size, steps, batch, make(size, steps, batch), rounds, made)
 
     def engine(vae: str = "kl", dtype: str = "float16", go_fast: bool = False) -> Engine:
-        os.environ["DMD2_GO_FAST"] = str(go_fast).lower()
-        return Engine(weights, device, dtype=getattr(torch, dtype), modes=("1", "4"), trace=True, vae=vae)
+        gc.collect()  # the one before is in cycles, by its hooks
+        torch.cuda.empty_cache()
+        with variable("DMD2_GO_FAST", str(go_fast).lower()):
+            return Engine(weights, device, dtype=getattr(torch, dtype), modes=("1", "4"), trace=True, vae=vae)
 
     def variant(name: str, size: int, batch: int, made: Engine | None = None) -> None:
         chosen = made or engine(**VARIANTS[name])
         chosen.warm_up(("1", "4"), [(size, size)], batch, windows=1)
-        rows(f"dmd2, {name}", partial(ours, chosen), size, batch)
+        rows(f"dmd2, {name}", partial(ours, chosen), size, batch, chosen)
 
     first = next(iter(VARIANTS))
     kept: list[Engine] = []
+    pipelines: list[Any] = []
 
     def usual() -> None:
         kept.append(engine(**VARIANTS[first]))
         variant(first, largest, 1, kept[0])
 
-    attempt(f"dmd2, {first}", 90, usual)
-    pipeline = load_pipeline(weights, getattr(torch, VARIANTS[first]["dtype"]), device)
-    attempt("diffusers", 20, lambda: rows("diffusers", partial(theirs, pipeline), largest, 1))
+    def eager(size: int, batch: int) -> None:
+        if not pipelines:
+            pipelines.append(load_pipeline(weights, getattr(torch, VARIANTS[first]["dtype"]), device))
+        rows("diffusers", partial(theirs, pipelines[0]), size, batch)
+
+    tried(f"dmd2, {first}", 90, usual)
+    tried("diffusers", 20, partial(eager, largest, 1))
     for name in [*VARIANTS][1:]:
-        attempt(f"dmd2, {name}", 90, partial(variant, name, largest, 1))
+        tried(f"dmd2, {name}", 90, partial(variant, name, largest, 1))
     for size, batch in SHAPES[1:]:
         if kept:
-            attempt(f"dmd2, {first}, {size}², batch {batch}", 45, partial(variant, first, size, batch, kept[0]))
-        eager = partial(rows, "diffusers", partial(theirs, pipeline), size, batch)
-        attempt(f"diffusers, {size}², batch {batch}", 30, eager)
+            tried(f"dmd2, {first}, {size}², batch {batch}", 45, partial(variant, first, size, batch, kept[0]))
+        tried(f"diffusers, {size}², batch {batch}", 30, partial(eager, size, batch))
 
     def compiled() -> None:
+        pipeline = pipelines[0]
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead", fullgraph=True)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="reduce-overhead", fullgraph=True)
         rows("diffusers, compiled", partial(theirs, pipeline), largest, 1)
 
-    attempt("diffusers, compiled", 150, compiled)
+    if pipelines:
+        tried("diffusers, compiled", 150, compiled)
 
 
 def row(
-    result: dict[str, Any], name: str, size: int, steps: int, batch: int, call: Callable[[], Any], rounds: int
+    result: dict[str, Any],
+    name: str,
+    size: int,
+    steps: int,
+    batch: int,
+    call: Callable[[], Any],
+    rounds: int,
+    engine: Any = None,
 ) -> None:
-    """Adds one row to the table."""
+    """Adds one row to the table: of an `engine` also how it uses memory, the shapes that it could not compile so far,
+    and how many calls of networks ran uncompiled for this row."""
     import torch
 
+    placement = None if engine is None else engine.model.placement
+    compiler = None if placement is None else placement.compiler
+    before = 0 if compiler is None else compiler.unprepared
     values = timed({name: call}, rounds)[name]
     found: dict[str, Any] = {"system": name, "size": size, "steps": steps, "batch": batch}
     found["p50_ms"] = round(statistics.median(values), 1)
     found["p95_ms"] = round(values[min(len(values) - 1, int(0.95 * len(values)))], 1)
     found["times_floor"] = round(found["p50_ms"] / floor_ms(size, steps, batch), 2)
     found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)  # of all that is loaded
+    if placement is not None:
+        found["memory"] = placement.plan.mode
+    if compiler is not None:
+        found |= {"compile_failures": compiler.failures, "unprepared": compiler.unprepared - before}
     if stages := call():
         found["stages_s"] = stages
     result["rows"].append(found)

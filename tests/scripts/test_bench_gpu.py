@@ -9,10 +9,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from dmd2.runtime.compiled import Compiler
+from dmd2.runtime.placement import Placement
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_gpu.py"
 
@@ -48,6 +52,12 @@ def test_rows_are_of_every_variant_and_of_diffusers(bench: Any, weights: Path) -
     for row in result["rows"]:
         assert 0 < row["p50_ms"] <= row["p95_ms"] and row["times_floor"] > 0
     assert result["rows"][0]["stages_s"].keys() == {"text", "denoise", "decode"}
+    assert {row["system"]: row.get("memory") for row in result["rows"]} == {
+        "dmd2, fp32": "cpu",
+        "dmd2, bf16": "cpu",
+        "diffusers": None,
+        "diffusers, compiled": None,
+    }
     lines = bench.table(result | {"wheels": bench.wheels()}).splitlines()
     assert len(lines) == len(result["rows"]) + 2 and f"torch {torch.__version__}" in lines[-1]
 
@@ -56,6 +66,75 @@ def test_what_does_not_fit_is_left_out(bench: Any, weights: Path) -> None:
     result: dict[str, Any] = {"starts": [], "rows": [], "skipped": []}
     bench.compare(weights, result, lambda what, _: what == "diffusers", 1, "cpu")
     assert [(row["system"], row["steps"]) for row in result["rows"]] == [("diffusers", 1), ("diffusers", 4)]
+
+
+def test_rows_say_what_was_not_compiled(bench: Any) -> None:
+    compiler = Compiler(torch.device("cpu"), backend="eager")
+    compiler.failures, compiler.unprepared = 1, 7
+    engine = SimpleNamespace(model=SimpleNamespace(placement=Placement(compiler=compiler)))
+
+    def call() -> None:
+        compiler.unprepared += 1
+
+    result: dict[str, Any] = {"rows": []}
+    bench.row(result, "dmd2", 64, 1, 1, call, 3, engine)
+    found = result["rows"][0]
+    assert (found["memory"], found["compile_failures"], found["unprepared"]) == ("full", 1, 5)  # two do not count
+
+
+def test_8_bits_are_those_of_their_variant_alone(bench: Any, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def engine(*_: Any, **__: Any) -> Any:
+        seen.append(os.environ["DMD2_GO_FAST"])
+        raise RuntimeError("none")
+
+    monkeypatch.setattr("dmd2.inference.engine.Engine", engine)
+    monkeypatch.setattr(bench, "load_pipeline", engine)
+    monkeypatch.setattr(bench, "VARIANTS", {"fp16": {"dtype": "float16"}, "fp8": {"go_fast": True}})
+    result: dict[str, Any] = {"starts": [], "rows": [], "skipped": []}
+    for before in ("", "false"):
+        monkeypatch.setenv("DMD2_GO_FAST", before)
+        seen.clear()
+        bench.compare(weights, result, lambda *_: True, 1, "cpu")
+        assert seen == ["false", before, "true", before] and os.environ["DMD2_GO_FAST"] == before
+    monkeypatch.delenv("DMD2_GO_FAST")
+    with bench.variable("DMD2_GO_FAST", "true"):
+        assert os.environ["DMD2_GO_FAST"] == "true"
+    assert "DMD2_GO_FAST" not in os.environ
+
+
+def test_what_fails_is_named_and_what_there_is_is_kept(
+    bench: Any, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError("no pipeline")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "load_pipeline", fails)
+        result: dict[str, Any] = {"starts": [], "rows": [], "skipped": []}
+        bench.compare(weights, result, lambda *_: True, 1, "cpu")
+        assert {row["system"] for row in result["rows"]} == {"dmd2, fp32", "dmd2, bf16"}
+        assert "diffusers: OSError: no pipeline" in result["skipped"]
+
+    def child(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(returncode=len(children) == 1, stdout=children.pop())
+
+    children = [b"", b"not JSON", b'{"system": "dmd2"}', b"{"]
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=child, PIPE=None))  # others run some, too
+    monkeypatch.setattr("full_size.write_full_size", lambda *_, **__: None)
+    monkeypatch.setattr(bench, "BEGAN", time.perf_counter())
+    result = bench.gpu("cpu", 10.0, 64, 1, tmp_path / "found.json")
+    assert result["starts"] == [{"system": "dmd2"}]
+    assert [what.split(": ")[:2] for what in result["skipped"]] == [
+        ["start dmd2, converting", "JSONDecodeError"],
+        ["start dmd2 tiny", "JSONDecodeError"],
+        ["start diffusers", "RuntimeError"],
+    ]
+    monkeypatch.setattr("full_size.write_full_size", fails)
+    result = bench.gpu("cpu", 10.0, 64, 1, tmp_path / "found.json")
+    assert result["skipped"] == ["the rest: OSError: no pipeline"]
+    assert json.loads((tmp_path / "found.json").read_text()) == result
 
 
 @pytest.mark.parametrize("how", ["deadline", "SIGTERM"])
