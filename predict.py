@@ -25,6 +25,9 @@ class Predictor(BaseRunner):
         logging.basicConfig(level=logging.INFO, handlers=[handler])
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         self.service = ImageService(os.environ.get("DMD2_WEIGHTS") or weights)
+        if any(self.service.uncompiled.values()):
+            counts = ", ".join(f"{name} {count}" for name, count in self.service.uncompiled.items())
+            logging.warning("set-up: not all of it runs compiled: %s", counts)
 
     @streaming
     @concurrent(max=32)
@@ -136,6 +139,8 @@ class Predictor(BaseRunner):
                 print(f"seed: {image.seed}")
                 self.record_metric("seed", image.seed)
                 self.record_metric("batch_size", image.batch_size)
+                for name, count in self.service.uncompiled.items():
+                    self.record_metric(name, count)
             seconds = {stage: max(time, seconds.get(stage, 0.0)) for stage, time in image.seconds.items()}
             shown += image.path is not None
             self.record_metric("seconds", seconds)

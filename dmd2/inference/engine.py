@@ -280,8 +280,8 @@ class Engine:
                             now - shape_began,
                             now - began,
                         )
-                    if placement.compiler is not None:  # for images that callers give
-                        self.model.codec.encode(torch.zeros(1, 3, size[1], size[0], dtype=torch.uint8))
+                    if placement.compiler is not None:
+                        self._rehearse_codecs(size)
                 # A record's first two runs are slow: torch watches the one and rewrites the record for the other.
                 for _ in range(2):
                     self.generate(["0"], [0], mode, size)
@@ -289,6 +289,14 @@ class Engine:
             save_kernels(placement.kernels)
         seconds, peak = time.perf_counter() - began, peak_memory(self.model.device) / 1e9
         logger.info("warm-up: %.1f s; memory: %s, peak %.1f GB", seconds, placement.plan.mode, peak)
+
+    @torch.inference_mode()
+    def _rehearse_codecs(self, size: tuple[int, int]) -> None:
+        """For images that callers give, and for previews."""
+        codec = self.model.codec
+        codec.encode(torch.zeros(1, 3, size[1], size[0], dtype=torch.uint8))
+        shape = (1, codec.channels, size[1] // codec.factor, size[0] // codec.factor)
+        self.model.preview_codec.decode(torch.zeros(shape, device=self.model.device))
 
     def _rehearsal(
         self, mode: str, size: tuple[int, int], batch: int, controls: Sequence[Path], windows: int

@@ -187,6 +187,14 @@ class ImageService:
         self.engine.warm_up(modes, sizes, max_batch, list(self.controls.values()))
 
     @property
+    def uncompiled(self) -> dict[str, int]:
+        """Where networks are compiled, so far: shapes that could not be, calls in shapes that were not prepared."""
+        compiler = self.engine.model.placement.compiler
+        if compiler is None:
+            return {}
+        return {"compile_failures": compiler.failures, "unprepared_calls": compiler.unprepared}
+
+    @property
     def alive(self) -> bool:
         """False once the device is gone: then only a new process helps."""
         return self._batcher.alive

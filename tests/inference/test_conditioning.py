@@ -15,6 +15,7 @@ from diffusers import AutoencoderTiny, StableDiffusionXLImg2ImgPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+import dmd2.models.stable_diffusion.model
 from dmd2.diffusion.noise import add_noise
 from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import Engine
@@ -22,6 +23,7 @@ from dmd2.inference.inputs import InputImages, fitted
 from dmd2.models.adapters.lora import Lora, read_lora
 from dmd2.models.stable_diffusion.codec import LatentCodec
 from dmd2.models.stable_diffusion.folder import load_vae, save_vae
+from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.offload import Offloader, Plan
 from dmd2.runtime.placement import Placement
@@ -253,6 +255,30 @@ def test_previews_show_each_step_but_the_last(engine: Engine, folder: Path) -> N
     shown.clear()
     engine.generate_timed(["an owl"], [0], "1", preview=lambda *told: shown.append(told))
     assert not shown
+
+
+def test_previews_are_prepared_like_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler(torch.device("cpu"), backend="eager")
+    placement = Placement(compiler=compiler)
+    monkeypatch.setattr(dmd2.models.stable_diffusion.model, "place", lambda *args, **kwargs: placement)
+    engine = Engine(folder, "cpu", dtype=torch.float32, modes=("4",), trace=True)
+    engine.warm_up(("4",), [SIZE], 1, windows=1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        engine.generate_timed(["an owl"], [0], "4", preview=lambda *_: None)
+    assert compiler.failures == compiler.unprepared == 0
+    torch.compiler.reset()
+
+
+def test_previews_have_the_small_vae_once_and_wait_like_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Engine(folder, "cpu", dtype=torch.float32, vae="tiny").model
+    assert small.preview_codec is small.codec
+    offloader = Offloader(torch.device("cpu"), 1)
+    placement = Placement(Plan("8gb", 1), offloader)
+    monkeypatch.setattr(dmd2.models.stable_diffusion.model, "place", lambda *args, **kwargs: placement)
+    engine = Engine(folder, "cpu", dtype=torch.float32)
+    there: list[list[str]] = []
+    engine.generate_timed(["an owl"], [0], "4", preview=lambda *_: there.append(list(offloader.there)))
+    assert there == [["vae_tiny"]] * 3 and list(offloader.there) == ["vae"]
 
 
 def test_previews_say_whose_they_are_where_prompts_are_of_unequal_length(engine: Engine) -> None:

@@ -135,7 +135,7 @@ def load_codec(
 
     def load(kind: torch.dtype) -> Any:
         vae = load_vae(folder / name, placement.host(device), kind)
-        placement.prepare_module("vae", vae)
+        placement.prepare_module(name, vae)
         if placement.offloader is not None:
             save_memory(vae, placement.plan.tiles)
         return vae

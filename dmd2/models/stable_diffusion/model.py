@@ -23,7 +23,7 @@ from dmd2.runtime.errors import InvalidInput, UserError, shown
 from dmd2.runtime.files import read_object
 from dmd2.runtime.offload import LARGE_MODEL_PARAMS
 from dmd2.runtime.paths import cache_folder
-from dmd2.runtime.placement import Placement, count_parameters, default_dtype, leaves_dtype, place
+from dmd2.runtime.placement import count_parameters, default_dtype, leaves_dtype, place
 from dmd2.weights.manifest import Student, read_manifest, verify
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class StableDiffusionModel:
         self.placement = place(parameters, device, self.dtype, width * height, fast=fast)
         small = max(parameters.values(), default=0) < LARGE_MODEL_PARAMS
         self._folder, self._trace = folder, fast and small and device.type == "cpu"
+        self._vae = vae_folder(folder, vae, device)
         self._kept: Kept | None = None
         if device.type == "cpu":
             kind, by = str(self.dtype).removeprefix("torch."), "torch"
@@ -69,7 +70,7 @@ class StableDiffusionModel:
             self.dtype,
             trace=self._trace,
             placement=self.placement,
-            vae=vae_folder(folder, vae, device),
+            vae=self._vae,
             kept=self._kept,
         )
         self.manifest, self.codec, self.encode_text = manifest, loaded.codec, loaded.encode_text
@@ -172,10 +173,10 @@ class StableDiffusionModel:
     @cached_property
     def preview_codec(self) -> LatentCodec:
         """TAESDXL where the weights have it beside another VAE, else the VAE itself."""
-        if not (self._folder / TINY).is_dir():
+        if self._vae == TINY or not (self._folder / TINY).is_dir():
             return self.codec
         verify(self._folder, self.manifest, {TINY})
-        return load_codec(self._folder, TINY, self.device, self.dtype, Placement(), self._kept)
+        return load_codec(self._folder, TINY, self.device, self.dtype, self.placement, self._kept)
 
 
 def vae_folder(folder: Path, vae: str, device: torch.device | None = None) -> str:

@@ -42,6 +42,8 @@ class Warm(BaseModel):
     loaded: bool
     warm: bool
     """no later request is the first of its kind"""
+    compiled: bool
+    """whether networks are compiled or captured at all: on a GPU where all of them fit, unless DMD2_COMPILE is off"""
     compile_failures: int
     """shapes that run uncompiled because the compiler failed"""
 

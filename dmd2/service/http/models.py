@@ -61,6 +61,11 @@ class Served:
         return sorted(self.service.engine.manifest.students)
 
     @property
+    def compiled(self) -> bool:
+        """Whether networks are compiled, or at least captured: on a GPU that all of them fit on."""
+        return self.service.engine.model.placement.compiler is not None
+
+    @property
     def compile_failures(self) -> int:
         compiler = self.service.engine.model.placement.compiler
         return 0 if compiler is None else compiler.failures
@@ -240,6 +245,7 @@ class Models:
             found[name] = {
                 "loaded": served is not None,
                 "warm": served is not None and served.service.alive and not failures,
+                "compiled": served is not None and served.compiled,
                 "compile_failures": failures,
             }
         return found

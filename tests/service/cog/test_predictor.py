@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import yaml
 
 import dmd2.cli
 from dmd2.service.cog.schema import schema_is_current
+from dmd2.service.images import ImageService, OutputImage
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -139,10 +142,35 @@ def test_dmd2_weights_comes_before_cog_weights(monkeypatch: pytest.MonkeyPatch) 
     import predict
 
     chosen: list[object] = []
-    monkeypatch.setattr(predict, "ImageService", chosen.append)
+    service = SimpleNamespace(uncompiled={})
+    monkeypatch.setattr(predict, "ImageService", lambda weights: chosen.append(weights) or service)
     predict.Predictor().setup("cogs")
     monkeypatch.setenv("DMD2_WEIGHTS", "mine")
     predict.Predictor().setup("cogs")
     monkeypatch.setenv("DMD2_WEIGHTS", "")
     predict.Predictor().setup(None)
     assert chosen == ["cogs", "mine", None]
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_what_is_not_compiled_is_a_warning_and_in_the_metrics(
+    failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    import predict
+
+    compiler = SimpleNamespace(failures=failures, unprepared=0)
+    service = ImageService.__new__(ImageService)
+    service.engine = SimpleNamespace(model=SimpleNamespace(placement=SimpleNamespace(compiler=compiler)))  # type: ignore[assignment]
+    monkeypatch.setattr(predict, "ImageService", lambda _: service)
+    predictor, told = predict.Predictor(), {}
+    predictor.record_metric = told.__setitem__
+    predictor.setup(None)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["set-up: not all of it runs compiled: compile_failures 2, unprepared_calls 0"] * (
+        failures > 0
+    )
+    compiler.unprepared = 3
+    assert len(list(predictor._files(iter([OutputImage(tmp_path / "image.png", 5)])))) == 1
+    assert (told["compile_failures"], told["unprepared_calls"]) == (failures, 3)
+    service.engine.model.placement.compiler = None  # type: ignore[misc]
+    assert service.uncompiled == {}

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -475,6 +476,18 @@ def test_before_the_weights_are_loaded_it_lives_but_is_not_ready() -> None:
             load.set()
             await until(lambda: app.state.models.ready)
             assert (await client.get("/readyz")).status_code == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("compiler", [None, SimpleNamespace(failures=0, unprepared=0)])
+def test_ready_says_whether_networks_are_compiled_at_all(compiler: Any) -> None:
+    async def run() -> None:
+        service = FakeService()
+        service.engine.model.placement.compiler = compiler
+        async with client_of(fake_app(service)) as client:
+            (found,) = (await client.get("/readyz")).json()["models"].values()
+            assert found["warm"] and not found["compile_failures"] and found["compiled"] == (compiler is not None)
 
     asyncio.run(run())
 

@@ -179,7 +179,7 @@ def test_real_weights_count_their_tokens_and_say_that_nothing_failed_to_compile(
             said = (await client.post("/v1/images/generations", json={"prompt": "an owl", "size": "64x32"})).json()
             assert said["usage"]["input_tokens"] == 2 and said["usage"]["output_tokens"] == 16 * 8
             ready = (await client.get("/readyz")).json()
-            assert ready["models"]["tiny"] == {"loaded": True, "warm": True, "compile_failures": 0}
+            assert ready["models"]["tiny"] == {"loaded": True, "warm": True, "compiled": False, "compile_failures": 0}
             models = (await client.get("/v1/models")).json()["data"]
             assert models[0]["size"] == "64x64" and models[0]["steps"] == [1, 4]
 
