@@ -18,6 +18,7 @@ from dmd2.inference.request import check_together
 from dmd2.models.adapters.control import SCALE
 from dmd2.models.adapters.lora import Lora
 from dmd2.runtime.errors import InvalidInput
+from dmd2.runtime.offload import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +116,13 @@ class ImageConditioning:
         image = torch.zeros(3, height, width, dtype=torch.uint8) if self.image is None else self.image
         latents = codec.encode(image[None], ~mask)
         # Nearest neighbours, as these networks were trained and as diffusers does.
-        return torch.cat([F.interpolate(mask[None, None].to(latents), latents.shape[-2:]), latents], dim=1)
+        mask = upload(mask[None, None], latents.device).to(latents.dtype)
+        return torch.cat([F.interpolate(mask, latents.shape[-2:]), latents], dim=1)
 
     def _cells(self, image: Tensor) -> Tensor:
         """bool (1, 1, h, w): the latents of which any pixel is generated anew."""
         assert self.mask is not None
-        mask = self.mask[None, None].to(image.device, torch.float32)
+        mask = upload(self.mask[None, None], image.device).float()
         return F.adaptive_max_pool2d(mask, [*image.shape[-2:]]) > 0
 
     def finish(self, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.runtime.errors import UserError
+from dmd2.runtime.files import only_shapes
 
 MODES = ("auto", "full", "12gb", "8gb", "cpu")
 LARGE_MODEL_PARAMS = 500_000_000  # from here on a CPU may run a network in bf16, and does not trace it
@@ -158,8 +159,11 @@ def save_memory(vae: Any, tiles: bool) -> None:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on the device. The host does not wait: work that is queued there goes on meanwhile."""
-    if device.type != "cuda":
+    """A tensor of the host's on the device. The host does not wait: work that is queued there goes on meanwhile.
+
+    One that is on a device already goes as it would have.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu" or only_shapes():  # fake tensors have no pages
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # from other memory a copy waits for the whole queue
 
@@ -174,11 +178,23 @@ def download(tensor: Tensor) -> Tensor:
     return host
 
 
-def kept(tensor: Tensor) -> Tensor:
-    """A copy of a weight that is about to be changed: on its device if that leaves room for work, else the host's."""
-    if tensor.device.type == "cuda" and free_memory(tensor.device) < tensor.nbytes + WORK["full"]:
-        return download(tensor.detach())
-    return tensor.detach().clone()
+class Keeper:
+    """Copies weights that are about to be changed: on their device if that leaves room for work, else on the host.
+
+    It asks once what is free: for each of hundreds of weights that would take longer than the copies.
+    """
+
+    def __init__(self) -> None:
+        self._room: dict[torch.device, float] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        device = tensor.device
+        if device not in self._room:
+            self._room[device] = free_memory(device) - WORK["full"] if device.type == "cuda" else float("inf")
+        if self._room[device] < tensor.nbytes:
+            return download(tensor.detach())
+        self._room[device] -= tensor.nbytes
+        return tensor.detach().clone()
 
 
 def host_memory() -> int:

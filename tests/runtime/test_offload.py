@@ -17,11 +17,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import dmd2.runtime.offload
 import dmd2.runtime.placement
 from dmd2.inference.engine import Engine
 from dmd2.models.stable_diffusion.folder import load_text_to_image
 from dmd2.runtime.errors import UserError
-from dmd2.runtime.offload import LARGE_MODEL_PARAMS, Offloader, Plan, peak_memory, plan, save_memory
+from dmd2.runtime.files import shapes_alone
+from dmd2.runtime.offload import (
+    LARGE_MODEL_PARAMS,
+    WORK,
+    Keeper,
+    Offloader,
+    Plan,
+    peak_memory,
+    plan,
+    save_memory,
+    upload,
+)
 from dmd2.runtime.placement import Placement, count_parameters, default_dtype, place, prefers_gpu
 from dmd2.runtime.precision import DTYPES, Throughput
 from tests.tiny_sdxl import difference
@@ -214,6 +226,50 @@ def test_a_vae_in_tiles_draws_about_the_same_image() -> None:
     assert {shape[0] for shape in seen} == {1} and {shape[2] for shape in seen} == {64, 24}
     assert tiled.shape == whole.shape
     assert float((tiled - whole).abs().mean()) < 0.1 * float(whole.std())
+
+
+# To the device
+
+
+def test_tensors_without_numbers_go_to_a_device_too() -> None:
+    class Shape(torch.Tensor):
+        """As torch's fake ones: has no pages to pin."""
+
+        def pin_memory(self, *_: Any) -> Any:
+            raise AssertionError("NYI")
+
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            return device
+
+    with shapes_alone():
+        assert upload(torch.ones(2).as_subclass(Shape), GPU) == GPU
+
+
+# Weights that are about to be changed
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    device = GPU
+
+
+def test_copies_of_weights_stay_on_a_gpu_while_there_is_room_which_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[torch.device] = []
+    weights = [torch.full((250,), float(i)).as_subclass(OnGpu) for i in range(4)]  # 1000 bytes each
+
+    def free(device: torch.device) -> int:
+        asked.append(device)
+        return int(WORK["full"]) + 2500
+
+    monkeypatch.setattr(dmd2.runtime.offload, "free_memory", free)
+    monkeypatch.setattr(dmd2.runtime.offload, "download", lambda tensor: ("host", tensor))
+    keep = Keeper()
+    copies = [keep(weight) for weight in weights]
+    assert [isinstance(copy, tuple) for copy in copies] == [False, False, True, True] and asked == [GPU]
+    assert torch.equal(copies[1], weights[1]) and copies[1].data_ptr() != weights[1].data_ptr()
 
 
 # What an engine decides

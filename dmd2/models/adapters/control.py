@@ -23,6 +23,7 @@ from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import read_object
 from dmd2.runtime.loading import build_network, load_network, weight_files
+from dmd2.runtime.offload import upload
 
 SCALE = 0.8
 """of what is added to the UNet's activations: that of DMD2's own example, which uses SDXL's canny adapter"""
@@ -102,7 +103,7 @@ class ControlModel:
         count = max(1, int(part * len(timesteps)))
         if self.channels == 1:
             image = grey(image)
-        values = (image[None].to(self.device).float() / 255).to(next(self.network.parameters()).dtype)
+        values = (upload(image[None], self.device).float() / 255).to(next(self.network.parameters()).dtype)
         residuals = self._adapter(values, scale) if self.is_adapter else self._control_net(values, scale)
 
         if count >= len(timesteps):
@@ -120,7 +121,7 @@ class ControlModel:
     def _control_net(self, values: Tensor, scale: float) -> Control:
         chosen = None
         if self.task is not None:
-            chosen = torch.zeros(1, self.network.config.num_control_type).to(values)
+            chosen = values.new_zeros(1, self.network.config.num_control_type)
             chosen[0, self.task] = 1
 
         def residuals(x: Tensor, timestep: Tensor, cond: TextCondition) -> dict[str, Any]:

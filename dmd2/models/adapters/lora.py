@@ -30,7 +30,7 @@ from dmd2.models.adapters.lora_keys import (
 from dmd2.runtime.compiled import Fp8Linear
 from dmd2.runtime.errors import UserError, first_line, shown
 from dmd2.runtime.files import read_object, sha256_file
-from dmd2.runtime.offload import kept
+from dmd2.runtime.offload import Keeper, upload
 
 logger = logging.getLogger(__name__)
 
@@ -345,13 +345,14 @@ class Fused:
                     for place in ((module, "weight"),) * bool(factors.kinds) + ((module, "bias"),) * factors.has_bias:
                         changes.setdefault(place, []).append((factors, scale))
         finite: list[Tensor] = []
+        kept = Keeper()
         try:
             for place, terms in changes.items():
                 value = self._value(place)
                 if place not in self._originals:
                     self._originals[place] = kept(value)
                 original = self._originals[place]
-                exact = original.to(value.device, torch.float32)
+                exact = upload(original, value.device).float()
                 of_weight = place[1] == "weight"
                 added = ((f.change if of_weight else f.bias_change)(exact, scale) for f, scale in terms)
                 value.copy_(sum(added, exact))

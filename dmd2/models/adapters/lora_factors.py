@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dmd2.runtime.offload import upload
+
 LARGEST_CORE = 4096
 """rank of a factor in Tucker form, at most: what comes between grows with it"""
 
@@ -111,7 +113,7 @@ class Factors:
         exact = weight.float()
         if not self.kinds or scale == 0:
             return torch.zeros_like(exact)
-        tensors = {name: value.to(weight.device, torch.float32) for name, value in self.tensors.items()}
+        tensors = {name: upload(value, weight.device).float() for name, value in self.tensors.items()}
         change = scale * self.scaling * _product(tensors).reshape(weight.shape)
         magnitude, axis = self.magnitude, self._axis(weight)
         if magnitude is None or axis is None:
@@ -120,7 +122,7 @@ class Factors:
         shape[axis] = weight.shape[axis]
         changed = exact + change
         norm = torch.linalg.vector_norm(changed.transpose(0, axis).flatten(1), dim=1).clamp(min=1e-12)
-        ratio = magnitude.to(weight.device, torch.float32).reshape(shape) / norm.reshape(shape)
+        ratio = upload(magnitude, weight.device).float().reshape(shape) / norm.reshape(shape)
         return ratio * changed - exact
 
     def bias_change(self, bias: Tensor, scale: float = 1.0) -> Tensor:
@@ -128,7 +130,7 @@ class Factors:
         total = torch.zeros_like(bias, dtype=torch.float32)
         for name in self._biases():
             own = self.scaling if name == "bias" else 1.0
-            total += scale * own * self.tensors[name].to(bias.device, torch.float32)
+            total += scale * own * upload(self.tensors[name], bias.device).float()
         return total
 
     def _biases(self) -> list[str]:

@@ -114,7 +114,7 @@ class LatentCodec:
         """
         x = upload(images, self.device).float() / 127.5 - 1
         if shown is not None:
-            x = x * shown.to(x)
+            x = x * upload(shown, self.device).to(x.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         z = self._encode(x.to(self.dtype))
         return (z.float() - self._mean) * self._scale / self._std

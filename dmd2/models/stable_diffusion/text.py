@@ -15,6 +15,7 @@ from dmd2.diffusion.noise import per_image
 from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import InvalidInput
 from dmd2.runtime.loading import Deferred
+from dmd2.runtime.offload import upload
 
 MOST_TOKENS = 1500
 """of a prompt, at most: 20 chunks of CLIP's window. A rare character is up to four tokens"""
@@ -117,10 +118,10 @@ class TextEncoder:
             if tokens.shape[1] < chunks:
                 empty = self._chunks(tokenizer, [""])[:, :1].expand(len(prompts), chunks - tokens.shape[1], -1)
                 tokens = torch.cat([tokens, empty], dim=1)
-            states, *embeds = run(tokens.flatten(0, 1).to(device))
+            states, *embeds = run(upload(tokens.flatten(0, 1), device))
             hidden.append(states.unflatten(0, tokens.shape[:2]).flatten(1, 2))
             pooled = embeds[0].unflatten(0, tokens.shape[:2])[:, 0] if embeds else None
-        keep = torch.tensor([bool(p.strip()) for p in prompts], device=device)
+        keep = upload(torch.tensor([bool(p.strip()) for p in prompts]), device)
         context = torch.cat(hidden, dim=-1)
         if len(self._encoders) == 1:
             return TextCondition(context)
@@ -173,8 +174,8 @@ class TextEncoder:
 def time_ids(size: tuple[int, int], context: Tensor) -> Tensor:
     """SDXL's (B, 6) sizes for uncropped images of `size` (width, height), as many as contexts (B, L, D)."""
     width, height = size
-    row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype, device=context.device)
-    return row.expand(len(context), -1)
+    row = torch.tensor([height, width, 0, 0, height, width], dtype=context.dtype)
+    return upload(row, context.device).expand(len(context), -1)
 
 
 class States(nn.Module):

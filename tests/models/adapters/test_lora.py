@@ -236,6 +236,27 @@ def test_weights_come_back_to_the_bit_however_often_loras_change(
 
 
 @torch.no_grad()
+def test_a_lora_goes_to_the_device_as_its_file_has_it(
+    unet: Any, text_models: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half the bytes, from pages that are copied while the host goes on: it becomes fp32 there."""
+    network = deepcopy(unet)
+    lora = read_lora(saved(tmp_path / "half.safetensors", NAMINGS["peft"](unet, text_models)))
+    for layer in lora.layers.values():
+        layer.tensors = {name: value.half() for name, value in layer.tensors.items()}
+    sent: list[Tensor] = []
+
+    def upload(tensor: Tensor, device: torch.device) -> Tensor:
+        sent.append(tensor)
+        return tensor.to(device)
+
+    monkeypatch.setattr("dmd2.models.adapters.lora_factors.upload", upload)
+    Fused({"unet": network}).use([(lora, 1.0)])
+    count = sum(len(layer.tensors) for (part, _), layer in lora.layers.items() if part == "unet")
+    assert len(sent) == count > 0 and {value.dtype for value in sent} == {torch.float16}
+
+
+@torch.no_grad()
 def test_an_error_half_way_leaves_the_original_weights(
     unet: Any, text_models: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
