@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ def cog(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     weights: Annotated[Path | None, typer.Option(help="Folder of weights with a dmd2.json.")] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
     """Serve images through Cog's own server, without Docker. Needs a clone of the repository."""
     if not 1 <= port <= 65535:
@@ -42,6 +43,8 @@ def cog(
     give_way(environment)
     if weights is not None:
         environment["DMD2_WEIGHTS"] = str(weights.resolve())
+    if device != "auto":
+        environment["DMD2_DEVICE"] = device
     sys.stdout.flush()
     entrypoint = ROOT / "scripts" / "entrypoint"
     os.execve(sys.executable, [sys.executable, str(entrypoint), "--host", host], environment)
@@ -53,6 +56,7 @@ def serve(
     weights: Annotated[
         list[Path] | None, typer.Option(help="Folder of weights with a dmd2.json. Repeat it to serve several.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Device of all of them: auto, cpu, cuda or cuda:1.")] = "auto",
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of keys, one a line: who brings none of them is refused.")
     ] = None,
@@ -112,4 +116,5 @@ def serve(
         bodies=4 * body_mb * 1_000_000,
         log_prompts=log_prompts,
     )
-    sys.exit(run(weights or [], host, port, rules, waiting=queue, keep_seconds=keep_seconds, public_url=public_url))
+    given: dict[str, Any] = {"waiting": queue, "keep_seconds": keep_seconds, "public_url": public_url}
+    sys.exit(run(weights or [], host, port, rules, device=device, **given))

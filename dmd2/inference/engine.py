@@ -339,8 +339,7 @@ def resolve_device(name: torch.device | str) -> torch.device:
     Raises:
         UserError: the device is not there.
     """
-    if isinstance(name, torch.device):
-        return name
+    name = str(name)
     found = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name)
     if found is None:
         raise InvalidInput("device", "expected auto, cpu or cuda (of several GPUs such as cuda:1)", name)

@@ -97,6 +97,7 @@ class ImageService:
 
     - `DMD2_WEIGHTS`: see `dmd2.models.locate.locate`.
     - `DMD2_ALLOW_UNSAFE`: whether callers may switch the safety checker off.
+    - `DMD2_DEVICE`: in place of the device "auto".
     - `DMD2_MAX_BATCH`: images in one batch, at most.
     - `DMD2_SIZES`: sizes that are compiled for during setup, beside the weights' own; others run as they are.
     - `DMD2_VAE`: "auto", "kl" or "tiny", see `dmd2.inference.engine.Engine`.
@@ -105,7 +106,7 @@ class ImageService:
 
     Args:
         weights: folder or tar of weights; None to look in the usual places.
-        device: "auto", "cpu" or "cuda".
+        device: see `dmd2.inference.engine.Engine`.
         safety: folder of the safety checker; it is used if it is there.
         files: whether images are left in files; else each comes with its content.
         turn: held while a batch is generated: services on one device may share a lock.
@@ -132,6 +133,8 @@ class ImageService:
         self._text_cache = _megabytes(environ, "DMD2_TEXT_CACHE", TEXT_CACHE)
         self._vae = environ.get("DMD2_VAE", "").strip() or "auto"
         sizes = _sizes(environ)
+        if device == "auto":
+            device = environ.get("DMD2_DEVICE", "").strip() or device
         self.controls = {path.parent.name: path.parent for path in sorted(folder.glob("control/*/config.json"))}
         self.engine: Engine
         self._safety: SafetyChecker | None = None

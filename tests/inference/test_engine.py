@@ -294,8 +294,11 @@ def test_of_several_gpus_one_can_be_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert resolve_device("cuda") == torch.device("cuda") and not chosen
     assert resolve_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
-    with pytest.raises(UserError, match="device cuda:2: this machine has 2; expected cuda:0 to cuda:1"):
-        resolve_device("cuda:2")
+    assert resolve_device(torch.device("cuda:1")) == chosen.pop()
+    for name in ("cuda:2", torch.device("cuda:2")):
+        with pytest.raises(UserError, match="device cuda:2: this machine has 2; expected cuda:0 to cuda:1"):
+            resolve_device(name)
+    assert len(chosen) == 1
 
 
 def test_a_warm_up_says_how_far_it_is(weights: Path, caplog: pytest.LogCaptureFixture) -> None:

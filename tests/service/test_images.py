@@ -167,6 +167,15 @@ def test_a_wrong_text_cache_is_named(weights: Path, tmp_path: Path, value: str) 
         ImageService(weights, "cpu", safety=tmp_path / "none", environ={"DMD2_TEXT_CACHE": value})
 
 
+def test_the_device_is_the_callers_else_the_variables(weights: Path, tmp_path: Path) -> None:
+    environ = {"DMD2_DEVICE": " tpu "}
+    with pytest.raises(UserError, match="device tpu: expected auto, cpu or cuda"):
+        ImageService(weights, safety=tmp_path / "none", environ=environ)
+    service = ImageService(weights, "cpu", safety=tmp_path / "none", environ=environ)
+    assert service.engine.model.device == torch.device("cpu")
+    service.close()
+
+
 def test_aspect_ratios_of_both_families() -> None:
     assert aspect_size("16:9", (1024, 1024), 64) == (1344, 768)  # SDXL was trained on these three
     assert aspect_size("9:21", (1024, 1024), 64) == (640, 1536)

@@ -82,14 +82,14 @@ def named(weights: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def loaders(weights: Sequence[Path]) -> dict[str, Callable[[], Any]]:
-    """As `named`: what loads each of these weights, for one device."""
+def loaders(weights: Sequence[Path], device: str = "auto") -> dict[str, Callable[[], Any]]:
+    """As `named`: what loads each of these weights, for one device, see `dmd2.inference.engine.Engine`."""
     turn = threading.Lock()  # the models share it
 
     def load(folder: Path) -> object:
         from dmd2.service.images import ImageService  # torch: /healthz answers while it is imported
 
-        return ImageService(folder, files=False, turn=turn)
+        return ImageService(folder, device, files=False, turn=turn)
 
     return {name: partial(load, folder) for name, folder in named(weights).items()}
 
@@ -100,6 +100,7 @@ def serve(
     port: int,
     rules: Rules,
     *,
+    device: str = "auto",
     waiting: int = 64,
     keep_seconds: float = 3600.0,
     public_url: str | None = None,
@@ -121,7 +122,7 @@ def serve(
         server.should_exit = True
 
     app = create_app(
-        loaders(weights),
+        loaders(weights, device),
         rules,
         waiting=waiting,
         kept=Kept(keep_seconds),

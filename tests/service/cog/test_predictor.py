@@ -98,11 +98,13 @@ def test_it_writes_the_schema_and_becomes_the_entrypoint(
     monkeypatch.setenv("MINE", "1")
     monkeypatch.delenv("DMD2_WEIGHTS", raising=False)
     port = free_port()
-    status, (python, arguments, environment) = run(monkeypatch, "--port", str(port), "--weights", "weights")
+    given = "--port", str(port), "--weights", "weights", "--device", "cuda:1"
+    status, (python, arguments, environment) = run(monkeypatch, *given)
     assert status == 0 and python == sys.executable
     assert arguments == [sys.executable, str(clone / "scripts" / "entrypoint"), "--host", "127.0.0.1"]
     assert environment["PORT"] == str(port) and environment["MINE"] == "1"
     assert environment["DMD2_WEIGHTS"] == str(weights)  # absolute: the server runs in another folder
+    assert environment["DMD2_DEVICE"] == "cuda:1"
     assert schema_is_current(clone)
 
     _, (_, arguments, environment) = run(monkeypatch, "--port", str(port), "--host", "0.0.0.0")

@@ -27,6 +27,7 @@ from websockets import ConnectionClosed, Subprotocol
 from websockets.sync.client import connect
 
 import dmd2.cli
+from dmd2.runtime.errors import UserError
 from dmd2.service.http import server as served
 from dmd2.service.http.app import create_app
 from dmd2.service.http.guard import Rules
@@ -168,6 +169,19 @@ def test_both_doors_give_the_same_image_for_the_same_seed(weights: Path, tmp_pat
         service.close()
 
     asyncio.run(run())
+
+
+def test_weights_are_loaded_for_the_device_that_is_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loader,) = served.loaders([weights], "tpu").values()
+    with pytest.raises(UserError, match="device tpu: expected auto, cpu or cuda"):
+        loader()
+    given: list[Any] = []
+    monkeypatch.setattr(served, "serve", lambda *_, device, **__: given.append(device) or 0)
+    for arguments in ([], ["--device", "cuda:1"]):
+        monkeypatch.setattr(sys, "argv", ["dmd2", "serve", *arguments])
+        with pytest.raises(SystemExit):
+            dmd2.cli.main()
+    assert given == ["auto", "cuda:1"]
 
 
 def test_real_weights_count_their_tokens_and_say_that_nothing_failed_to_compile(
