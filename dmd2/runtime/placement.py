@@ -43,6 +43,7 @@ class Placement:
         """The device that weights are loaded to."""
         return device if self.offloader is None else torch.device("cpu")
 
+    @torch.inference_mode(False)  # or what is made here could not follow weights that LoRAs change
     def prepare_module(self, name: str, network: nn.Module) -> None:
         """Prepares a network that was loaded to `host`: fused or 8-bit layers, offload, as decided."""
         if name.startswith("unet") and self.compiler is not None:

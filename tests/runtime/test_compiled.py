@@ -458,6 +458,21 @@ def test_an_8_bit_unet_draws_about_the_same() -> None:
     assert not has_fp8(CPU)
 
 
+@torch.no_grad()
+def test_what_is_prepared_in_the_middle_of_an_image_follows_loras() -> None:
+    """A network that a request names first is loaded in inference mode, whose tensors cannot be changed outside."""
+    network = unet()
+    with torch.inference_mode():
+        Placement(compiler=Compiler(CPU), go_fast=True).prepare_module("unet", network)
+    assert not any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers()))
+    layers = [module for module in network.modules() if isinstance(module, Fp8Linear)]
+    before = layers[0].scale.clone()
+    for layer in layers:
+        layer.source.weight.mul_(2)
+        layer.round()
+    assert layers and torch.allclose(layers[0].scale, 2 * before)
+
+
 # Kernels that outlive the process
 
 CHILD = """
