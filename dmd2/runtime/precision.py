@@ -32,16 +32,18 @@ PEAKS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "A10G": 70,
     "A10": 125,
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
-"""dense bf16 TFLOP/s with fp32 sums, by makers' data sheets; the first name that a device's contains counts"""
+"""dense bf16 TFLOP/s with fp32 sums, by makers' data sheets; the longest name that a device's contains counts"""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         found = measure_cpu()
         return 1e9 * (found.bf16 if dtype == torch.bfloat16 else found.fp32), "a convolution and a product, measured"
     name = torch.cuda.get_device_name(device)
-    known = next((peak for part, peak in PEAKS.items() if part in name), None)
+    known = PEAKS.get(max((part for part in PEAKS if part in name), key=len, default=""))
     if known is not None and dtype == torch.bfloat16:
         return 1e12 * known, f"the data sheet's {known} TFLOP/s of {name}"
     a = torch.ones(LARGE, LARGE, dtype=dtype, device=device)

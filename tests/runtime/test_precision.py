@@ -31,6 +31,26 @@ def test_what_is_measured_is_a_throughput() -> None:
     assert speeds.fastest == ("bf16" if speeds.bf16 > speeds.fp32 else "fp32")
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A100-SXM4-80GB", 312),
+    ],
+)
+def test_a_gpus_peak_is_that_of_its_whole_name(name: str, peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    found, told = precision.peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert found == 1e12 * peak and name in told
+
+
 def test_a_busy_machine_does_not_decide_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of its own: bf16 takes half of fp32's time, but four of its rounds meet other work."""
     now, calls = 0.0, {torch.bfloat16: 0, torch.float32: 0}
