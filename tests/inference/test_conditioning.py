@@ -21,8 +21,8 @@ from dmd2.inference.conditioning import TEXT_TO_IMAGE, ImageConditioning
 from dmd2.inference.engine import Engine
 from dmd2.inference.inputs import InputImages, fitted
 from dmd2.models.adapters.lora import Lora, read_lora
-from dmd2.models.stable_diffusion.codec import LatentCodec
-from dmd2.models.stable_diffusion.folder import load_vae, save_vae
+from dmd2.models.stable_diffusion.codec import LatentCodec, OneHead
+from dmd2.models.stable_diffusion.folder import load_codec, load_vae, save_vae
 from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import UserError
 from dmd2.runtime.offload import Offloader, Plan
@@ -255,6 +255,15 @@ def test_previews_show_each_step_but_the_last(engine: Engine, folder: Path) -> N
     shown.clear()
     engine.generate_timed(["an owl"], [0], "1", preview=lambda *told: shown.append(told))
     assert not shown
+
+
+def test_a_vae_on_a_gpu_attends_by_products_compiled_or_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, gpu = torch.tensor, torch.device("cuda")
+    monkeypatch.setattr(torch, "tensor", lambda values, **_: made(values))  # there may be none
+    for device, expected in ((gpu, True), (torch.device("cpu"), False)):
+        waiting = Placement(Plan("12gb", 1), Offloader(device, 1))  # on the host until it is called
+        vae = load_codec(folder, "vae", device, torch.float32, waiting).vae
+        assert {isinstance(found, OneHead) for found in vae.attn_processors.values()} == {expected}
 
 
 def test_previews_are_prepared_like_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

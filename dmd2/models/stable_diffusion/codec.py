@@ -52,6 +52,12 @@ class OneHead:
         return (out + x) / attention.rescale_output_factor
 
 
+def attend_by_products(vae: Any) -> None:
+    """Has a KL VAE attend by `OneHead`. Not for training: with gradients all scores would be kept."""
+    if hasattr(vae, "set_attn_processor"):
+        vae.set_attn_processor(OneHead())
+
+
 def vae_factor(config: Mapping[str, Any]) -> int:
     """Pixels along a latent's side, by a VAE's config."""
     channels = config.get("decoder_block_out_channels") or config.get("block_out_channels") or ()
@@ -87,9 +93,8 @@ class LatentCodec:
             self._decode: Callable[[Tensor], Tensor] = lambda z: decode(z)[0]
         else:
             self._encode, self._decode = partial(_encoded, self.vae), partial(_decoded, self.vae)
-        if compiler is not None and hasattr(self.vae, "set_attn_processor"):
-            self.vae.set_attn_processor(OneHead())
         if compiler is not None:  # one image fills a GPU, and takes gigabytes on the way
+            attend_by_products(self.vae)
             self._decode = compiler(self._decode, most=1)
             self._encode = compiler(self._encode, most=1, compile=False)
         self.factor = vae_factor(config)

@@ -17,7 +17,7 @@ from torch import nn
 from dmd2.diffusion.noise import zero_snr_sigmas
 from dmd2.models.adapters.lora_training import Adapted
 from dmd2.models.openvino.kept import DECODE, ENCODE, STATES, X0, Kept
-from dmd2.models.stable_diffusion.codec import LatentCodec, OneWay
+from dmd2.models.stable_diffusion.codec import LatentCodec, OneWay, attend_by_products
 from dmd2.models.stable_diffusion.configs import (
     SCHEDULER,
     Schedule,
@@ -136,6 +136,8 @@ def load_codec(
     def load(kind: torch.dtype) -> Any:
         vae = load_vae(folder / name, placement.host(device), kind)
         placement.prepare_module(name, vae)
+        if device.type == "cuda":
+            attend_by_products(vae)
         if placement.offloader is not None:
             save_memory(vae, placement.plan.tiles)
         return vae
