@@ -42,7 +42,7 @@ class Predictor(BaseRunner):
             description="Inert, accepted for compatibility: a distilled model generates without guidance.", default=""
         ),
         width: Optional[int] = Input(
-            description="Pixels, a multiple of 8 (emoji: 4). Empty: the weights' own size (SDXL: 1024, emoji: 64).",
+            description="Pixels, a multiple of 8. Empty: the weights' own size (SDXL: 1024, emoji: 128).",
             ge=16,
             le=2048,
             default=None,

@@ -18,16 +18,17 @@ import torch
 from environment import ROOT
 
 from dmd2.models.openvino.choice import describe
-from dmd2.weights.manifest import DEFAULT
+from dmd2.weights.manifest import DEFAULT, read_manifest
 
 PROMPT = "apple"
+WIDTH, HEIGHT = read_manifest(DEFAULT).native_size
 DIFFUSERS = f"""
 import sys
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 unet = UNet2DConditionModel.from_pretrained("{DEFAULT}/unet_1step")
 pipeline = StableDiffusionXLPipeline.from_pretrained("{DEFAULT}", unet=unet)
 pipeline.set_progress_bar_config(disable=True)
-image = pipeline("{PROMPT}", width=64, height=64, timesteps=[399], guidance_scale=0.0).images[0]
+image = pipeline("{PROMPT}", width={WIDTH}, height={HEIGHT}, timesteps=[399], guidance_scale=0.0).images[0]
 image.save(sys.argv[1])
 """
 

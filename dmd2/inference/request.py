@@ -45,7 +45,7 @@ class ImageRequest(BaseModel):
         None,
         ge=16,
         le=2048,
-        description="Pixels, a multiple of 8 (emoji: 4). Empty: the weights' own size (SDXL: 1024, emoji: 64).",
+        description="Pixels, a multiple of 8. Empty: the weights' own size (SDXL: 1024, emoji: 128).",
     )
     height: int | None = Field(None, ge=16, le=2048, description="Pixels, as width.")
     aspect_ratio: Literal["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"] | None = (

@@ -15,6 +15,12 @@ from hypothesis import strategies as st
 from dmd2.inference.request import ImageRequest, parse_size
 from dmd2.runtime.errors import MOST, InvalidInput
 from dmd2.runtime.paths import ROOT
+from dmd2.weights.manifest import read_manifest
+
+
+def test_the_emojis_own_size_is_the_one_that_is_told() -> None:
+    width, height = read_manifest(ROOT / "weights" / "emoji").native_size
+    assert width == height and f"emoji: {width})" in (ImageRequest.model_fields["width"].description or "")
 
 
 def says(name: str) -> dict[str, Any]:
