@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, suppress
@@ -69,6 +70,24 @@ class Deferred:
     def of(cls, network: Any) -> Deferred:
         """A network that is loaded already, or one of these."""
         return network if isinstance(network, Deferred) else cls(network.config, lambda: network)
+
+
+def of_diffusers(name: str) -> Any:
+    """A class of diffusers, imported as if bitsandbytes were not there.
+
+    It would be imported with it, by PEFT, which takes seconds, for networks quantized by it, which are not read. An
+    optimizer that is bitsandbytes' finds it afterwards.
+    """
+    hidden = "bitsandbytes" not in sys.modules
+    if hidden:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        import diffusers
+
+        return getattr(diffusers, name)
+    finally:
+        if hidden:
+            sys.modules.pop("bitsandbytes", None)
 
 
 def unfilled(network: Any, device: torch.device, dtype: torch.dtype) -> Any:

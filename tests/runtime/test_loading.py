@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +232,23 @@ def test_config_of_another_class_is_an_error_not_another_network(copy: Path) -> 
     path.write_text(json.dumps(config | {"block_out_channels": [32, 32, 64]}))
     with pytest.raises(UserError, match=r"instead of|lacks"):
         load_network(UNet2DConditionModel, copy / "unet" / UNET_FILE, CPU, torch.float32)
+
+
+STARTED = """
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+import torch
+from dmd2.models.stable_diffusion.folder import load_text_to_image
+load_text_to_image(Path(sys.argv[1]), ["unet"], torch.device("cpu"), torch.float32)
+print(sorted({"bitsandbytes", "diffusers"} & sys.modules.keys()))
+if find_spec("bitsandbytes"):
+    import bitsandbytes.optim
+"""
+
+
+def test_networks_are_loaded_without_a_library_of_quantized_ones(weights: Path) -> None:
+    """bitsandbytes takes seconds to import; a training's optimizer still finds it."""
+    command = [sys.executable, "-c", STARTED, str(weights)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "['diffusers']\n"

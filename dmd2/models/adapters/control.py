@@ -22,7 +22,7 @@ from dmd2.models.stable_diffusion.unet import Control
 from dmd2.runtime.compiled import Compiler
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import read_object
-from dmd2.runtime.loading import build_network, load_network, weight_files
+from dmd2.runtime.loading import build_network, load_network, of_diffusers, weight_files
 from dmd2.runtime.offload import upload
 
 SCALE = 0.8
@@ -196,8 +196,6 @@ def load_control(folder: Path, device: torch.device, dtype: torch.dtype, unet: A
     Raises:
         UserError: there is none, it is damaged, or made for another UNet.
     """
-    import diffusers
-
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"control {folder}: expected a folder with a config.json, a ControlNet's or T2I-Adapter's")
@@ -208,7 +206,7 @@ def load_control(folder: Path, device: torch.device, dtype: torch.dtype, unet: A
     weights, task = folder / "diffusion_pytorch_model.safetensors", None
     if name == "ControlNetModel" and (tasks := _tasks_in(weights)):  # xinsir's unions say that they are plain ones
         name, config = "ControlNetUnionModel", config | {"num_control_type": tasks}
-    kind = getattr(diffusers, name)
+    kind = of_diffusers(name)
     network = build_network(kind, path, config)
     if name == "T2IAdapter":
         _check_adapter(path, network, unet)

@@ -16,6 +16,7 @@ from dmd2.models.stable_diffusion.codec import LATENT_CHANNELS, MORE_CHANNELS
 from dmd2.models.stable_diffusion.unet import INPAINTING_CHANNELS, PredictionType
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import read_object
+from dmd2.runtime.loading import of_diffusers
 
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 SCHEDULER = "LCMScheduler"
@@ -81,11 +82,7 @@ def read_schedule(folder: Path) -> Schedule:
 def network_class(name: str, folder: Path) -> Any:
     """The class of the network of SDXL or SD 1.5 in the subfolder called `name`, which lies at `folder`."""
     if name in ("unet", "vae"):
-        import diffusers
-
-        return getattr(
-            diffusers, "UNet2DConditionModel" if name == "unet" else read_vae_config(folder)["_class_name"]
-        )
+        return of_diffusers("UNet2DConditionModel" if name == "unet" else read_vae_config(folder)["_class_name"])
     import transformers
 
     return transformers.CLIPTextModelWithProjection if name == "text_encoder_2" else transformers.CLIPTextModel

@@ -30,7 +30,7 @@ from dmd2.models.stable_diffusion.text import KeptTokenizer, States, TextEncoder
 from dmd2.models.stable_diffusion.unet import OfWaves, PredictionType, StableDiffusion
 from dmd2.runtime.errors import UserError, shown
 from dmd2.runtime.files import atomic_text, read_object
-from dmd2.runtime.loading import Deferred, build_network, check_network, load_network
+from dmd2.runtime.loading import Deferred, build_network, check_network, load_network, of_diffusers
 from dmd2.runtime.offload import save_memory
 from dmd2.runtime.placement import Placement
 from dmd2.runtime.tensors import os_errors, save_tensors
@@ -272,12 +272,10 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
     One whose config says `force_upcast` (SDXL's own) overflows in fp16, and is loaded in fp32 instead.
     """
-    import diffusers
-
     settings = read_vae_config(folder)
     if settings.get("force_upcast") and dtype == torch.float16:
         dtype = torch.float32
-    return load_network(getattr(diffusers, settings["_class_name"]), folder / UNET_FILE, device, dtype)
+    return load_network(of_diffusers(settings["_class_name"]), folder / UNET_FILE, device, dtype)
 
 
 def save_vae(vae: Any, folder: Path, recipe: Mapping[str, Any]) -> None:
