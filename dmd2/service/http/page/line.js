@@ -166,7 +166,7 @@ export function several({ image, mask, strength, ...words }, n, signal) {
     return images("v1/images/generations", { headers, body: JSON.stringify({ ...fields, loras }), signal });
   }
   const form = new FormData();
-  for (const [name, value] of Object.entries(fields)) form.set(name, value);
+  for (const [name, value] of Object.entries(fields)) if (value !== undefined) form.set(name, value);
   if (loras) form.set("loras", JSON.stringify(loras));
   form.set("prompt_strength", strength);
   form.set("image", image, "image.png");
