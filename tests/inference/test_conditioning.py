@@ -257,6 +257,23 @@ def test_previews_show_each_step_but_the_last(engine: Engine, folder: Path) -> N
     assert not shown
 
 
+def test_controls_are_part_of_the_plan_where_all_of_them_are_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[dict[str, int]] = []
+
+    def place(parameters: dict[str, int], *_: Any, **__: Any) -> Placement:
+        planned.append(parameters)
+        return Placement()
+
+    monkeypatch.setattr(dmd2.models.stable_diffusion.model, "place", place)
+    for trace in (True, False):
+        Engine(folder, "cpu", dtype=torch.float32, modes=("4",), trace=trace)
+    served, alone = planned
+    canny = sum(parameter.numel() for parameter in build_adapter().parameters())
+    assert served == alone | {"control/canny": canny} and "unet" in alone
+
+
 def test_a_vae_on_a_gpu_attends_by_products_compiled_or_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, gpu = torch.tensor, torch.device("cuda")
     monkeypatch.setattr(torch, "tensor", lambda values, **_: made(values))  # there may be none

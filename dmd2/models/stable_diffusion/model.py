@@ -51,7 +51,10 @@ class StableDiffusionModel:
         parameters = count_parameters(folder, subfolders)
         width, height = manifest.native_size
         self.device, self.dtype = device, dtype or default_dtype(device, parameters)
-        self.placement = place(parameters, device, self.dtype, width * height, fast=fast)
+        # Who warms up has all of the folder's controls loaded.
+        controls = [f"control/{path.parent.name}" for path in sorted(folder.glob("control/*/config.json"))]
+        loaded_later = count_parameters(folder, controls) if fast else {}
+        self.placement = place(loaded_later | parameters, device, self.dtype, width * height, fast=fast)
         small = max(parameters.values(), default=0) < LARGE_MODEL_PARAMS
         self._folder, self._trace = folder, fast and small and device.type == "cpu"
         self._vae = vae_folder(folder, vae, device)
