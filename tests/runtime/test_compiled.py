@@ -330,6 +330,27 @@ def test_a_vaes_attention_in_two_products_is_the_fused_one(rows: int, monkeypatc
     assert torch.allclose(vae.decode(z).sample, expected, atol=1e-5)
 
 
+def test_a_vaes_attention_keeps_no_scores_for_the_way_back() -> None:
+    vae, plain, z = build_vae(), build_vae(), torch.randn(2, 4, 32, 32)
+    plain.load_state_dict(vae.state_dict())
+    LatentCodec(vae, compiler=Compiler(CPU))
+    kept: list[int] = []
+    gradients = []
+    for network in (vae, plain):
+        x = z.clone().requires_grad_()
+        kept.append(0)
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.numel() * (tensor.shape[-2:] == (1024, 1024))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            network.decode(x).sample.square().mean().backward()
+        gradients.append(x.grad)
+    assert kept == [0, 0]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("task", [None, 3])
 @torch.no_grad()
 def test_controls_are_recorded_with_the_network(task: int | None) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd2.models.openvino.kept import DECODE, ENCODE
@@ -46,14 +47,23 @@ class OneHead:
         tokens = attention.group_norm(x.flatten(2)).transpose(1, 2)
         query, key, value = (layer(tokens) for layer in (attention.to_q, attention.to_k, attention.to_v))
         query = query * attention.scale  # before the product, which might be too large for fp16
-        rows = max(1, MOST_SCORES // (len(x) * tokens.shape[1]))
-        found = [(part @ key.transpose(1, 2)).softmax(-1) @ value for part in query.split(rows, dim=1)]
+        if x.requires_grad:  # all scores would be kept for the way back
+            fused = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=1.0)
+            found = [fused[:, 0]]
+        else:
+            found = self._rows(query, key, value)
         out = attention.to_out[0](torch.cat(found, dim=1)).transpose(1, 2).reshape(x.shape)
         return (out + x) / attention.rescale_output_factor
 
+    @staticmethod
+    def _rows(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Some rows of scores at a time."""
+        rows = max(1, MOST_SCORES // (len(query) * key.shape[1]))
+        return [(part @ key.transpose(1, 2)).softmax(-1) @ value for part in query.split(rows, dim=1)]
+
 
 def attend_by_products(vae: Any) -> None:
-    """Has a KL VAE attend by `OneHead`. Not for training: with gradients all scores would be kept."""
+    """Has a KL VAE attend by `OneHead`."""
     if hasattr(vae, "set_attn_processor"):
         vae.set_attn_processor(OneHead())
 
