@@ -63,7 +63,7 @@ class Lpips:
 class Vgg16(nn.Module):
     """What `Lpips` reads, with any numbers: VGG16's convolutions (Simonyan & Zisserman 2014, 1409.1556, table 1, D).
 
-    It is called and answers as that network, and takes as much memory and time.
+    It is called and answers as that network, and takes about as much memory.
 
     Args:
         size: bytes of the file that it stands for. What convolutions leave of it are layers that LPIPS does not use.

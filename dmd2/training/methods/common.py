@@ -157,7 +157,7 @@ class SharedImages:
     """What the student generates in a step, once for both updates.
 
     As in DMD2's published runs, the critic learns from the very images that the generator was just judged by, and
-    generates its own only in steps without the generator's update. Other methods' runs `share` nothing.
+    generates its own only in steps without the generator's update. SiDA's and NVIDIA's FastGen's `share` nothing.
     """
 
     def __init__(
